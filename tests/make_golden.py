@@ -1,0 +1,141 @@
+"""Writes tests/golden/*.json: what transformers and PEFT compute from the checkpoints of tests/tiny.py.
+
+    pip install torch transformers peft
+    python tests/make_golden.py
+
+Run again only when tiny.py changes; tests/test_parity.py compares with the files, whether or not the peers
+are there.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from transformers import Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
+
+from tiny import (fingerprint, sequence, tiny_adapter, tiny_config, tiny_weights, weights_mark, write_adapter,
+                  write_checkpoint)
+
+GOLDEN = Path(__file__).parent / "golden"
+VERSIONS = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
+SEED, RANK, ALPHA = 7, 4, 6              # alpha / rank = 1.5: neither 1 nor alpha, so a forgotten scale shows
+LENGTHS = (9, 160)  # of the scored sequences; 160 turns the rotary angles many times round
+PROMPT_LENGTHS, NEW_TOKENS = (3, 7, 12), 12
+
+
+def rounded(x):
+    """Nested lists of floats with 7 significant digits."""
+    if isinstance(x, torch.Tensor):
+        x = x.tolist()
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.7g}") if isinstance(x, float) else x
+
+
+def load(cls, folder, **changes):
+    return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **changes).eval()
+
+
+def logits_of(model, tokens):
+    """The two last rows in full, and a fingerprint of every row."""
+    logits = model(torch.tensor([tokens])).logits[0]                           # (T, V)
+    return {"tokens": tokens, "last_two": rounded(logits[-2:]), "fingerprints": rounded(fingerprint(logits))}
+
+
+def logprobs_of(model, prompt, continuation, temperature):
+    logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1:-1]
+    logp = (logits / temperature).log_softmax(-1)
+    return rounded(logp.gather(-1, torch.tensor(continuation)[:, None]).squeeze(-1))
+
+
+def greedy_of(model):
+    """Greedy continuations, each prompt alone and uncached; a left-padded batch with a cache must agree."""
+    prompts, out = [sequence(100 + n, n) for n in PROMPT_LENGTHS], []
+    margin = math.inf
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(NEW_TOKENS):
+            top = model(torch.tensor([ids])).logits[0, -1].topk(2)
+            margin = min(margin, float(top.values[0] - top.values[1]))
+            ids.append(int(top.indices[0]))
+        out.append(ids[len(prompt):])
+    assert margin > 0.01, f"a near tie ({margin}): other machines may choose differently; take another seed"
+    widest = max(PROMPT_LENGTHS)
+    padded = torch.tensor([[0] * (widest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (widest - len(p)) + [1] * len(p) for p in prompts])
+    model.generation_config.eos_token_id = None  # as many tokens for every prompt
+    batch = model.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS,
+                           pad_token_id=0, temperature=None, top_p=None, top_k=None)
+    assert batch[:, widest:].tolist() == out, "transformers disagrees with itself"
+    return {"prompts": prompts, "continuations": out, "smallest_margin": rounded(margin)}
+
+
+def causal(folder, tied):
+    config = tiny_config(tied)
+    weights = tiny_weights(config, SEED)
+    model = load(Qwen3ForCausalLM, write_checkpoint(folder / "base", config, weights))
+    sequences = [sequence(20 + n, n) for n in LENGTHS]
+    prompt, continuation = sequence(30, 8), sequence(31, 10)
+    golden = {"versions": VERSIONS, "tied": tied, "seed": SEED, "weights": weights_mark(weights),
+              "logits": [logits_of(model, s) for s in sequences], "greedy": greedy_of(model),
+              "logprobs": {"prompt": prompt, "continuation": continuation,
+                           "at": {str(t): logprobs_of(model, prompt, continuation, t) for t in (1.0, 0.7)}}}
+    adapter = tiny_adapter(config, RANK, SEED + 1)
+    adapted = PeftModel.from_pretrained(model, write_adapter(folder / "adapter", adapter, RANK, ALPHA)).eval()
+    golden["adapter"] = {"rank": RANK, "alpha": ALPHA, "seed": SEED + 1, "weights": weights_mark(adapter),
+                         **logits_of(adapted, sequences[0])}
+    return golden
+
+
+def heads(folder):
+    """The last token's final hidden state (as Qwen3-Embedding is read) and a reward model's score.
+
+    Both say that they are tied, as the small published ones do; no file of theirs has an lm_head.
+    """
+    config, sequences = tiny_config(True), [sequence(50, 5), sequence(51, 11)]
+    weights = tiny_weights(config, SEED, prefix="", head=None)
+    embedder = load(Qwen3Model, write_checkpoint(folder / "embedder", config, weights))
+    last = [embedder(torch.tensor([s])).last_hidden_state[0, -1] for s in sequences]
+    config = tiny_config(True, architectures=["Qwen3ForSequenceClassification"], id2label={"0": "LABEL_0"},
+                         label2id={"LABEL_0": 0})
+    reward = load(Qwen3ForSequenceClassification,
+                  write_checkpoint(folder / "reward", config, tiny_weights(config, SEED, head="score")))
+    scores = [float(reward(torch.tensor([s])).logits[0, 0]) for s in sequences]
+    widest = max(map(len, sequences))
+    padded = torch.tensor([s + [0] * (widest - len(s)) for s in sequences])
+    batch = reward(padded, attention_mask=(padded > 0).long()).logits[:, 0]
+    assert torch.allclose(batch, torch.tensor(scores), atol=1e-5), "transformers disagrees with itself"
+    return {"versions": VERSIONS, "seed": SEED, "sequences": sequences,
+            "last_hidden": [rounded(h) for h in last], "scores": rounded(scores)}
+
+
+def dump(name, golden):
+    """JSON with each list of numbers on one line."""
+    def text(x, indent):
+        if isinstance(x, dict):
+            lines = (f"{indent} {json.dumps(k)}: {text(v, indent + ' ')}" for k, v in x.items())
+            return "{\n" + ",\n".join(lines) + "}"
+        if isinstance(x, list) and x and isinstance(x[0], (list, dict)):
+            return "[" + f",\n{indent} ".join(text(v, indent + " ") for v in x) + "]"
+        return json.dumps(x, separators=(",", ":"))
+    (GOLDEN / name).write_text(text(golden, "") + "\n", encoding="utf-8")
+    print(name, (GOLDEN / name).stat().st_size, "bytes")
+
+
+@torch.no_grad()
+def main():
+    torch.set_num_threads(1)
+    GOLDEN.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for tied, name in ((True, "tied"), (False, "untied")):
+            dump(f"qwen3_{name}.json", causal(Path(folder) / name, tied))
+        dump("qwen3_heads.json", heads(Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A Qwen3 of a few ten thousand random weights with every trap of the family, written as Hugging Face files.
+
+The traps: heads * head_dim is not hidden_size, fewer key/value heads than query heads, norm weights that are
+not 1, tied or untied heads, a long rotary base. The weights come from numpy's generator, so that they are the
+same under every version of torch: tests/golden holds what transformers and PEFT computed from them.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STOP = 5                # the end-of-turn id of the tiny checkpoints; 0 is their pad
+
+
+def tiny_config(tied, **changes):
+    """A config.json (dict) in the layout of the hub's Qwen3 files."""
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 137,
+            "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu",
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000, "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0,
+            "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3,
+            "initializer_range": 0.02, "use_cache": True,
+            "tie_word_embeddings": tied, "torch_dtype": "float32",
+            "bos_token_id": 0, "eos_token_id": STOP, "pad_token_id": 0} | changes
+
+
+def linear_shapes(c):
+    """linear name -> (out, in), the seven of one layer."""
+    q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    return {"self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner)}
+
+
+def draw(rng, shape, low, high):
+    """Uniform floats. Generator.random is numpy's plainest stream, the least likely to change."""
+    return torch.from_numpy((low + (high - low) * rng.random(shape)).astype(np.float32))
+
+
+def tiny_weights(config, seed, prefix="model.", head="lm_head"):
+    """name -> fp32 tensor, in Hugging Face's names.
+
+    prefix "" gives the names of Qwen3-Embedding's files. head: "lm_head" (left out when tied), "score" for a
+    reward model, None for none. Heads are drawn last: the backbone of a seed is the same under each.
+    """
+    rng, weights = np.random.default_rng(seed), {}
+
+    def norm(name, dim):
+        weights[f"{prefix}{name}.weight"] = draw(rng, dim, 0.5, 1.5)
+
+    def linear(name, shape, deviation):
+        edge = deviation * 3 ** 0.5  # of a uniform with that deviation
+        weights[f"{name}.weight"] = draw(rng, shape, -edge, edge)
+
+    matrix = (config["vocab_size"], config["hidden_size"])
+    linear(f"{prefix}embed_tokens", matrix, 0.4)  # 0.4: logits of a deviation near 3 where it is the head
+    for i in range(config["num_hidden_layers"]):
+        for name, dim in (("input_layernorm", matrix[1]), ("post_attention_layernorm", matrix[1]),
+                          ("self_attn.q_norm", config["head_dim"]), ("self_attn.k_norm", config["head_dim"])):
+            norm(f"layers.{i}.{name}", dim)
+        for name, shape in linear_shapes(config).items():
+            linear(f"{prefix}layers.{i}.{name}", shape, 1.5 * shape[1] ** -0.5)  # 1.5: greedy text varies
+    norm("norm", matrix[1])
+    if head == "score":
+        linear("score", (1, matrix[1]), 0.4)
+    elif head == "lm_head" and not config["tie_word_embeddings"]:
+        linear("lm_head", matrix, 0.4)
+    return weights
+
+
+def write_checkpoint(folder, config, weights, shards=1):
+    """config.json, generation_config.json, and model.safetensors or numbered shards and their index.
+
+    Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    # Qwen3's asks for sampling: a greedy comparison has to switch it off.
+    write_json(folder / "generation_config.json",
+               {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [STOP, 0],
+                "pad_token_id": 0, "bos_token_id": 0})
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    place = {n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(weights)}
+    for file in set(place.values()):
+        shard = {n: t for n, t in weights.items() if place[n] == file}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    write_json(folder / "model.safetensors.index.json",
+               {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": place})
+    return folder
+
+
+def tiny_adapter(config, rank, seed):
+    """name -> tensor of a LoRA adapter on all seven linears, in PEFT's names. B is not zero: it shows."""
+    rng, weights = np.random.default_rng(seed), {}
+    for i in range(config["num_hidden_layers"]):
+        for name, (out, inside) in linear_shapes(config).items():
+            place = f"base_model.model.model.layers.{i}.{name}"
+            weights[f"{place}.lora_A.weight"] = draw(rng, (rank, inside), -0.2, 0.2)
+            weights[f"{place}.lora_B.weight"] = draw(rng, (out, rank), -0.2, 0.2)
+    return weights
+
+
+def write_adapter(folder, weights, rank, alpha, **changes):
+    """adapter_config.json (its lasting fields) and adapter_model.safetensors. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "adapter_config.json",
+               {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": rank,
+                "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+                "target_modules": list(LINEARS), "modules_to_save": None,
+                "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+                "inference_mode": True} | changes)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def sequence(seed, length, vocab=137):
+    """A list of token ids, none of them the pad or the stop id."""
+    return (6 + np.floor(np.random.default_rng(seed).random(length) * (vocab - 6))).astype(int).tolist()
+
+
+def fingerprint(x):
+    """One number per row of x (..., V): sum of x[v] sin(v + 1). Stands for rows too long to be kept."""
+    return (x.double() * torch.arange(1, x.shape[-1] + 1).double().sin()).sum(-1)
+
+
+def weights_mark(weights):
+    """One number for a whole checkpoint: it differs when this file, or numpy's generator, has changed."""
+    return float(f"{sum(float(fingerprint(t.flatten())) for t in weights.values()):.7g}")
