@@ -569,7 +569,7 @@ def make_records(s, posts, samples, texts, reward):
     embeddings = s.embedder(texts)
     spread, vectors, records = diversity(embeddings).tolist(), embeddings.cpu().numpy(), []
     if not s.domain.voices:
-        rewards = [r.tolist() for r in reward(posts, texts)]
+        rewards = reward(posts, texts)
         people = reward(posts, [p.replies for p in posts])
     for i, post in enumerate(posts):
         record = {"id": post.id, "post": post.post, "drafts": texts[i], "finished": samples.finished[i],

@@ -126,7 +126,7 @@ def policy_loss(logp, old_logp, advantages, *, denominator, clip_low=0.2, clip_h
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Rewards: called with posts and their drafts, P lists of k texts -> (P, k) fp32 on the CPU
+# Rewards: called with P posts and, for each, a list of texts -> for each a list of floats
 
 class ReaderReward:
     """1 when the draft is right in the voice of this post's reader, who is drawn by popularity anew at every step."""
@@ -136,7 +136,7 @@ class ReaderReward:
 
     def __call__(self, posts, drafts, step):
         readers = [self.domain.reader(p, random.Random(seed_of(self.seed, "reader", step, p.id))) for p in posts]
-        return torch.tensor([[float(v in self.domain.voices_of(p, t)) for t in ts] for p, v, ts in zip(posts, readers, drafts)])
+        return [[float(v in self.domain.voices_of(p, t)) for t in ts] for p, v, ts in zip(posts, readers, drafts)]
 
 
 class RelevanceReward:
@@ -149,11 +149,11 @@ class RelevanceReward:
 
     def __call__(self, posts, drafts, step=0):
         out = []
-        for post, texts in zip(posts, drafts):                                 # lists may differ in length between posts
+        for post, texts in zip(posts, drafts):
             e = self.embedder([[post.post, *texts]])[0]
             relevance = ((1 + e[1:] @ e[0]) / 2).tolist()
             out.append([r * self.form(post.post, t) for r, t in zip(relevance, texts)])
-        return torch.tensor(out)
+        return out
 
     @staticmethod
     def form(post, text):
@@ -183,7 +183,7 @@ class ModelReward:
             tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in some], batch_first=True)
             scores += self.values(tokens.to(self.model.device), lengths.to(self.model.device)).tolist()
         flat = iter(scores)
-        return torch.tensor([[next(flat) for _ in ts] for ts in drafts])
+        return [[next(flat) for _ in ts] for ts in drafts]
 
     def values(self, tokens, lengths):
         return self.model.score(tokens, lengths)
@@ -221,6 +221,9 @@ def make_reward(name, s):
     if not s.args.reward_model:
         raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
     model = load_model(s.args.reward_model, s.args, s.ranks.device)
+    if not (model.has_score if name == "model" else model.has_logits):
+        raise InputError(f"--reward-model {s.args.reward_model} has no {'scalar head (score.weight)' if name == 'model' else 'token head'}"
+                         f": --reward {name} needs one")
     return {"model": ModelReward, "judge": JudgeReward}[name](model, data.load_tokenizer(s.args.reward_model), s.domain)
 
 
@@ -254,7 +257,7 @@ def rollout(s, step, tally):
     indices = batch_indices(len(s.posts), a.batch, step // a.updates, a.seed)
     mine = indices[s.ranks.rank::s.ranks.world]
     prompts, samples, texts = s.write(mine, step, a.k)
-    rewards = s.reward([s.posts[i] for i in mine], texts, step)
+    rewards = torch.tensor(s.reward([s.posts[i] for i in mine], texts, step))
     quality = s.quality(a.gate, mine, prompts, samples, texts)
     embeddings = s.embedder(texts).cpu() if s.embedder is not None else None
     advantages = advantages_of(a, rewards, embeddings, quality).flatten().to(s.ranks.device)

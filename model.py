@@ -187,7 +187,7 @@ class Qwen3(nn.Module):
     def __init__(self, config, *, lm_head=True, score_head=False):
         super().__init__()
         self.config, self.model, self.vocab = config, Backbone(config), config.vocab_size
-        self.has_logits = lm_head or config.tie_word_embeddings
+        self.has_logits, self.has_score = lm_head or config.tie_word_embeddings, score_head
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if score_head:
@@ -240,10 +240,9 @@ class Qwen3(nn.Module):
 
     def score(self, tokens, lengths):
         """A reward model's scalar (B,) in fp32 at the last attended token (Qwen3ForSequenceClassification, one label)."""
-        head = self._modules.get("score")
-        if head is None:
+        if not self.has_score:
             raise InputError("this checkpoint has no scalar head (score.weight): give a reward model")
-        return head(self.last_hidden(tokens, lengths)).float().squeeze(-1)
+        return self._modules["score"](self.last_hidden(tokens, lengths)).float().squeeze(-1)
 
     @classmethod
     def from_pretrained(cls, path, *, revision=None, device=None, dtype=None):
@@ -260,7 +259,7 @@ class Qwen3(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         shards, size = [{}], 0
-        bare = not self.has_logits and "score" not in self._modules            # an embedder: its names lack `model.`
+        bare = not self.has_logits and not self.has_score                      # an embedder: its names lack `model.`
         for name, tensor in self.state_dict().items():
             name = name.removeprefix("model.") if bare else name
             if size and size + tensor.nbytes > shard_bytes:

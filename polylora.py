@@ -389,8 +389,11 @@ class Run:
                 raise InputError(f"{self.folder} holds an unfinished run: add --resume to go on, or choose another --out")
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(f"{self.folder} exists and holds no run of this program: choose another --out")
-        ranks.barrier()                                                        # all have looked before one writes
-        if ranks.main and not self.done:
+
+    def begin(self):
+        """Write the configuration: once everything was read and found right, so that a mistake leaves nothing behind."""
+        self.ranks.barrier()                                                   # all have looked before one writes
+        if self.ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self.config)
 
@@ -446,6 +449,7 @@ def train(s, params, step_fn, names):
     """The loop of every phase. step_fn(step) leaves this rank's share of the gradients on `params` and returns a Tally;
     `names` are the means to log. Clipping comes after the sum over ranks; a gradient that is not finite stops the run."""
     a, ranks, run = s.args, s.ranks, s.run
+    run.begin()
     optimizer = torch.optim.AdamW(params, lr=a.lr, betas=(0.9, a.beta2), weight_decay=a.weight_decay, fused=True)
     first, began, tokens = run.restore(params, optimizer), time.perf_counter(), 0
     bar = tqdm(range(first, a.steps), initial=first, total=a.steps, desc=run.folder.name, unit="step", disable=not ranks.main,

@@ -1,0 +1,200 @@
+"""The whole chain through the programs' own mains, on a tweets file and a checkpoint written here; wrong input; train.sh."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import grpo
+import polylora
+from model import Config, Qwen3
+
+ROOT = Path(__file__).resolve().parent.parent
+QWEN_TOKENIZER = ROOT.parent / "shared" / "qwen3_tokenizer"
+TOPICS = ("kettle", "bus", "lecture", "garden", "match", "storm")
+
+
+def write_tweets(path, count=30):
+    """Tweets in the layout of a scraped file: one reply a line, several lines a tweet, fields nobody reads."""
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(count):
+            for likes, reply in enumerate((f"Poor {TOPICS[i % 6]}, I feel you", f"Number {i}? Tell us more!")):
+                f.write(json.dumps({"tweet_id": 1000 + i, "tweet": f"My {TOPICS[i % 6]} let me down, part {i}", "reply": reply,
+                                    "reply_likes": likes, "reply_author": "someone"}) + "\n")
+
+
+def write_model(folder, tokenizer=None):
+    """A random Qwen3 of two layers with a tokenizer: Qwen3's own, or a small one trained on the tweets' words."""
+    if tokenizer is None:
+        tokenizer = data.train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
+    torch.manual_seed(3)
+    rows = tokenizer.get_vocab_size() + 7                                      # padding rows, as Qwen3 has
+    model = Qwen3(Config(rows, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True))
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """{"model", "sft", "grpo", "eval", "lora": a finished SFT run}: what most tests start from."""
+    root = tmp_path_factory.mktemp("world")
+    write_tweets(root / "tweets.jsonl")
+    assert data.main(["split", "--data", str(root / "tweets.jsonl"), "--sizes", "sft=12,grpo=10,eval=6", "--out", str(root)]) == 0
+    paths = {name: str(root / f"{name}.jsonl") for name in ("sft", "grpo", "eval")}
+    paths |= {"model": str(write_model(root / "model")), "lora": str(root / "lora"), "root": root}
+    assert polylora.main(sft_args(paths, "lora")) == 0
+    return paths
+
+
+def sft_args(world, out, *more):
+    return ["sft", "--model", world["model"], "--data", world["sft"], "--out", str(Path(world["sft"]).parent / out), "--steps", "2",
+            "--batch", "4", "--k", "3", "--draft-posts", "2", "--max-new-tokens", "5", "--rank", "2", *more]
+
+
+def grpo_args(world, out, *more):
+    return ["--start", world["lora"], "--data", world["grpo"], "--out", str(Path(world["grpo"]).parent / out), "--steps", "2",
+            "--batch", "2", "--k", "4", "--max-new-tokens", "5", *more]
+
+
+def lines(folder):
+    return [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def chain(world, root, capsys):
+    assert polylora.main(sft_args(world, "poly", "--lambda", "0.3", "--gate", "likelihood")) == 0
+    assert grpo.main(grpo_args(world, "ours", "--start", str(root / "poly"), "--diversity-weight", "1", "--gate", "likelihood",
+                               "--beta", "0.04", "--updates", "2")) == 0
+    assert evaluate.main(["measure", str(root / "poly"), str(root / "ours"), "--bare", str(root / "bare"), "--data", world["eval"],
+                          "--n", "10", "--max-new-tokens", "5"]) == 0
+    runs = [str(root / r) for r in ("bare", "poly", "ours")]
+    assert evaluate.main(["report", *runs, "--out", str(root / "report"), "--against", "poly"]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["drafts", str(root / "ours"), "My kettle sings", "--k", "3", "--max-new-tokens", "5"]) == 0
+    shown = capsys.readouterr().out.strip().splitlines()
+    assert shown[0].startswith("1. ") and 1 <= sum(x[:2] in ("1.", "2.", "3.") for x in shown) <= 3
+
+
+def test_the_chain_from_tweets_to_report(world, capsys):
+    """SFT with D, GRPO with KL, diversity and two updates a rollout, measuring, report, drafts: on real-layout posts."""
+    root = world["root"]
+    chain(world, root, capsys)
+    report = json.loads((root / "report" / "report.json").read_text())
+    assert set(report["arms"]) == {"base", "poly", "ours"}
+    for picture in ("pass_at_k.svg", "quality_diversity.svg"):
+        ElementTree.parse(root / "report" / picture)
+    for run in ("poly", "ours"):
+        *steps, end = [x for x in lines(root / run) if x.get("stage") != "measure"]
+        assert [x["step"] for x in steps] == [1, 2] and end["event"] == "end"
+        assert end["peak_bytes"] > 1e6 and end["tokens_per_second"] > 0
+        assert all(x["D"] > 0 for x in steps if "D" in x) and "D" in steps[0]
+    assert "kl" in lines(root / "ours")[0]
+    moved = [torch.equal(a, b) for a, b in zip(*(list(adapter_of(root / r).values()) for r in ("poly", "ours")))]
+    assert not all(moved)
+
+
+def adapter_of(run):
+    from safetensors.torch import load_file
+    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.skipif(not QWEN_TOKENIZER.exists(), reason="Qwen3's tokenizer.json is not beside the repository")
+def test_the_chain_with_qwen3s_own_tokenizer(world, tmp_path, capsys):
+    """151,669 tokens and their padding rows through every stage."""
+    other = world | {"model": str(write_model(tmp_path / "model", data.load_tokenizer(QWEN_TOKENIZER)))}
+    for name in ("sft", "grpo", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(Path(world[name]).read_text())
+        other[name] = str(tmp_path / f"{name}.jsonl")
+    chain(other, tmp_path, capsys)
+
+
+def test_lambda_and_seed_change_the_adapter_and_resume_does_not(world):
+    """D reaches the weights (lambda 0 and 0.5 differ), the same command gives the same bits, another seed does not."""
+    same, other, again = "t-lam", "t-lam2", "t-plain"
+    assert polylora.main(sft_args(world, same, "--lambda", "0.5")) == 0
+    assert polylora.main(sft_args(world, other, "--lambda", "0.5", "--seed", "2")) == 0
+    assert polylora.main(sft_args(world, again)) == 0
+    plain, lam, lam2, lora = (adapter_of(Path(world["root"]) / r) for r in (again, same, other, "lora"))
+    assert all(torch.equal(plain[n], lora[n]) for n in plain)
+    assert any(not torch.equal(plain[n], lam[n]) for n in plain)
+    assert any(not torch.equal(lam2[n], lam[n]) for n in lam)
+
+
+def digest(folder):
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def wrong_commands(w):
+    """name -> (main, arguments, a word of the sentence)."""
+    root, bad = w["root"], w["root"] / "bad.jsonl"
+    bad.write_text('{"post": "fine", "reply": "fine"}\n{"post": "no reply"}\n')
+    sft, rl = (lambda *a: (polylora.main, sft_args(w, "never", *a))), (lambda *a: (grpo.main, grpo_args(w, "never", *a)))
+    return {
+        "no such model": (*sft("--model", str(root / "nothing")), "nothing"),
+        "no such file": (*sft("--data", str(root / "none.jsonl")), "none.jsonl"),
+        "bad line": (*sft("--data", str(bad)), "line 2"),
+        "lambda with k = 1": (*sft("--lambda", "1", "--k", "1"), "--k 2"),
+        "negative lambda": (*sft("--lambda", "-1"), "--lambda"),
+        "unknown domain": (*sft("--domain", "poetry"), "poetry"),
+        "domain that does not fit": (*sft("--domain", "pocket"), "pocket"),
+        "no verifier": (*sft("--lambda", "1", "--gate", "verifier"), "verifier"),
+        "unknown layer": (*sft("--targets", "lm_head"), "lm_head"),
+        "rank 0": (*sft("--rank", "0"), "rank"),
+        "set size above k": (*rl("--advantage", "passk", "--set-size", "4"), "--set-size"),
+        "one draft": (*rl("--k", "1"), "--k 1"),
+        "no start": (*rl("--start", str(root / "nothing")), "nothing"),
+        "no reward model": (*rl("--reward", "judge"), "--reward-model"),
+        "reader without voices": (*rl("--reward", "reader"), "reader"),
+        "reward model without a head": (*rl("--reward", "model", "--reward-model", w["model"]), "score"),
+        "adapter of another model": (*rl("--model", str(root / "other")), "adapter"),
+        "another configuration": (polylora.main, sft_args(w, "lora", "--lr", "0.5"), "lr"),
+        "a folder of something else": (polylora.main, sft_args(w, "model"), "model"),
+        "k above n": (evaluate.main, ["measure", w["lora"], "--data", w["eval"], "--n", "5"], "--n 5"),
+        "measuring no run": (evaluate.main, ["measure", str(root / "model"), "--data", w["eval"]], "adapter"),
+        "drafts of no run": (evaluate.main, ["drafts", str(root / "nothing"), "hello"], "nothing"),
+        "drafts for nothing": (evaluate.main, ["drafts", w["lora"], "  "], "empty"),
+        "report of no run": (evaluate.main, ["report", str(root / "nothing"), "--out", str(root / "never")], "nothing"),
+        "sizes": (data.main, ["split", "--data", w["sft"], "--sizes", "a=9,b=9", "--out", str(root / "never")], "12"),
+        "split without sizes": (data.main, ["split", "--data", w["sft"], "--sizes", "a", "--out", str(root / "never")], "--sizes"),
+    }
+
+
+@pytest.fixture(scope="module")
+def other_model(world):
+    torch.manual_seed(0)
+    tokenizer = data.load_tokenizer(world["model"])
+    Qwen3(Config(tokenizer.get_vocab_size(), 48, 64, 2, 4, 2, 16, tie_word_embeddings=True)).save_pretrained(world["root"] / "other")
+    tokenizer.save(str(world["root"] / "other" / "tokenizer.json"))
+
+
+def test_wrong_input_gives_one_sentence_and_code_2(world, other_model, capsys):
+    """Every wrong input: exit code 2, one line that names the place, no traceback, and not a byte changed on disk."""
+    for name, (main, args, word) in wrong_commands(world).items():
+        before = digest(world["root"])
+        capsys.readouterr()
+        assert main(args) == 2, name
+        said = capsys.readouterr().err.strip().splitlines()
+        assert said[-1].startswith("error: ") and word in said[-1] and "Traceback" not in " ".join(said), (name, said)
+        assert sum(x.startswith("error: ") for x in said) == 1, (name, said)
+        assert digest(world["root"]) == before, name
+
+
+def test_unknown_flags_and_help_exit_as_programs_do():
+    for main in (polylora.main, grpo.main, evaluate.main, data.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--no-such-flag"])
+        assert stop.value.code == 2
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0
