@@ -496,13 +496,13 @@ class Domain:
 
     A draft is right in a voice when it is the post's reply in that voice, letter case, punctuation and spacing aside
     (normalise). `popularity` is whom SFT pairs and GRPO rewards come from, long-tailed over the voices in the order of the
-    file; `tastes`, flatter, whom evaluation asks.
+    file; `tastes`, even, whom evaluation asks: the reader who picks may like any voice.
     """
     name = "voices"
 
     def __init__(self, posts):
         self.voices = posts[0].voices if posts else ()
-        self.popularity, self.tastes = long_tail(self.voices, 1.5), long_tail(self.voices, 0.25)
+        self.popularity, self.tastes = long_tail(self.voices, 1.5), long_tail(self.voices, 0.0)
 
     def messages(self, post):
         return [{"role": "user", "content": post.post}]

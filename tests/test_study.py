@@ -198,3 +198,38 @@ def test_unknown_flags_and_help_exit_as_programs_do():
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
         assert stop.value.code == 0
+
+
+def launch(tmp_path, *command):
+    """Run a launch of train.sh as typed, in the repository, with everything it writes in tmp_path."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    small = ["--posts", "10", "--steps", "2", "--base-steps", "3", "--seeds", "7", "--out", str(tmp_path / "study")]
+    return subprocess.run([*command, *small], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
+
+def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp_path):
+    """`torchrun --nproc-per-node=2 train.sh` makes the report from nothing; `bash train.sh` then has nothing left to do."""
+    first = launch(tmp_path, "torchrun", "--standalone", "--nproc-per-node=2", "train.sh")
+    assert first.returncode == 0, first.stderr[-3000:]
+    report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
+    assert list(report["arms"]) == ["base", "lora", "poly", "lora-grpo", "lora-passk", "poly-grpo"]
+    assert "pass@10" in first.stdout and report["differences"]["poly-grpo"]["stances"]
+    ends = [x for x in lines(tmp_path / "study" / "seed7" / "poly-grpo") if x.get("event") == "end"]
+    assert [x["stage"] for x in ends] == ["grpo", "measure"] and all(x["ranks"] == 2 for x in ends)
+    before = digest(tmp_path / "study" / "seed7")
+    again = launch(tmp_path, "bash", "train.sh")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("done already") == 6 and digest(tmp_path / "study" / "seed7") == before
+
+
+@pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
+                                             (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value")])
+def test_train_sh_refuses_wrong_arguments(arguments, word):
+    ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_train_sh_help():
+    ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0 and "--lambda" in ran.stdout
