@@ -18,8 +18,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --lambda X         weight of D in the polychromic SFT phase
   --weight X         weight of D in the polychromic GRPO phase
   --posts N          posts of each phase (default: 1000; with --model 2500)
-  --steps N          optimizer steps of SFT and GRPO each (default: 120 and 100; with --model one pass over the posts)
-  --base-steps N     optimizer steps that make the small base (default: 500)
+  --steps N          optimizer steps of SFT and GRPO each (default: 120; with --model one pass over the posts)
+  --base-steps N     optimizer steps that make the small base (default: 400; with --data 1200)
   --reward NAME      reward of GRPO with --model: auto, relevance, model, judge (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
   --embedder NAME    what embeds drafts for D: base, or a Qwen3-Embedding folder or hub name (default: base)
@@ -31,7 +31,7 @@ END
 
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
-model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" reward=auto reward_model="" embedder=base jobs="" base_steps=500
+model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" reward=auto reward_model="" embedder=base jobs="" base_steps=""
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -49,12 +49,13 @@ done
 # Settings. Those of the small worlds were chosen on seeds 101 to 103, which no report uses.
 name="$(basename "${data:-pocket}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
-  seeds="${seeds:-1 2}"; posts="${posts:-1000}"; lambda="${lambda:-4}"; weight="${weight:-2}"
-  sizes="base=$(( posts * 6 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
-  small=(--lr 3e-3 --beta2 0.98 --warmup 20 --noise 0.2 --micro-tokens 1024)
+  seeds="${seeds:-1 2}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-1}"
+  sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
+  if [[ -z "$data" ]]; then base_steps="${base_steps:-400}" noise=0.2; else base_steps="${base_steps:-1200}" noise=0.1; fi
+  small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32)
   sft=(--lr 2e-3 --batch 32 --steps "${steps:-120}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
-  grpo=(--lr 1e-3 --batch 16 --steps "${steps:-100}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
+  grpo=(--lr 1e-3 --batch 16 --steps "${steps:-120}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
   gate=verifier; length=24
   # One thread a process: on a machine without a GPU two busy processes of two threads each wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; passk=passk
@@ -77,7 +78,7 @@ run() { local room="$1"; shift; python "$here/$room.py" "$@"; }
 run data split --data "${data:-pocket}" --sizes "$sizes" --seed 0 --out "$out/data"
 base="$model"
 if [[ -z "$model" ]]; then
-  run polylora base --data "$out/data/base.jsonl" --out "$out/base" --seed 0 --resume --steps "$base_steps" "${small[@]}"
+  OMP_NUM_THREADS="$jobs" run polylora base --data "$out/data/base.jsonl" --out "$out/base" --seed 0 --resume --steps "$base_steps" "${small[@]}"
   base="$out/base/model"
 fi
 
