@@ -547,7 +547,7 @@ def measured(run, settings):
 def measure_run(s, run, settings, reward):
     """evaluation.json and a line in metrics.jsonl for the model as it stands; posts are dealt to the ranks."""
     began, a = time.perf_counter(), s.args
-    mine = list(range(len(s.posts)))[s.ranks.rank::s.ranks.world]
+    mine = s.deal(list(range(len(s.posts))))
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not s.ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
         _, samples, texts = s.write(mine, 0, a.n, progress=bar.update)

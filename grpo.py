@@ -255,7 +255,7 @@ def rollout(s, step, tally):
     flat over reply tokens, and the step's global token count."""
     a = s.args
     indices = batch_indices(len(s.posts), a.batch, step // a.updates, a.seed)
-    mine = indices[s.ranks.rank::s.ranks.world]
+    mine = s.deal(indices)
     prompts, samples, texts = s.write(mine, step, a.k)
     rewards = torch.tensor(s.reward([s.posts[i] for i in mine], texts, step))
     quality = s.quality(a.gate, mine, prompts, samples, texts)

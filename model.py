@@ -549,7 +549,7 @@ class Decoder:
         self.draft = torch.arange(k, **new).repeat(places, 1)                  # (P, k): the draft each row writes
         self.newest = torch.zeros(places, k, dtype=torch.long, **new)
         self.waiting, self.idle = list(range(len(prompts))), list(range(places))
-        self.left = [0] * places               # tokens each place may still write: on the host, so nobody waits for it
+        self.left = [math.inf] * places        # tokens each place may still write: on the host, so nobody waits for it
 
     def refill(self):
         """Idle places take the next prompts: one prefill, then the first token of every draft from its last logits."""
@@ -580,6 +580,8 @@ class Decoder:
         writing = ~self.stopped[self.post, self.draft].cpu() & (torch.tensor(self.left) > 0)[:, None]   # (P, k)
         writing[self.idle] = False
         self.idle = (~writing.any(1)).nonzero().flatten().tolist()
+        for place in self.idle:
+            self.left[place] = math.inf                                        # never due for a look
         rows, widest = writing.any(1).nonzero().flatten(), int(writing.sum(1).max())
         if not self.waiting and 0 < 2 * len(rows) * widest <= writing.numel():
             # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished ones first.

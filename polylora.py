@@ -426,9 +426,9 @@ class Run:
                 p.data.copy_(f.get_tensor(f"{i}.value"))
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if optimizer.defaults["fused"] else "cpu"),
                                       **{n: f.get_tensor(f"{i}.{n}").to(p.device) for n in ("exp_avg", "exp_avg_sq")}}
-        if self.ranks.main and (self.folder / "metrics.jsonl").exists():
-            lines = [x for x in (self.folder / "metrics.jsonl").read_text().splitlines() if json.loads(x)["step"] <= step]
-            (self.folder / "metrics.jsonl").write_text("".join(x + "\n" for x in lines))
+        log = self.folder / "metrics.jsonl"
+        if self.ranks.main and log.exists():           # every step logged one line; a kill may have torn a later one
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[:step]))
         return step
 
     def finish(self, summary):
@@ -527,9 +527,15 @@ class Session:
     def load_model(self):
         a = self.args
         self.tokenizer = data.load_tokenizer(a.model, revision=a.revision)
-        self.model = load_model(a.model, a, self.ranks.device)
+        self.model = load_model(a.model, a, self.ranks.device, a.revision)
         self.model.vocab = min(self.model.vocab, self.tokenizer.get_vocab_size())    # rows above are padding
         self.stops = data.stop_ids(self.tokenizer)
+
+    def deal(self, items):
+        """This rank's share. Each rank needs at least one, since all take part in every step."""
+        if len(items) < self.ranks.world:
+            raise InputError(f"{len(items)} posts cannot be dealt to {self.ranks.world} ranks: raise --batch, or start fewer ranks")
+        return items[self.ranks.rank::self.ranks.world]
 
     def prompt(self, index):
         return data.encode_prompt(self.tokenizer, self.domain.messages(self.posts[index]))
@@ -540,8 +546,7 @@ class Session:
         if a.embedder == "base":
             self.embedder = Embedder(self.model, self.tokenizer, corpus=corpus)
         else:
-            model = load_model(a.embedder, a, self.ranks.device)
-            self.embedder = Embedder(model, data.load_tokenizer(a.embedder), pooling="last")
+            self.embedder = Embedder(load_model(a.embedder, a, self.ranks.device), data.load_tokenizer(a.embedder), pooling="last")
 
     def write(self, indices, step, k, progress=None):
         """k drafts for each of the posts `indices` -> (prompts, Samples, texts). Each draft's random numbers are a function
@@ -570,10 +575,10 @@ class Session:
         return (total / count).exp().view(len(indices), -1)
 
 
-def load_model(path, args, device):
+def load_model(path, args, device, revision=None):
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32,
              "bfloat16": torch.bfloat16}[args.dtype]
-    model = Qwen3.from_pretrained(path, revision=args.revision, device=device, dtype=dtype)
+    model = Qwen3.from_pretrained(path, revision=revision, device=device, dtype=dtype)
     model.checkpointing = getattr(args, "checkpointing", False)
     return model
 

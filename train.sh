@@ -59,7 +59,7 @@ if [[ -z "$model" ]]; then
   gate=verifier; length=24
   # One thread a process: on a machine without a GPU two busy processes of two threads each wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; passk=passk
-  jobs="${jobs:-$(( $(nproc 2>/dev/null || echo 1) / WORLD_SIZE ))}"
+  jobs="${jobs:-$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE ))}"
 else
   seeds="${seeds:-1}"; posts="${posts:-2500}"; lambda="${lambda:-0.3}"; weight="${weight:-1}"; jobs=1
   sizes="sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))"
