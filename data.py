@@ -82,15 +82,15 @@ def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
 def parse_line(line, number, max_chars):
     """One JSON line -> Post; ValueError says what is wrong with it."""
     try:
-        d = json.loads(line.decode("utf-8"))
+        d = json.loads(line.decode("utf-8-sig"))                               # some editors start a file with a mark
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):                                       # ValueError: a number of 5,000 digits, too
         raise ValueError("not JSON") from None
     if not isinstance(d, dict):
         raise ValueError("not a JSON object")
-    post = d.get("post", d.get("tweet"))
-    replies = d.get("replies", d.get("reply"))
+    post = d.get("tweet") if d.get("post") is None else d["post"]              # a field may be there and be null
+    replies = d.get("reply") if d.get("replies") is None else d["replies"]
     if not isinstance(post, str) or not post.strip():
         raise ValueError('no "post" (or "tweet") text')
     voices = tuple(replies) if isinstance(replies, dict) else ()
@@ -103,8 +103,14 @@ def parse_line(line, number, max_chars):
         raise ValueError(f"a text of more than {max_chars:,} characters")
     if not normalise(post):
         raise ValueError("the post has no letter or digit")
-    name = d.get("id", d.get("tweet_id", f"line-{number}"))
-    return Post(str(name), post.strip(), tuple(r.strip() for r in replies), voices, str(d.get("intent", "")))
+    if voices and not all(map(normalise, replies)):                            # an empty draft would be right in that voice
+        raise ValueError("a reply in a voice has no letter or digit")
+    name, intent = str(d.get("id", d.get("tweet_id", f"line-{number}"))), str(d.get("intent", ""))
+    try:
+        "".join((name, post, intent, *replies, *voices)).encode("utf-8")
+    except UnicodeEncodeError:                                                 # neither a file nor the tokenizer takes it
+        raise ValueError("half a character (an escape like \\ud83d without its pair)") from None
+    return Post(name, post.strip(), tuple(r.strip() for r in replies), voices, intent)
 
 
 def merge(posts, post):
@@ -195,7 +201,7 @@ def stop_ids(tokenizer):
 
 def harmless(text):
     """A person's text with its control strings broken: somebody who types <|im_end|> must not end a turn."""
-    return re.sub(r"<(\|\w+\||/?think)>", "<\u200b\\1>", text)
+    return re.sub(r"<(\|\w+\||/?(?:think|tool_call|tool_response))>", "<\u200b\\1>", text)
 
 
 def encode_prompt(tokenizer, messages):
@@ -312,7 +318,7 @@ POSTS = {
         "trouble": "{my|our} [n] {is ill|hurt a leg|ran off|will not eat} {again|today|and I feel awful}",
         "advice": "how do I {get|teach|train} {my|a} [n] to {sleep at night|stay calm|come when called}",
         "pride": "{my|our} [n] {learned|has learned} {a trick|its name|to wait} {at last|all by itself|today}",
-        "plan": "{next week|tomorrow|soon} {I|we} {pick up|will meet|are getting} {a|our new} [n]",
+        "plan": "{next week|tomorrow|soon} {I|we} {pick up|will meet|will get} {a|our new} [n]",
         "memory": "{thinking of|I still miss|I often dream of} the [n] {I grew up with|we had|from my childhood}",
     },
     "dish": {
@@ -320,7 +326,7 @@ POSTS = {
         "trouble": "{my|the} [n] {burned|fell on the floor|tastes of nothing|is a disaster} {again|tonight|once more}",
         "advice": "what do I {add to|put in|serve with} a [n] {to make it better|for six people|so it is not dull}",
         "pride": "{I|we} {made|cooked} a [n] from {nothing|scratch} and {it was perfect|everybody had seconds|the plates came back empty}",
-        "plan": "{tonight|on Sunday|this weekend} {I|we} {will try|are going to make|cook} a [n] {for friends|for ten|for the first time}",
+        "plan": "{tonight|on Sunday|this weekend} {I|we} {will try|will make|cook} a [n] {for friends|for ten|for the first time}",
         "memory": "{nothing tastes like|I still remember|I miss} the [n] {my grandmother made|of my childhood|we had at home}",
     },
     "music": {
@@ -518,7 +524,7 @@ class Domain:
     def voices_of(self, post, draft):
         """The verifier: the voices in which the draft is right, () when it is wrong."""
         said = normalise(draft)
-        return tuple(v for v, r in zip(post.voices, post.replies) if normalise(r) == said)
+        return tuple(v for v, r in zip(post.voices, post.replies) if said and normalise(r) == said)
 
     def noisy_reply(self, post, others, rng, noise):
         """What an unreliable base is taught: with probability `noise` a reply to another post, else a right one, in a voice
@@ -571,7 +577,7 @@ def is_scene(intent):
 
 def make_domain(name, posts):
     """The domain called `name` for these posts; auto: pocket, voices or replies, by what the posts hold."""
-    voiced = all(p.voices and p.voices == posts[0].voices for p in posts)
+    voiced = all(p.voices and set(p.voices) == set(posts[0].voices) for p in posts)   # in any order: the first post's counts
     scenes = voiced and all(is_scene(p.intent) and set(p.voices) == set(VOICES) for p in posts)
     if name == "auto":
         name = "pocket" if scenes else "voices" if voiced else "replies"
@@ -640,14 +646,19 @@ def parser():
     return p
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
+def command(parser, argv=None):
+    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input was wrong."""
+    args = parser.parse_args(argv)
     try:
         args.run(args)
         return 0
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+
+
+def main(argv=None):
+    return command(parser(), argv)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 from grpo import REWARDS, make_reward
 from model import InputError, read_json
-from polylora import Session, command, diversity, drop_lora, load_adapter, peak_bytes
+from polylora import Session, diversity, drop_lora, load_adapter, peak_bytes
 
 KS = (1, 3, 5, 10)  # the k of Pass@k in every table and picture
 
@@ -679,7 +679,7 @@ def parser():
 
 def main(argv=None):
     """Command line; returns the exit code: 0, or 2 after wrong input, said in one line on stderr."""
-    return command(parser(), argv)
+    return data.command(parser(), argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 import data
 from model import InputError, read_json, token_logprobs
-from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_indices, command, common_flags, diversity,
+from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_indices, check_common, common_flags, diversity,
                       diversity_advantages, draft_flags, frozen_copy, load_adapter, load_model, pair_distances,
                       save_adapter, seed_of, train)
 
@@ -332,6 +332,7 @@ def run_grpo(args):
 
 def check_grpo(a):
     """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags before anything is loaded."""
+    check_common(a)
     start = Path(a.start)
     start = start / "adapter" if (start / "adapter").is_dir() else start
     if not (start / "adapter_config.json").exists():
@@ -375,7 +376,7 @@ def parser():
 
 
 def main(argv=None):
-    return command(parser(), argv)
+    return data.command(parser(), argv)
 
 
 if __name__ == "__main__":

@@ -305,10 +305,10 @@ def read_json(path):
         raise InputError(f"{path} is not valid JSON ({e})") from None
 
 
-def read_tensors(folder, device="cpu", dtype=None):
-    """name -> tensor from model.safetensors, or from every shard its index names."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors"):
+    """name -> tensor from `file`, or from every shard its index names."""
+    index = folder / f"{file}.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [file]
     tensors = {}
     for file in files:
         if not (folder / file).exists():
@@ -627,6 +627,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
         if decoder.waiting and len(decoder.idle) >= max(1, places // 4):       # a few at a time: prefills batch well
             before = len(decoder.waiting)
             decoder.refill()
+            writing = True                                                     # the newcomers, if nobody else
             if progress:
                 progress(before - len(decoder.waiting))
         elif writing:

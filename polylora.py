@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -83,7 +83,7 @@ def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0):
     if unknown or not targets:
         raise InputError(f"LoRA target {min(unknown, default='')!r} is no linear layer of Qwen3: choose from {', '.join(LINEARS)}")
     if rank < 1:
-        raise InputError(f"LoRA rank is {rank}: at least 1")
+        raise InputError(f"the LoRA rank is {rank}: it must be at least 1")
     if lora_layers(model):
         raise InputError("the model has LoRA layers already: merge them or load into them")
     model.requires_grad_(False)
@@ -95,6 +95,7 @@ def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0):
         with torch.no_grad():
             layer.lora_A.weight.copy_(start)
             layer.lora_B.weight.zero_()
+        layer.train(linear.training)                   # a new module trains: dropout would then make answers noisy
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model
@@ -160,9 +161,9 @@ def load_adapter(model, folder, *, dropout=None):
             raise InputError(f"{folder}/adapter_config.json sets {key}: only plain LoRA is implemented")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise InputError(f"{folder}/adapter_config.json is not a plain LoRA adapter's")
-    if not (folder / "adapter_model.safetensors").exists():
-        raise InputError(f"{folder}/adapter_model.safetensors is missing: the adapter is incomplete")
-    stored = {n.removeprefix(PREFIX): t for n, t in load_file(folder / "adapter_model.safetensors").items()}
+    if not {"r", "lora_alpha", "target_modules"} <= config.keys():
+        raise InputError(f"{folder}/adapter_config.json lacks r, lora_alpha or target_modules: the adapter is incomplete")
+    stored = {n.removeprefix(PREFIX): t for n, t in read_tensors(folder, file="adapter_model.safetensors").items()}
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], targets=tuple(config["target_modules"]))
     own = adapter_state(model)
@@ -678,6 +679,7 @@ def base_step(s, step):
 
 def run_base(args):
     """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder in OUT."""
+    check_common(args)
     s = Session(args, "base")
     if not s.open_run():
         return
@@ -772,7 +774,21 @@ def parser():
     return p
 
 
+def check_common(a):
+    """Numbers that no phase can work with."""
+    for flag, low, high in (("batch", 1, None), ("steps", 0, None), ("save_every", 1, None), ("warmup", 0, None), ("lr", 0, None),
+                            ("weight_decay", 0, None), ("beta2", 0, 1), ("clip", 0, None), ("micro_tokens", 1, None), ("max_rows", 1, None),
+                            ("dropout", 0, 1), ("noise", 0, 1), ("max_new_tokens", 1, None), ("rank", 1, None)):
+        value = getattr(a, flag, low)
+        if value < low or high is not None and value >= high:
+            raise InputError(f"--{flag.replace('_', '-')} is {value:g}: it must be {low} or more"
+                             + (f" and below {high}" if high is not None else ""))
+    if not a.steps and a.epochs <= 0:
+        raise InputError(f"--epochs is {a.epochs:g}: it must be above 0 when --steps is 0")
+
+
 def check_sft(a):
+    check_common(a)
     if a.lam and a.k < 2:
         raise InputError(f"--lambda {a.lam:g} needs drafts to compare: give --k 2 or more (k is {a.k})")
     if a.lam < 0 or a.draft_every < 1 or a.draft_posts < 1:
@@ -781,19 +797,8 @@ def check_sft(a):
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are sampled")
 
 
-def command(parse, argv=None):
-    """Run one of the programs' commands: 0 when it worked, 2 with one sentence on stderr when the input was wrong."""
-    args = parse.parse_args(argv)
-    try:
-        args.run(args)
-        return 0
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-
-
 def main(argv=None):
-    return command(parser(), argv)
+    return data.command(parser(), argv)
 
 
 if __name__ == "__main__":

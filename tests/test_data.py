@@ -34,6 +34,12 @@ def test_all_layouts_of_a_line_are_read_and_extra_fields_left_alone(tmp_path):
     assert data.load_posts(tmp_path / "b.jsonl") == posts
 
 
+def test_a_byte_order_mark_and_null_fields_are_read_over(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+                 {"post": None, "tweet": "Two", "replies": None, "reply": "r"})
+    assert [(p.post, len(p.replies)) for p in data.load_posts(path)] == [("Rain again.", 2), ("Two", 1)]
+
+
 def test_gzip_is_read_and_lines_of_one_post_merge(tmp_path):
     rows = [{"tweet": "My bus is late", "reply": "one"}, {"tweet": "my bus is LATE!", "reply": "two"}, {"tweet": "Other", "reply": "x"}]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
@@ -45,7 +51,8 @@ def test_gzip_is_read_and_lines_of_one_post_merge(tmp_path):
 BAD = {"not JSON": b"{'a': 1}", "not UTF-8": b'{"post": "\xff", "reply": "x"}', "not a JSON object": b"[1]", '"post"': {"reply": "x"},
        '"replies"': {"post": "x"}, "a reply is not a text": {"post": "x", "replies": ["fine", 3]}, "is empty": {"post": "x", "reply": "  "},
        "no letter": {"post": "?!", "reply": "x"}, "more than": {"post": "x" * 30_000, "reply": "x"}, "no \"post\"": {"post": 7, "reply": "x"},
-       "no \"replies\"": {"post": "x", "replies": []}}
+       "no \"replies\"": {"post": "x", "replies": []}, "in a voice has no letter": {"post": "x", "replies": {"warm": "!!", "blunt": "no"}},
+       "half a character": b'{"post": "x \\ud83d", "reply": "y"}', "not JSON ": b'{"post": "x", "reply": "y", "n": ' + b"9" * 5000 + b"}"}
 
 
 @pytest.mark.parametrize("reason", BAD)
@@ -108,6 +115,8 @@ def test_chat_and_token_ids_equal_every_golden_case():
     plain = json.loads((SHARED / "golden" / "llamacpp_qwen2_tokenization.json").read_text())
     assert all(tokenizer.encode(c["text"], add_special_tokens=False).ids == c["ids"] for c in plain)
     assert len(cases) > 30 and len(plain) > 40
+    for i, token in tokenizer.get_added_tokens_decoder().items():              # nobody can type any of Qwen3's own tokens
+        assert i not in data.encode_reply(tokenizer, f"a {token.content} b")[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -204,14 +213,15 @@ def test_the_pocket_verifier_knows_its_own_and_nothing_else():
         assert domain.voices_of(p, domain.reply(other, voice, rng)) == ()
 
 
-def test_pocket_posts_are_distinct_seeded_many_and_written_in_several_ways():
+def test_pocket_posts_are_distinct_seeded_many_and_written_in_several_ways(monkeypatch):
     posts = data.pocket_posts(8200, seed=0)
     assert len({data.normalise(p.post) for p in posts}) == 8200
     assert posts[:50] == data.pocket_posts(50, seed=0) != data.pocket_posts(50, seed=1)
     assert 0.1 < sum(p.post[0].islower() for p in posts) / 8200 < 0.5
     assert len({p.intent for p in posts}) == 6 * 6 * 6 and all(3 <= len(p.post.split()) <= 20 for p in posts)
+    monkeypatch.setattr(data, "THINGS", {"pet": "kitten"})                     # the whole world would take ten seconds to use up
     with pytest.raises(InputError, match="ask for fewer"):
-        data.pocket_posts(200_000)
+        data.pocket_posts(2000)
 
 
 def test_popularity_is_long_tailed_and_tastes_are_flat():
@@ -228,6 +238,7 @@ def test_voices_domain_compares_with_the_posts_own_replies():
     posts = [Post("1", "Hi", ("Good day.", "Yo!"), ("formal", "casual")), Post("2", "Bye", ("Farewell.", "Yo!"), ("formal", "casual"))]
     domain = data.make_domain("auto", posts)
     assert domain.name == "voices" and domain.voices_of(posts[0], "good DAY") == ("formal",)
+    assert domain.voices_of(Post("3", "x", ("?!",), ("casual",)), "") == ()
     assert domain.voices_of(posts[0], "Farewell.") == () and domain.voices_of(posts[1], "yo") == ("casual",)
     rng = random.Random(0)
     noisy = [domain.noisy_reply(posts[0], posts[1:], rng, 0.4) for _ in range(2000)]
@@ -237,6 +248,9 @@ def test_voices_domain_compares_with_the_posts_own_replies():
 def test_domains_are_chosen_and_refused():
     plain = [Post("1", "Hi", ("Yo",))]
     assert data.make_domain("auto", plain).name == "replies"
+    mixed = [Post("1", "a", ("x", "y"), ("warm", "blunt")), Post("2", "b", ("z", "w"), ("blunt", "warm"))]
+    domain = data.make_domain("auto", mixed)
+    assert domain.voices == ("warm", "blunt") and domain.voices_of(mixed[1], "w") == ("warm",)
     assert "Hi" in data.make_domain("replies", plain).messages(plain[0])[0]["content"]
     for name, word in (("poetry", "no domain 'poetry'"), ("voices", "same voices"), ("pocket", "split --data pocket")):
         with pytest.raises(InputError, match=word):
