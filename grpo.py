@@ -88,7 +88,7 @@ def maxk_advantages(rewards, k):
     return set_advantages(rewards[:, sets].amax(-1), member.to(rewards))
 
 
-def polychromic_advantages(rewards, embeddings, n, quality=None):
+def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
     """The polychromic set objective (arXiv 2509.25424 eq. 7; for language models arXiv 2604.17654): f = mean reward of the
     set times its diversity D (gated by quality (P, N) if given), over n-subsets of the N drafts, 2 <= n < N.
     rewards (P, N), embeddings (P, N, dim)."""
@@ -97,7 +97,7 @@ def polychromic_advantages(rewards, embeddings, n, quality=None):
         raise InputError(f"the polychromic set size must be at least 2 and below the number of drafts: it is {n} of {total}")
     sets, member = subsets(total, n)
     member = member.to(rewards)
-    within = torch.einsum("si,pij,sj->ps", member, pair_distances(embeddings, quality).to(rewards), member)
+    within = torch.einsum("si,pij,sj->ps", member, pair_distances(embeddings, quality, floor).to(rewards), member)
     spread = within / (n * (n - 1))                                            # ordered pairs; the diagonal is zero
     return set_advantages(rewards[:, sets].mean(-1) * spread, member)
 
@@ -244,9 +244,9 @@ def advantages_of(a, rewards, embeddings, quality):
     elif a.advantage == "maxk":
         out = maxk_advantages(rewards, a.set_size)
     else:
-        out = polychromic_advantages(rewards, embeddings, a.set_size, quality)
+        out = polychromic_advantages(rewards, embeddings, a.set_size, quality, a.gate_floor)
     if a.diversity_weight:
-        out = out + a.diversity_weight * (k - 1) * diversity_advantages(embeddings, quality)
+        out = out + a.diversity_weight * (k - 1) * diversity_advantages(embeddings, quality, a.gate_floor)
     return out
 
 
@@ -349,8 +349,6 @@ def check_grpo(a):
         raise InputError("--set-size must be at least 2 for --advantage polychromic")
     if a.temperature <= 0:
         raise InputError("--temperature must be above 0: GRPO needs drafts that are sampled")
-    if a.updates < 1 or a.beta < 0 or a.diversity_weight < 0:
-        raise InputError("--updates must be 1 or more, --beta and --diversity-weight 0 or more")
     return start
 
 

@@ -200,34 +200,35 @@ def merge_lora(model, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------------------
 # Diversity
 
-def pair_distances(embeddings, quality=None):
-    """delta_ij = 1 - e_i . e_j, times q_i q_j when gated; zero on the diagonal. (P, k, dim) -> (P, k, k) in fp32."""
+def pair_distances(embeddings, quality=None, floor=0.0):
+    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal. (P, k, dim) -> (P, k, k) in fp32."""
     e = embeddings.float()
     delta = 1 - e @ e.transpose(-1, -2)
     if quality is not None:
-        delta = delta * quality.float()[..., None] * quality.float()[..., None, :]
+        delta = (floor + delta) * quality.float()[..., None] * quality.float()[..., None, :]
     return delta - torch.diag_embed(delta.diagonal(dim1=-2, dim2=-1))
 
 
-def diversity(embeddings, quality=None):
+def diversity(embeddings, quality=None, floor=0.0):
     """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance, 2/(k(k-1)) sum_{i<j} delta_ij.
 
-    With quality (P, k) in [0, 1] each pair counts q_i q_j: drafts that are wrong earn nothing by being different.
+    With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are wrong earn nothing by being
+    different, and with a floor two right ones are worth something even when alike.
     """
     k = embeddings.shape[-2]
     if k < 2:
         raise InputError("diversity needs at least two drafts (k >= 2)")
-    return pair_distances(embeddings, quality).sum((-1, -2)) / (k * (k - 1))
+    return pair_distances(embeddings, quality, floor).sum((-1, -2)) / (k * (k - 1))
 
 
-def diversity_advantages(embeddings, quality=None):
+def diversity_advantages(embeddings, quality=None, floor=0.0):
     """a_i = D - D_without_i (P, k): what draft i adds to D. With it, E[sum_i a_i grad log pi(y_i)] = grad E[D].
 
     D_without_i does not depend on y_i, so subtracting it leaves the score-function gradient unbiased. With k = 2 there is
     no D without i; the baseline is then 0: unbiased too, but noisier.
     """
-    k, total = embeddings.shape[-2], diversity(embeddings, quality)
-    pairs = pair_distances(embeddings, quality)
+    k, total = embeddings.shape[-2], diversity(embeddings, quality, floor)
+    pairs = pair_distances(embeddings, quality, floor)
     if k == 2:
         return total[:, None].expand(-1, 2)
     without = (pairs.sum((-1, -2))[:, None] - 2 * pairs.sum(-1)) / ((k - 1) * (k - 2))
@@ -293,8 +294,11 @@ class Ranks:
     def __init__(self, stage, device=None):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
         self.main = self.rank == 0
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not (device == "cpu" or device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+            raise InputError(f"--device {device}: there is no such device here")
+        self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
@@ -616,14 +620,14 @@ def diversity_step(s, step, indices, tally):
     embeddings = s.embedder(texts)
     quality = s.quality(a.gate, mine, prompts, samples, texts)
     quality = quality if quality is None else quality.to(embeddings.device)
-    advantages = a.lam * a.draft_every * diversity_advantages(embeddings, quality).flatten()
+    advantages = a.lam * a.draft_every * diversity_advantages(embeddings, quality, a.gate_floor).flatten()
     for rows in data.pack(list(zip(prompts, samples.tokens)), a.micro_tokens, s.ranks.device):
         logp, _ = token_logprobs(s.model, rows, a.temperature)
         diversity_loss(logp, rows.draft, advantages, len(indices)).backward()
         tally.add("tokens", rows.tokens.numel() + len(logp))
     tally.add("D", diversity(embeddings).sum(), len(mine))
     if quality is not None:
-        tally.add("gated_D", diversity(embeddings, quality).sum(), len(mine))
+        tally.add("gated_D", diversity(embeddings, quality, a.gate_floor).sum(), len(mine))
         tally.add("quality", quality.sum(), quality.numel())
     tally.add("truncated", sum(not f for fs in samples.finished for f in fs), len(mine) * a.k)
 
@@ -679,7 +683,7 @@ def base_step(s, step):
 
 def run_base(args):
     """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder in OUT."""
-    check_common(args)
+    check_base(args)
     s = Session(args, "base")
     if not s.open_run():
         return
@@ -744,6 +748,8 @@ def draft_flags(p, k):
     add("--temperature", type=float, default=1.0, help="of sampling, and of the distribution whose log-probabilities are trained")
     add("--gate", default="none", choices=("none", "verifier", "likelihood"),
         help="quality that D is multiplied with: none (plain D), the domain's verifier, or likelihood under the frozen base")
+    add("--gate-floor", type=float, default=0.0, help="what a gated pair of drafts is worth even when alike, added to its distance: "
+                                                      "more weight on quality beside diversity")
     add("--embedder", default="base", help="what embeds drafts: base (the frozen model itself, mean of its hidden states, centred) "
                                            "or a Qwen3-Embedding folder or hub name")
 
@@ -775,24 +781,36 @@ def parser():
 
 
 def check_common(a):
-    """Numbers that no phase can work with."""
-    for flag, low, high in (("batch", 1, None), ("steps", 0, None), ("save_every", 1, None), ("warmup", 0, None), ("lr", 0, None),
-                            ("weight_decay", 0, None), ("beta2", 0, 1), ("clip", 0, None), ("micro_tokens", 1, None), ("max_rows", 1, None),
-                            ("dropout", 0, 1), ("noise", 0, 1), ("max_new_tokens", 1, None), ("rank", 1, None)):
-        value = getattr(a, flag, low)
-        if value < low or high is not None and value >= high:
-            raise InputError(f"--{flag.replace('_', '-')} is {value:g}: it must be {low} or more"
-                             + (f" and below {high}" if high is not None else ""))
-    if not a.steps and a.epochs <= 0:
-        raise InputError(f"--epochs is {a.epochs:g}: it must be above 0 when --steps is 0")
+    """Numbers that no phase can work with; NaN is in no interval. (flag, lowest, is that allowed itself, above all allowed)"""
+    inf = math.inf
+    for name, low, closed, high in (
+            ("batch", 1, True, inf), ("steps", 0, True, inf), ("epochs", 0, bool(a.steps), inf), ("save_every", 1, True, inf),
+            ("warmup", 0, True, inf), ("lr", 0, True, inf), ("weight_decay", 0, True, inf), ("beta2", 0, True, 1), ("clip", 0, False, inf),
+            ("micro_tokens", 1, True, inf), ("max_rows", 1, True, inf), ("dropout", 0, True, 1), ("noise", 0, True, 1), ("rank", 1, True, inf),
+            ("alpha", 0, False, inf), ("lam", 0, True, inf), ("max_new_tokens", 1, True, inf), ("temperature", 0, True, inf),
+            ("draft_every", 1, True, inf), ("draft_posts", 1, True, inf), ("gate_floor", 0, True, inf), ("beta", 0, True, inf),
+            ("diversity_weight", 0, True, inf), ("clip_low", 0, True, 1), ("clip_high", 0, True, inf), ("updates", 1, True, inf)):
+        value = getattr(a, name, None)
+        if value is not None and not (low <= value < high if closed else low < value < high):
+            flag = "--lambda" if name == "lam" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {value:g}: it must be {f'{low} or more' if closed else f'above {low}'}"
+                             + (f" and below {high}" if high < inf else " and finite"))
+
+
+def check_base(a):
+    """The shape of a model made from nothing."""
+    check_common(a)
+    if a.layers < 1 or a.heads < 2 or a.heads % 2 or a.hidden < 1 or a.hidden % (2 * a.heads):
+        raise InputError(f"--layers {a.layers}, --heads {a.heads}, --hidden {a.hidden}: a model has at least one layer, an even number "
+                         "of heads, and a width that is a multiple of twice that number")
+    if a.vocab < 261:
+        raise InputError(f"--vocab {a.vocab}: the 256 bytes and 5 chat tokens need at least 261")
 
 
 def check_sft(a):
     check_common(a)
     if a.lam and a.k < 2:
         raise InputError(f"--lambda {a.lam:g} needs drafts to compare: give --k 2 or more (k is {a.k})")
-    if a.lam < 0 or a.draft_every < 1 or a.draft_posts < 1:
-        raise InputError("--lambda must be 0 or more, --draft-every and --draft-posts 1 or more")
     if a.lam and a.temperature <= 0:
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are sampled")
 

@@ -1,0 +1,461 @@
+"""Advantages, the policy loss, rewards and the GRPO step.
+
+What an advantage is for can be checked without sampling: over all tuples of a softmax policy with a handful
+of outcomes, E[sum_i A_i grad log pi(y_i)] is summed exactly and compared with autograd's gradient of the
+objective itself.
+"""
+
+import itertools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import grpo
+from data import Post
+from grpo import (ReaderReward, RelevanceReward, advantages_of, group_advantages, grpo_step, maxk_advantages,
+                  passk_advantages, policy_loss, polychromic_advantages, rollout, set_advantages, subsets)
+from model import InputError
+from polylora import Tally, adapter_state, diversity, diversity_advantages, frozen_copy, pair_distances
+from test_polylora import (OUTCOMES, QUALITY, Share, all_tuples, exact_gradient, expected_estimate, gap,
+                           gradient, in_double, nearly, parts, policy, session)
+
+REWARDS = torch.tensor([0.2, 1.0, -0.4, 0.7]).double()                         # of the four outcomes
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Group advantages
+
+def test_group_advantages_by_hand():
+    """Within each post's own group, population deviation, and the 1e-4 inside the quotient."""
+    r = torch.tensor([[1.0, 0, 0, 0], [3, 3, 5, 5], [-2, 0, 2, 0]]).double()
+    s = math.sqrt(3) / 4
+    want = torch.tensor([[0.75 / (s + 1e-4)] + [-0.25 / (s + 1e-4)] * 3, [-1 / 1.0001] * 2 + [1 / 1.0001] * 2,
+                         [-2 / (2 ** 0.5 + 1e-4), 0, 2 / (2 ** 0.5 + 1e-4), 0]], dtype=torch.float64)
+    got = group_advantages(r)
+    assert gap(got, want) < 1e-12 and gap(got.sum(-1), torch.zeros(3)) < 1e-12
+    assert gap(group_advantages(r[1:2]), got[1:2]) < 1e-12                     # other groups do not matter
+    assert torch.equal(group_advantages(r, normalise=False), r - r.mean(-1, keepdim=True))
+    sample = (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4)
+    batch = (r - r.mean()) / (r.std(correction=0) + 1e-4)
+    outside = (r - r.mean(-1, keepdim=True)) / r.std(-1, keepdim=True, correction=0) + 1e-4
+    assert min(gap(got, x) for x in (sample, batch)) > 0.1 and gap(got, outside) > 1e-4
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 0.7, 1e-9, 1e6 / 3])
+def test_equal_rewards_have_advantage_exactly_zero(value):
+    """The mean of equal numbers is off by a rounding, and the rounding divided by itself is a large
+    advantage."""
+    for g in range(2, 17):
+        for normalise in (True, False):
+            got = group_advantages(torch.full((2, g), value), normalise=normalise)
+            assert torch.equal(got, torch.zeros(2, g))
+    rows = [torch.full((g,), 0.1) for g in range(2, 17)]
+    careless = [float(((r - r.mean()) / (r.std(correction=0) + 1e-8)).abs().max()) for r in rows]
+    assert max(careless) > 0.3
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Objectives on sets
+
+def by_subsets(rewards, k, score):
+    """For one group, by the book: each draft's mean over the k-subsets that hold it of score(list of subset
+    values)."""
+    groups = list(itertools.combinations(range(len(rewards)), k))
+    values = score(groups)
+    holding = [[v for g, v in zip(groups, values) if i in g] for i in range(len(rewards))]
+    return [sum(vs) / len(vs) for vs in holding]
+
+
+def standardised(values):
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    return [(v - mean) / std for v in values]
+
+
+def centred(values):
+    return [v - sum(values) / len(values) for v in values]
+
+
+@pytest.mark.parametrize("n", [6, 7, 8])
+def test_passk_advantages_are_the_mean_over_all_subsets(n):
+    """The closed form against its definition: every count of right drafts, every k, right ones anywhere in
+    the group."""
+    for k in range(1, n):
+        for right in range(n + 1):
+            rewards = [1.0] * right + [0.0] * (n - right)
+            random.Random(n * k + right).shuffle(rewards)
+            got = passk_advantages(torch.tensor([rewards, rewards[::-1]]).double(), k)
+            if right == 0 or n - right < k:  # no subset or every subset passes
+                assert torch.equal(got, torch.zeros(2, n))
+                continue
+            best = lambda sets: [max(rewards[i] for i in s) for s in sets]
+            want = by_subsets(rewards, k, lambda sets: standardised(best(sets)))
+            assert gap(got[0], torch.tensor(want)) < 1e-6 and gap(got[1], torch.tensor(want[::-1])) < 1e-6
+
+
+def test_maxk_advantages_are_the_mean_over_all_subsets_and_passk_s_up_to_sigma():
+    draw = torch.Generator().manual_seed(0)
+    rewards = torch.randn(3, 7, generator=draw).double()
+    for k in range(1, 7):
+        for row, got in zip(rewards.tolist(), maxk_advantages(rewards, k)):
+            want = by_subsets(row, k, lambda sets: centred([max(row[i] for i in s) for s in sets]))
+            assert gap(got, torch.tensor(want).to(got)) < 1e-6 and abs(float(got.sum())) < 1e-12
+    for right, k in itertools.product(range(1, 7), range(1, 7)):
+        binary = torch.tensor([[1.0] * right + [0.0] * (7 - right)]).double()
+        rate = 1 - math.comb(7 - right, k) / math.comb(7, k)
+        want = passk_advantages(binary, k) * math.sqrt(rate * (1 - rate))
+        assert gap(maxk_advantages(binary, k), want) < 1e-6
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_polychromic_advantages_are_the_mean_over_all_subsets(gated):
+    """f = mean reward times D of the set, D over the set's own pairs and no others."""
+    draw = torch.Generator().manual_seed(1)
+    rewards, e = torch.rand(2, 6, generator=draw), F.normalize(torch.randn(2, 6, 4, generator=draw), dim=-1)
+    q = torch.rand(2, 6, generator=draw) if gated else None
+
+    def score(p):
+        return lambda sets: centred([float(rewards[p, list(s)].mean() * diversity(
+            e[p:p + 1, list(s)], None if q is None else q[p:p + 1, list(s)])) for s in sets])
+    for n in range(2, 6):
+        got = polychromic_advantages(rewards, e, n, q)
+        for p in range(2):
+            assert gap(got[p], torch.tensor(by_subsets([0] * 6, n, score(p)))) < 1e-6
+
+
+def test_sets_that_cannot_be_formed_are_refused():
+    """With n = N every subset is the whole group and the gradient is zero: a run that trains nothing."""
+    r, e = torch.tensor([[1.0, 0, 0, 1]]), F.normalize(torch.randn(1, 4, 3), dim=-1)
+    for k in (0, 4, 5):
+        for wrong in (passk_advantages, maxk_advantages):
+            with pytest.raises(InputError, match="below the number of drafts"):
+                wrong(r, k)
+    for n in (0, 1, 4, 5):
+        with pytest.raises(InputError, match="set size"):
+            polychromic_advantages(r, e, n)
+    for value in (0.5, -1.0, 2.0, math.nan):
+        with pytest.raises(InputError, match="0 or 1"):
+            passk_advantages(torch.tensor([[1.0, 0, value, 0]]), 2)
+
+
+OBJECTIVES = {  # f of a set, its advantages of the N drafts
+    "max": (lambda s: REWARDS[s].amax(-1), lambda d, n: maxk_advantages(REWARDS[d], n)),
+    "mean x D": (lambda s: REWARDS[s].mean(-1) * diversity(OUTCOMES[s]),
+                 lambda d, n: polychromic_advantages(REWARDS[d], OUTCOMES[d], n)),
+    "mean x gated D": (lambda s: REWARDS[s].mean(-1) * diversity(OUTCOMES[s], QUALITY[s]),
+                       lambda d, n: polychromic_advantages(REWARDS[d], OUTCOMES[d], n, QUALITY[d])),
+    "D": (lambda s: diversity(OUTCOMES[s]), lambda d, n: of_sets(diversity, d, n)),
+    "mean + D": (lambda s: REWARDS[s].mean(-1) + 0.6 * diversity(OUTCOMES[s]),
+                 lambda d, n: of_sets(lambda e: None, d, n, additive=True))}
+
+
+def of_sets(f, drawn, n, additive=False):
+    """The one equation, with D (or mean reward + 0.6 D) of every n-subset as f."""
+    sets, member = subsets(drawn.shape[1], n)
+    spread = torch.stack([diversity(OUTCOMES[drawn[:, s]]) for s in sets], 1)
+    values = REWARDS[drawn][:, sets].mean(-1) + 0.6 * spread if additive else spread
+    return set_advantages(values, member.double())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_expected_gradient_of_a_set_objective(monkeypatch, name):
+    """E[sum_i A_i grad log pi(y_i)] = (N/n - 1) grad E[f], exactly and with that constant; zero when n =
+    N."""
+    in_double(monkeypatch)
+    f, advantages = OBJECTIVES[name]
+    for total, n in ((3, 2), (4, 2), (5, 2), (4, 3), (5, 4)):
+        theta, drawn = policy(4, seed=n), all_tuples(4, total)
+        want = exact_gradient(theta, all_tuples(4, n), f(all_tuples(4, n)))
+        got = expected_estimate(theta, drawn, advantages(drawn, n))
+        assert float(want.abs().max()) > 0.005 and gap(got, (total / n - 1) * want) < 1e-12, (total, n)
+    sets, member = subsets(4, 4)
+    assert gap(set_advantages(torch.rand(3, 1).double(), member.double()), torch.zeros(3, 4)) < 1e-15
+
+
+def test_the_gradient_of_d_is_the_set_objective_of_pairs(monkeypatch):
+    """One equation: with f = D on pairs, A_i = d_i - D, which is (k/2 - 1) times diversity_advantages, gate
+    or no gate."""
+    in_double(monkeypatch)
+    drawn = all_tuples(4, 5)[::7]
+    for q in (None, QUALITY[drawn]):
+        delta = pair_distances(OUTCOMES[drawn], q)
+        sets, member = subsets(5, 2)
+        values = torch.stack([delta[:, i, j] for i, j in sets.tolist()], 1)
+        got = set_advantages(values, member.double())
+        assert gap(got, delta.sum(-1) / 4 - diversity(OUTCOMES[drawn], q)[:, None]) < 1e-12
+        assert gap(got, (5 / 2 - 1) * diversity_advantages(OUTCOMES[drawn], q)) < 1e-12
+
+
+def flags(**changes):
+    return SimpleNamespace(**dict(advantage="drgrpo", diversity_weight=0.0, set_size=2, gate_floor=0.0) | changes)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_one_unit_of_d_weighs_the_same_whatever_k_is(monkeypatch, k, gated):
+    """Reward and D enter with one constant: the expected gradient is (k - 1) grad(E r + w E D). D as a
+    per-draft reward would weigh (k - 2)/(2(k - 1)) of that, nothing at k = 2."""
+    in_double(monkeypatch)
+    theta, drawn, w = policy(4, seed=k), all_tuples(4, k), 0.8
+    q = QUALITY[drawn] if gated else None
+    a = advantages_of(flags(diversity_weight=w), REWARDS[drawn], OUTCOMES[drawn], q)
+    got = expected_estimate(theta, drawn, a)
+    value = REWARDS[drawn].mean(-1) + w * diversity(OUTCOMES[drawn], q)
+    want = (k - 1) * exact_gradient(theta, drawn, value)
+    assert gap(got, want) < 1e-12
+    plain = expected_estimate(theta, drawn, advantages_of(flags(), REWARDS[drawn], None, None))
+    assert gap(plain, (k - 1) * exact_gradient(theta, drawn, REWARDS[drawn].mean(-1))) < 1e-12
+    assert gap(got, plain) > 0.01
+
+
+def test_the_flag_chooses_the_objective():
+    r, e = torch.tensor([[1.0, 0, 0, 1, 0]]), F.normalize(torch.randn(1, 5, 3), dim=-1)
+    q = torch.rand(1, 5)
+    choose = lambda name: advantages_of(flags(advantage=name, set_size=3), r, e, q)
+    want = {"group": group_advantages(r), "drgrpo": group_advantages(r, normalise=False),
+            "passk": passk_advantages(r, 3), "maxk": maxk_advantages(r, 3),
+            "polychromic": polychromic_advantages(r, e, 3, q)}
+    for name, value in want.items():
+        assert torch.equal(choose(name), value)
+        assert sum(torch.allclose(value, other) for other in want.values()) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loss
+
+def loss_and_slope(ratio, advantage, **options):
+    """Of one token: loss, its derivative by logp, and whether the clip was active."""
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, clipped, _ = policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), denominator=1, **options)
+    loss.backward()
+    return loss.item(), logp.grad.item(), clipped.item()
+
+
+@pytest.mark.parametrize("advantage, ratio, loss, slope, clipped", [
+    # A > 0, below: the pessimistic minimum is the unclipped one, and it pulls back
+    (2.0, 0.5, -1.0, -1.0, 0),
+    (2.0, 1.0, -2.0, -2.0, 0),
+    (2.0, 1.5, -2.4, 0.0, 1),          # A > 0, above: far enough
+    (-2.0, 0.5, 1.6, 0.0, 1),          # A < 0, below: far enough
+    (-2.0, 1.0, 2.0, 2.0, 0),
+    (-2.0, 1.5, 3.0, 3.0, 0)])         # A < 0, above: unbounded, and it must pull back
+def test_clipping_has_the_right_sign_in_all_six_cases(advantage, ratio, loss, slope, clipped):
+    """A minimum taken for the wrong sign clips just the tokens that should come back."""
+    assert loss_and_slope(ratio, advantage) == pytest.approx((loss, slope, clipped), abs=1e-5)
+
+
+def test_the_upper_clip_can_be_higher_than_the_lower():
+    """DAPO's clip-higher: 1.25 is outside 0.2 and inside 0.28, for positive advantages alone."""
+    assert loss_and_slope(1.25, 1.0)[1:] == (0, 1)
+    assert loss_and_slope(1.25, 1.0, clip_high=0.28)[1:] == pytest.approx((-1.25, 0), abs=1e-5)
+    assert loss_and_slope(1.3, 1.0, clip_high=0.28)[0] == pytest.approx(-1.28, abs=1e-5)
+    assert loss_and_slope(0.75, -1.0, clip_high=0.28)[1:] == (0, 1)
+    assert loss_and_slope(0.75, -1.0, clip_low=0.3)[1:] == pytest.approx((0.75, 0), abs=1e-5)
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_not_zero():
+    """The value of the loss is about zero, as it should be: its gradient is -A / denominator. A ratio that is
+    a constant 1 trains nothing."""
+    logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    a = torch.tensor([1.0, -0.25, -0.75])
+    loss, clipped, kl = policy_loss(logp, logp.detach(), a, denominator=10)
+    loss.backward()
+    assert abs(loss.item()) < 1e-7 and clipped == kl == 0 and gap(logp.grad, -a / 10) < 1e-7
+
+
+def test_no_gradient_goes_through_the_old_policy_or_the_reference():
+    logp, old, reference = (torch.tensor([-1.0, -2.0], requires_grad=True) for _ in range(3))
+    before = [x.detach().clone() for x in (logp, old, reference)]
+    a = torch.tensor([0.5, 0.0])
+    loss, _, _ = policy_loss(logp, old, a, denominator=2, reference=reference - 0.3, beta=0.1)
+    loss.backward()
+    # A = 0: the KL still acts
+    assert old.grad is None and reference.grad is None and float(logp.grad[1]) != 0
+    assert all(torch.equal(x, y) for x, y in zip((logp, old, reference), before)) and a.tolist() == [0.5, 0.0]
+
+
+def test_the_kl_s_expected_gradient_is_the_kl_s(monkeypatch):
+    """ratio * k3 on policy is exact over all outcomes; k1 in the loss has gradient zero, k3 alone points
+    elsewhere."""
+    theta, reference = policy(5), policy(5, seed=9).detach().log_softmax(-1)
+    logp = theta.log_softmax(-1)
+    p = logp.exp().detach()
+    want, = torch.autograd.grad((logp.exp() * (logp - reference)).sum(), theta, retain_graph=True)
+    one = lambda y: policy_loss(logp[y:y + 1], logp[y:y + 1].detach(), torch.zeros(1).double(), denominator=1,
+                                reference=reference[y:y + 1], beta=0.5)
+    got, = torch.autograd.grad(sum(p[y] * one(y)[0] for y in range(5)), theta, retain_graph=True)
+    assert float(want.abs().max()) > 0.1 and gap(got, 0.5 * want) < 1e-12
+    k1, = torch.autograd.grad((p * (logp - reference)).sum(), theta, retain_graph=True)
+    k3 = (reference - logp).exp() - 1 - (reference - logp)
+    k3, = torch.autograd.grad((p * k3).sum(), theta, retain_graph=True)
+    assert float(k1.abs().max()) < 1e-12 and gap(k3, want) > 0.1
+    assert gap(sum(p[y] * one(y)[2] for y in range(5)), (p * (logp - reference)).sum()) < 1e-12
+
+
+def test_beta_zero_needs_no_reference_and_k3_is_never_negative():
+    """k1 has the same mean and is negative at every other token: its estimates scatter far more."""
+    logp, a = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])
+    loss, _, kl = policy_loss(logp, logp, a, denominator=3)
+    assert float(loss) == -1 and float(kl) == 0
+    for gap_ in (0.5, -0.5):
+        kl = policy_loss(logp, logp, a, denominator=3, reference=logp + gap_, beta=1.0)[2]
+        assert float(kl) == pytest.approx(2 * (math.exp(gap_) - 1 - gap_), abs=1e-6) and float(kl) > 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rewards
+
+def test_the_reader_is_drawn_by_popularity_anew_at_every_step():
+    """One fixed reader a post would teach the model to guess him; drafts of other voices earn nothing."""
+    posts = data.pocket_posts(60, seed=2)
+    domain = data.make_domain("pocket", posts)
+    reward, seen = ReaderReward(domain, seed=3), {v: 0 for v in domain.voices}
+    drafts = [[*p.replies, "not a reply"] for p in posts]
+    for step in range(20):
+        got = reward(posts, drafts, step)
+        assert all(sum(g) == 1 and g[-1] == 0 for g in got) and got == reward(posts, drafts, step)
+        for g, p in zip(got, posts):
+            seen[p.voices[g.index(1.0)]] += 1
+    assert len({tuple(reward(posts[:1], drafts[:1], step)[0]) for step in range(20)}) > 1
+    for voice, share in domain.popularity.items():
+        assert abs(seen[voice] / 1200 - share) < 0.06
+
+
+def test_relevance_pays_neither_copies_nor_repetition_nor_a_single_word():
+    """A reward of cosine alone is hacked by echoing the post."""
+    form, post = RelevanceReward.form, "my bus is late again this morning"
+    assert form(post, "oh no, that is annoying") == 1 and form(post, post) == 0 and form(post, "") == 0
+    assert form(post, "ha ha ha ha ha") == pytest.approx(1 / 4)
+    assert form(post, "oh my") == pytest.approx(2 / 3)
+    assert form(post, "my bus is late too") == pytest.approx(1 / 3)
+    assert form(post, " ".join(map(str, range(120)))) == pytest.approx(0.5)
+    embed = lambda texts: F.normalize(torch.tensor([[[1.0, 0], [1, 0], [0, 1], [-1, 0]]]), dim=-1)
+    drafts = ["oh no, how sad", "so very far off", "the very opposite of it"]
+    assert RelevanceReward(embed)([Post("1", post, ("r",))], [drafts]) == [pytest.approx([1, 0.5, 0])]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The step, on a real session around a tiny model
+
+def rl(parts, *more, ranks=None):
+    """A Session in the GRPO phase: 4 drafts each for 6 posts, a reward that differs from draft to draft."""
+    default = ["--start", "-", "--k", "4", "--batch", "6", "--diversity-weight", "0.5", "--beta", "0.3"]
+    s = session(parts, grpo.parser(), [*default, *more], stage="grpo", ranks=ranks)
+    s.start = {n: p.detach() * 0.5 for n, p in adapter_state(s.model).items()}
+    s.reward = lambda posts, drafts, step: [[(len(t) * 7 + step) % 5 / 4 for t in ts] for ts in drafts]
+    return s
+
+
+def step_gradient(s, step=0):
+    tallies = []
+    return gradient(s, lambda _: tallies.append(grpo_step(s, step)))[0], tallies[0]
+
+
+@pytest.mark.parametrize("budget", [1, 60, 150])
+def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
+    """One denominator for the whole step: 1 x 8, 2 x 4 and 4 x 2 are the same step."""
+    whole, tally = step_gradient(rl(parts))
+    cut, other = step_gradient(rl(parts, "--micro-tokens", str(budget)))
+    nearly(cut, whole)
+    names = [n for n in grpo.LOGGED if n in tally.sums]
+    assert tally.means(Share(), names) == pytest.approx(other.means(Share(), names), rel=1e-3, abs=1e-5)
+    means = tally.means(Share(), names)
+    assert means["mismatch"] < 1e-4 and means["clipped"] == 0
+    assert means["kl"] > 1e-3 and means["zero_variance"] < 0.5
+
+
+def test_the_shares_of_two_ranks_add_up_to_the_whole_gradient(parts):
+    """Divided by its own tokens, a rank with short drafts would weigh more; drafts must not depend on the
+    rank."""
+    whole = rl(parts)
+    want, _ = step_gradient(whole)
+    total, = whole.ranks.summed[0]
+    ranks = [Share(r, 2, total=[total]) for r in (0, 1)]
+    one, two = (step_gradient(rl(parts, ranks=r))[0] for r in ranks)
+    nearly({n: one[n] + two[n] for n in want}, want)
+    counts = [r.summed[0][0] for r in ranks]
+    assert sum(counts) == total and len(set(counts)) == 2
+    # Each by its own count: another gradient
+    own = [step_gradient(rl(parts, ranks=Share(r, 2)))[0] for r in (0, 1)]
+    with pytest.raises(AssertionError):
+        nearly({n: sum(g[n] for g in own) / 2 for n in want}, want, 1e-3)
+
+
+def test_the_step_is_the_policy_gradient_of_its_advantages(parts):
+    """-(1/tokens) sum over tokens of A grad log pi, A of the draft's own group: against plain forwards, draft
+    by draft."""
+    s = rl(parts, "--beta", "0", "--temperature", "0.8", "--micro-tokens", "100")
+    got, tally = step_gradient(s)
+    mine = grpo.batch_indices(len(s.posts), 6, 0, 4)
+    prompts, samples, texts = s.write(mine, 0, 4)
+    a = advantages_of(s.args, torch.tensor(s.reward(None, texts, 0)), s.embedder(texts), None)
+    count = sum(len(d) for drafts in samples.tokens for d in drafts)
+    reward = sum(map(sum, s.reward(None, texts, 0)))
+    assert tally.sums["reward"] == pytest.approx((reward, 24)) and tally.sums["length"] == (count, 24)
+
+    def plain(_):
+        for p, (prompt, drafts) in enumerate(zip(prompts, samples.tokens)):
+            for i, d in enumerate(drafts):
+                out = s.model(torch.tensor([prompt + d]))[0, len(prompt) - 1:-1, :s.model.vocab] / 0.8
+                logp = out.log_softmax(-1)[torch.arange(len(d)), torch.tensor(d)]
+                (-a[p, i] * logp.sum() / count).backward()
+    nearly(got, gradient(s, plain)[0], 1e-3)
+
+
+def test_several_updates_reuse_the_drafts_and_their_first_log_probs(parts):
+    """The second update is off policy: its ratios are against the log-probs of the rollout, taken by the
+    training path."""
+    s = rl(parts, "--updates", "2", "--lr", "1")
+    drafts, write = [], s.write
+    s.write = lambda *a: (drafts.append(a), write(*a))[1]
+    first, tally = step_gradient(s, 0)
+    same, _ = step_gradient(s, 1)
+    nearly(same, first)                                                        # nothing has moved yet
+    assert tally.sums["clipped"][0] == 0
+    with torch.no_grad():
+        for n, p in adapter_state(s.model).items():
+            p -= 0.3 * first[n] / first[n].abs().max().clamp_min(1e-9)
+    _, tally = step_gradient(s, 1)
+    assert len(drafts) == 1 and tally.sums["clipped"][0] > 0 and "reward" not in tally.sums
+    step_gradient(s, 2)
+    assert len(drafts) == 2 and drafts[1][1] == 2
+
+
+def test_the_reference_is_the_starting_adapter_not_the_base(parts):
+    """Of a policy that begins at an SFT adapter, the KL to itself is zero at the first step; to the bare base
+    it is not."""
+    s = rl(parts)
+    s.start = frozen_copy(s.model)
+    _, tally = step_gradient(s)
+    assert abs(tally.sums["kl"][0]) < 1e-6
+    s.start = None
+    _, tally = step_gradient(s)
+    assert tally.sums["kl"][0] > 1
+
+
+def test_equal_rewards_leave_only_the_kl(parts):
+    """A batch of zero-variance groups: no policy gradient at all, and without KL nothing but exact zeros."""
+    s = rl(parts, "--diversity-weight", "0")
+    s.reward = lambda posts, drafts, step: [[0.1] * len(ts) for ts in drafts]
+    grads, tally = step_gradient(s)
+    assert tally.sums["zero_variance"] == (6, 6) and any(float(g.abs().max()) > 0 for g in grads.values())
+    s.args.beta = 0.0
+    grads, _ = step_gradient(s)
+    assert all(float(g.abs().max()) == 0 for g in grads.values())
+
+
+def test_more_ranks_than_posts_is_said_and_not_a_crash(parts):
+    """Every rank takes part in every step: with too few posts they must all stop, with one sentence."""
+    for rank in range(7):
+        with pytest.raises(InputError, match="ranks"):
+            rollout(rl(parts, ranks=Share(rank, 7)), 0, Tally())

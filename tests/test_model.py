@@ -1,0 +1,491 @@
+"""Generation and scoring of model.py, on random Qwen3s that are built here: each test says the trap it stands
+at.
+
+The rule throughout: what was sampled, what is scored and what a plain full forward says are one distribution.
+Parity with other people's implementations is in test_parity.py.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_py
+from data import pack
+from model import (Config, Decoder, Drafts, InputError, Qwen3, SelectedLogprobs, generate, sample,
+                   selected_logprobs, token_logprobs)
+from tiny import tiny_config, tiny_weights
+
+PROMPTS = [[3, 9, 4], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [12, 11], [5, 5, 5, 5], [20, 1, 19, 2, 18], [8, 30],
+           [14, 3, 3], [2], [10, 11, 12, 13, 14, 15], [6, 7, 8], [23, 22, 21, 20]]
+STOPS = range(20, 29)                # 9 ids of 41: drafts end all over the place
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def build(tied=True, seed=3, **changes):
+    """A random Qwen3: 41 tokens, 2 layers, 4 heads over 2, norm weights that are not 1."""
+    small = dict(vocab_size=41, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                 num_attention_heads=4, head_dim=8)
+    config = tiny_config(tied, **small | changes)
+    model = Qwen3(Config.from_dict(config))
+    model.load_state_dict(tiny_weights(config, seed))
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def next_logits(model, prompt, draft):
+    """(len(draft), V): the logits from which each token of the draft was to be drawn, by one plain
+    forward."""
+    return model(torch.tensor([prompt + draft]))[0, len(prompt) - 1:-1, :model.vocab]
+
+
+def flat(nested):
+    return [x for inner in nested for x in inner]
+
+
+def same(a, b):
+    """Two Samples: the same ids and flags, and log-probs up to the rounding of a batch of another shape."""
+    assert a.tokens == b.tokens and a.finished == b.finished
+    a, b = flat(flat(a.logprobs)), flat(flat(b.logprobs))
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Generation
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_cached_greedy_text_is_that_of_a_full_forward(tied):
+    """The cache, its masks and positions, for prompts of unequal length in one batch: the uncached loop says
+    the same ids."""
+    model = build(tied)
+    got = generate(model, PROMPTS, k=2, max_new_tokens=7, temperature=0.0)
+    for prompt, drafts in zip(PROMPTS, got.tokens):
+        text = list(prompt)
+        for _ in range(7):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        assert drafts == [text[len(prompt):]] * 2
+    assert len({tuple(d[0]) for d in got.tokens}) == len(PROMPTS)  # no constant text that is always right
+
+
+def surprise(counts, p):
+    """Chi-square of counts against a distribution, outcomes expected less than 5 times taken together."""
+    expected, rare = p * counts.sum(), p * counts.sum() < 5
+    pool = lambda x: torch.cat((x[~rare], x[rare].sum()[None]))
+    counts, expected = pool(counts), pool(expected).clamp_min(1e-9)
+    return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_tokens_of_k_drafts_follow_the_softmax(temperature):
+    """One prefill serves k drafts, but each draws its own first token: sampled once and copied, all k would
+    be equal."""
+    model, k = build(), 4000
+    drafts = flat(generate(model, PROMPTS[:1], k=k, max_new_tokens=1, temperature=temperature, seed=5).tokens)
+    counts = torch.tensor(flat(drafts)).bincount(minlength=model.vocab).double()
+    logits = next_logits(model, PROMPTS[0], [0])[0].double()
+    value, freedom = surprise(counts, (logits / temperature).softmax(-1))
+    assert freedom > 8 and value < freedom + 5 * math.sqrt(2 * freedom)
+    value, freedom = surprise(counts, (logits / (1.7 - temperature)).softmax(-1))
+    assert value > freedom + 20 * math.sqrt(2 * freedom)  # the other temperature is ruled out
+
+
+@pytest.fixture(scope="module")
+def drafts_of_12():
+    model = build()
+    want = generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=8)
+    assert {len(d) for d in flat(want.tokens)} == set(range(1, 7))             # early, late and never
+    assert len(set(map(tuple, flat(want.tokens)))) > 30
+    return model, want
+
+
+@pytest.mark.parametrize("rows, look", [(1, 1), (3, 1), (6, 5), (9, 1), (15, 1), (24, 2), (24, 5), (99, 1)])
+def test_a_draft_does_not_depend_on_the_batch_it_is_written_in(drafts_of_12, monkeypatch, rows, look):
+    """A draft is a function of (seed, draft): however many rows there are, whatever place it takes, whenever
+    finished rows are looked for, though places are refilled, the batch shrinks and the ring of the cache
+    wraps."""
+    model, want = drafts_of_12
+    seen = dict(wraps=0, refills=0, shrinks=0)
+
+    def watch(cls, name, mark):
+        whole = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *a: (mark(self), whole(self, *a))[1])
+    watch(Drafts, "next_logits", lambda c: seen.update(wraps=c.step // c.ring))
+    watch(Drafts, "keep", lambda c: seen.update(shrinks=seen["shrinks"] + 1))
+    watch(Decoder, "refill", lambda d: seen.update(refills=seen["refills"] + 1))
+    same(generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=8, max_rows=rows,
+                  look_every=look), want)
+    places = max(1, min(12, rows // 3))
+    assert seen["refills"] >= 12 / places and (seen["wraps"] >= 2 or places > 6)
+    assert seen["shrinks"] >= 1 or look > 1 or places == 1
+
+
+@pytest.mark.parametrize("look", [1, 4, 16])
+def test_newcomers_are_written_to_their_end_when_everybody_else_finished_at_once(look):
+    """Without stop ids all places fall idle together, the last posts take them: not the end yet."""
+    model = build()
+    got = generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=8, max_rows=4, look_every=look)
+    same(got, generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=8))
+
+
+def test_a_draft_is_known_by_its_seed_and_number_alone(drafts_of_12):
+    """Same posts in another order, alone, or with fewer drafts: seeds tied to the place in the batch would
+    show."""
+    model, want = drafts_of_12
+
+    def write(which, k):
+        return generate(model, [PROMPTS[i] for i in which], k=k, max_new_tokens=6, stop_ids=STOPS,
+                        seed=[(8, i) for i in which], max_rows=8)
+    order = [5, 11, 0, 2, 8, 1, 10, 3, 9, 4, 7, 6]
+    for which, k in ((order, 3), ([4], 3), (order[:5], 1), ([9, 2], 2)):
+        got = write(which, k)
+        assert got.tokens == [want.tokens[i][:k] for i in which]
+        assert got.finished == [want.finished[i][:k] for i in which]
+    again = generate(model, [PROMPTS[0]] * 2, k=3, max_new_tokens=6, seed=8)
+    assert again.tokens[0] != again.tokens[1]  # an int seed: the post's place counts
+    assert again.tokens != generate(model, [PROMPTS[0]] * 2, k=3, max_new_tokens=6, seed=9).tokens
+
+
+def kept(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """Log-probabilities (V,) after temperature, top-k, top-p and min-p in that order, from their
+    definitions."""
+    p = (logits.double() / temperature).softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    if top_k:
+        order = order[:top_k]
+    inside, mass, whole = [], 0.0, float(p[order].sum())
+    for i in order:
+        if mass / whole < top_p:
+            inside.append(i)
+        mass += float(p[i])
+    inside = [i for i in inside if p[i] >= min_p * p[inside].max()]
+    out = torch.full_like(p, -math.inf)
+    out[inside] = (p[inside] / p[inside].sum()).log()
+    return out
+
+
+@pytest.mark.parametrize("rule", [{}, dict(temperature=0.7), dict(top_k=4), dict(top_p=0.6), dict(min_p=0.15),
+                                  dict(temperature=1.4, top_k=9, top_p=0.9, min_p=0.08)], ids=str)
+def test_logprobs_are_those_of_the_distribution_sampled_from(rule):
+    """Scoring what was truncated under the whole softmax makes every ratio wrong; nothing outside the kept
+    set is drawn."""
+    model, rule = build(), {"temperature": 1.0} | rule
+    got = generate(model, PROMPTS[:6], k=12, max_new_tokens=5, stop_ids=STOPS, seed=2, max_rows=30, **rule)
+    differs, choices = [], set()
+    for prompt, drafts, logprobs in zip(PROMPTS, got.tokens, got.logprobs):
+        for draft, logprob in zip(drafts, logprobs):
+            logits = next_logits(model, prompt, draft)
+            for row, token, value in zip(logits, draft, logprob, strict=True):
+                truth = kept(row, **rule)
+                assert truth[token] > -math.inf and abs(float(truth[token]) - value) < 1e-4
+                differs.append(abs(float(row.log_softmax(-1)[token]) - value))
+                choices.add(int(truth.isfinite().sum()))
+    if rule != {"temperature": 1.0}:
+        assert max(differs) > 0.2  # the untruncated softmax at T = 1 is not it
+    if len(rule) > 1:
+        assert max(choices) < model.vocab
+
+
+def test_the_stop_id_is_kept_and_flags_say_who_was_cut_off(drafts_of_12):
+    """The stop token is part of the draft, or its probability is never trained; a cut draft must be known as
+    one."""
+    _, got = drafts_of_12
+    for draft, logprob, finished in zip(flat(got.tokens), flat(got.logprobs), flat(got.finished)):
+        assert len(draft) == len(logprob) <= 6
+        assert not set(draft[:-1]) & set(STOPS) and finished == (draft[-1] in STOPS)
+        assert finished or len(draft) == 6
+    # A stop as the very last token
+    assert {len(d) for d, f in zip(flat(got.tokens), flat(got.finished)) if f} >= {1, 6}
+
+
+def test_a_stop_id_in_the_prompt_does_not_finish_the_draft():
+    """Chat prompts hold <|im_end|>: only what is generated is looked at."""
+    model = build()
+    stops, prompt = [24], [24, 3, 24]
+    got = generate(model, [prompt, [3]], k=4, max_new_tokens=6, stop_ids=stops, seed=1)
+    free = generate(model, [prompt, [3]], k=4, max_new_tokens=6, seed=1)
+    assert max(map(len, got.tokens[0])) == 6
+    for cut, whole in zip(flat(got.tokens), flat(free.tokens)):
+        assert cut == whole[:whole.index(24) + 1] if 24 in whole else cut == whole
+    assert not any(flat(free.finished))  # no stop ids: nothing ever finishes
+
+
+def test_one_new_token():
+    """max_new_tokens=1 never reaches the decoding loop's second half: the prefill's sample is all there
+    is."""
+    model = build()
+    one = generate(model, PROMPTS, k=3, max_new_tokens=1, stop_ids=STOPS, seed=8, max_rows=7)
+    longer = generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=8)
+    assert one.tokens == [[d[:1] for d in drafts] for drafts in longer.tokens]
+    assert one.finished == [[d[0] in STOPS for d in drafts] for drafts in one.tokens]
+    assert {True, False} == set(flat(one.finished))
+
+
+def test_temperature_zero_is_argmax_and_its_logprob_the_model_s():
+    """A division by a small temperature overflows or leaves ties to chance; zero takes the largest logit."""
+    logits = torch.tensor([[1.0, 3.0, 2.9999998, -math.inf], [5e30, 0.0, -1.0, 4e30]])
+    for u in (0.0, 0.999999):
+        token, logp = sample(logits, torch.full((2,), u, dtype=torch.float64), 0)
+        assert token.tolist() == [1, 0]
+        assert torch.equal(logp, logits.log_softmax(-1)[[0, 1], [1, 0]])
+    a, b = (generate(build(), PROMPTS, k=2, max_new_tokens=5, temperature=0, seed=s) for s in (1, 2))
+    assert a.tokens == b.tokens and all(x == y for x, y in a.tokens)
+
+
+def test_ids_above_the_tokenizer_are_never_written_nor_scored():
+    """Qwen3's matrix has more rows than its tokenizer has tokens: here the padding rows are by far the
+    likeliest."""
+    model = build(tied=False)
+    model.lm_head.weight[30:] *= 12
+    prompts = [p for p in PROMPTS if max(p) < 30]
+    whole = generate(model, prompts, k=4, max_new_tokens=5, seed=1)
+    assert max(flat(flat(whole.tokens))) >= 30
+    model.vocab = 30
+    for temperature in (0, 1.0):
+        got = generate(model, prompts, k=4, max_new_tokens=5, temperature=temperature, seed=1)
+        assert max(flat(flat(got.tokens))) < 30
+    rows, = pack([(prompts[0], [[t] for t in range(30)])], 1000)
+    with torch.no_grad():
+        logp, _ = token_logprobs(model, rows)
+    assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-5)  # the mass of the real tokens alone is 1
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    """Inverting the cumulative distribution at its very ends hits ids of no mass when done carelessly."""
+    last = 1 - 2.0 ** -53  # the largest number a generator returns
+    zero = -math.inf
+    logits = torch.tensor([[zero, zero, 1.0, zero, 0.5, 2.0, zero],
+                           [zero, -300.0, 0.0, -300.0, zero, zero, -300.0],
+                           [0.0, zero, zero, zero, zero, zero, 0.0]])
+    for u, want in ((0.0, [2, 2, 0]), (last, [5, 2, 6])):
+        uniform = torch.full((3,), u, dtype=torch.float64)
+        token, logp = sample(logits, uniform, 1.0)
+        assert token.tolist() == want and logp.isfinite().all()
+    rare = torch.tensor([[0.0, -25.0]])                                        # 1.4e-11, lost in fp32 sums
+    assert sample(rare, torch.tensor([last], dtype=torch.float64), 1.0)[0].tolist() == [1]
+    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # Careless
+    assert torch.searchsorted(mass, torch.zeros(3, 1, dtype=torch.float64)).flatten().tolist() == [0, 0, 0]
+    uniform = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    token, _ = sample(torch.randn(1, 500).mul(8).expand(2000, -1), uniform, 1.0, top_k=3)
+    assert len(set(token.tolist())) == 3
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(k=0), dict(max_new_tokens=0), dict(temperature=-0.1), dict(temperature=math.nan), dict(top_p=0.0),
+    dict(top_p=1.1), dict(top_k=-1), dict(min_p=1.0), dict(min_p=-0.1), dict(prompts=[[1], []]),
+    dict(prompts=[[1, 41]])], ids=str)
+def test_what_cannot_be_generated_is_refused(wrong):
+    """One clear sentence, not a crash inside a kernel or a silent default."""
+    with pytest.raises(InputError, match="generate: "):
+        generate(build(), **dict(prompts=[[1]], max_new_tokens=2) | wrong)
+
+
+def test_no_prompts_and_progress():
+    model, told = build(), []
+    assert generate(model, [], k=2, max_new_tokens=3).tokens == []
+    generate(model, PROMPTS, k=2, max_new_tokens=3, stop_ids=STOPS, max_rows=6, progress=told.append)
+    assert sum(told) == len(PROMPTS) and len(told) > 1
+
+
+def test_generation_leaves_its_inputs_alone():
+    model = build()
+    prompts, seeds, logits = [list(p) for p in PROMPTS], [(1, i) for i in range(12)], torch.randn(3, 9)
+    before = logits.clone()
+    generate(model, prompts, k=2, max_new_tokens=4, stop_ids=STOPS, seed=seeds, max_rows=4)
+    sample(logits, torch.rand(3, dtype=torch.float64), 0.8, top_k=4, top_p=0.7, min_p=0.1)
+    assert prompts == PROMPTS and seeds == [(1, i) for i in range(12)] and torch.equal(logits, before)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scoring
+
+GROUPS = [(p, [[(7 * i + 3 * j + t) % 41 for t in range(1 + (i + 2 * j) % 5)] for j in range(3)])
+          for i, p in enumerate(PROMPTS[:5])]
+
+
+def trainable(seed=3):
+    """All but the head trains: gradients reach everything that the hidden states depend on."""
+    model = build(tied=False, seed=seed).requires_grad_(True)
+    model.lm_head.requires_grad_(False)
+    return model
+
+
+def scored(model, groups, budget, temperature=1.0):
+    """draft -> its log-probs, and the gradients of a weighted sum of all of them, in micro-batches of
+    `budget`."""
+    by_draft = {}
+    for rows in pack(groups, budget):
+        logp, _ = token_logprobs(model, rows, temperature)
+        weight = torch.cos(1.0 + rows.draft + torch.arange(len(logp)) - first_of(rows.draft))
+        (logp * weight).sum().backward()
+        for d, value in zip(rows.draft.tolist(), logp.tolist()):
+            by_draft.setdefault(d, []).append(value)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return by_draft, grads
+
+
+def first_of(draft):
+    """(N,): where in the list each token's draft begins, so that a token's weight is a matter of draft and
+    place in it."""
+    starts = {}
+    for i, d in enumerate(draft.tolist()):
+        starts.setdefault(d, i)
+    return torch.tensor([starts[d] for d in draft.tolist()])
+
+
+def close(a, b, tolerance=2e-5):
+    """Dictionaries of numbers or tensors with the same keys and, up to rounding, the same values."""
+    assert a.keys() == b.keys()
+    for key in a:
+        x, y = torch.as_tensor(a[key]), torch.as_tensor(b[key])
+        assert x.shape == y.shape and float((x - y).abs().max()) < tolerance * (1 + float(y.abs().max())), key
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_fused_logprobs_are_plain_autograd_s(monkeypatch, chunk, temperature):
+    """The gradient is worked out in the forward pass, chunk by chunk: value, entropy and gradient must be
+    autograd's."""
+    monkeypatch.setattr(model_py, "chunk_size", lambda vocab, device: chunk)
+    draw = torch.Generator().manual_seed(1)
+    weight, upstream = torch.randn(29, 12, generator=draw), torch.randn(10, generator=draw)
+    target, results = torch.randint(29, (10,), generator=draw), []
+    start = torch.randn(10, 12, generator=draw)
+    for score in (SelectedLogprobs.apply, selected_logprobs):
+        hidden = start.clone().requires_grad_()
+        logp, entropy = score(hidden, weight, target, temperature)
+        (logp * upstream).sum().backward()
+        assert logp.dtype == torch.float32 and not entropy.requires_grad
+        assert torch.equal(hidden.detach(), start)
+        results.append(dict(logp=logp.detach(), entropy=entropy, grad=hidden.grad))
+    close(*results, tolerance=3e-6)
+    p = (start @ weight.t() / temperature).softmax(-1)
+    close(dict(h=results[0]["entropy"]), dict(h=-(p * p.log()).sum(-1)), tolerance=3e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            self.numel = max(self.numel, x.numel() if torch.is_tensor(x) else 0)
+        return out
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_ever_alive(monkeypatch):
+    """At 150,000 ids that tensor is the memory bill: neither kept for the backward pass nor made in
+    passing."""
+    monkeypatch.setattr(model_py, "chunk_size", lambda vocab, device: 16)
+    weight, target, n, v = torch.randn(3000, 8), torch.arange(64), 64, 3000
+    sizes = {}
+    for score in (SelectedLogprobs.apply, selected_logprobs):
+        hidden, saved = torch.randn(n, 8, requires_grad=True), []
+        note = lambda x: (saved.append(tuple(x.shape)), x)[1]
+        with saved_tensors_hooks(note, lambda x: x), Largest() as watch:
+            logp, _ = score(hidden, weight, target, 1.0)
+            logp.sum().backward()
+        sizes[score] = set(saved), watch.numel
+    assert sizes[SelectedLogprobs.apply] == ({(n, 8)}, max(16 * v, v * 8))
+    # What the watch would see
+    assert (n, v) in sizes[selected_logprobs][0] and sizes[selected_logprobs][1] >= n * v
+
+
+def test_scoring_a_batch_keeps_nothing_of_the_size_of_the_vocabulary():
+    """The same through the whole model: in the loss, logits exist for reply tokens alone, and only in
+    passing."""
+    model, saved = build(vocab_size=3000).requires_grad_(True), []
+    model.model.embed_tokens.requires_grad_(False)
+    rows, = pack([(p, [[7, 8, 9], [10, 11]]) for p in PROMPTS[:6]], 1000)
+    with saved_tensors_hooks(lambda x: (saved.append(tuple(x.shape)), x)[1], lambda x: x):
+        token_logprobs(model, rows)[0].sum().backward()
+    assert (30, 24) in saved and not any(shape[-1] == 3000 for shape in saved if shape)
+
+
+@pytest.mark.parametrize("budget", [1, 17, 30, 10_000])
+def test_a_shared_row_says_what_k_plain_rows_say(budget):
+    """A post and its k drafts in one row: the post's gradient comes from all drafts and no draft sees
+    another, so values and gradients are those of k rows, however the rows are cut into micro-batches."""
+    model = trainable()
+    want = scored(model, [(p, [d]) for p, drafts in GROUPS for d in drafts], 10_000, 0.8)
+    got = scored(model, GROUPS, budget, 0.8)
+    close(got[0], want[0]), close(got[1], want[1])
+
+
+def test_drafts_that_see_each_other_would_be_noticed(monkeypatch):
+    """The twin of the test above: plain causal attention over a shared row gives the second draft another
+    score."""
+    model = trainable()
+    want, _ = scored(model, GROUPS, 10_000)
+    monkeypatch.setattr("data.Rows.mask", lambda rows: None)
+    got, _ = scored(model, GROUPS, 10_000)
+    close({0: got[0]}, {0: want[0]})  # a row's first draft is right anyway
+    assert abs(got[4][-1] - want[4][-1]) > 1e-2
+
+
+def test_scoring_equals_a_plain_forward_and_the_softmax_s_temperature():
+    model = build(tied=False)
+    for temperature in (1.0, 0.7):
+        by_draft = {}
+        for rows in pack(GROUPS, 40):
+            with torch.no_grad():
+                logp, entropy = token_logprobs(model, rows, temperature)
+            for d, value, h in zip(rows.draft.tolist(), logp.tolist(), entropy.tolist()):
+                by_draft.setdefault(d, []).append((value, h))
+        for d, (prompt, draft) in enumerate((p, d) for p, drafts in GROUPS for d in drafts):
+            truth = (next_logits(model, prompt, draft) / temperature).log_softmax(-1)
+            values, entropies = map(torch.tensor, zip(*by_draft[d]))
+            close(dict(p=values, h=entropies), dict(p=truth[torch.arange(len(draft)), torch.tensor(draft)],
+                                                    h=-(truth.exp() * truth).sum(-1)))
+
+
+def test_the_shift_on_five_tokens():
+    """Token t is predicted by the state at t - 1, the reply's first by the prompt's last: the usual
+    off-by-one."""
+    model, tokens = build(), [4, 9, 2, 7, 30]
+    rows, = pack([(tokens[:2], [tokens[2:]])], 100)
+    with torch.no_grad():
+        logp, _ = token_logprobs(model, rows)
+        table = model(torch.tensor([tokens]))[0].log_softmax(-1)
+    assert rows.tokens.tolist() == [tokens[:4]] and rows.target.tolist() == tokens[2:]
+    want = torch.stack([table[1, 2], table[2, 7], table[3, 30]])
+    assert float((logp - want).abs().max()) < 1e-5
+    # Unshifted
+    assert float((logp - torch.stack([table[2, 2], table[3, 7], table[4, 30]])).abs().min()) > 1e-2
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    """Recomputing blocks saves memory and nothing else; with a frozen embedding the reentrant form loses the
+    gradient."""
+    model, calls = trainable(), []
+    model.model.embed_tokens.requires_grad_(False)
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain = scored(model, GROUPS, 30)
+    once, model.checkpointing = len(calls), True
+    again = scored(model, GROUPS, 30)
+    assert len(calls) == 3 * once and len(plain[1]) > 20                       # every block was recomputed
+    close(again[0], plain[0]), close(again[1], plain[1], 1e-6)
+    with torch.no_grad():
+        calls.clear()
+        token_logprobs(model, pack(GROUPS, 10_000)[0])
+    assert len(calls) == 2  # nothing to recompute without a gradient
+
+
+def test_scoring_leaves_its_inputs_alone():
+    """A mask or a shift written through a view of the ids corrupts the next pass over them."""
+    model, (rows,) = trainable(), pack(GROUPS, 10_000)
+    before = {n: x.clone() for n, x in vars(rows).items() if torch.is_tensor(x)}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    token_logprobs(model, rows, 0.7)[0].sum().backward()
+    assert all(torch.equal(getattr(rows, n), x) for n, x in before.items())
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())

@@ -1,0 +1,860 @@
+"""LoRA, the diversity D and its gradient, the SFT step, and what both phases share: ranks, run folder,
+training loop.
+
+D's gradient is checked by enumeration: a softmax policy over four outcomes, where the exact gradient of E[D]
+and the exact expectation of the estimator can both be summed over all k-tuples. A D that no gradient passes
+through is the failure that must not come back.
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import data
+import polylora
+from model import Config, InputError, Qwen3
+from polylora import (Embedder, LoRALinear, Ranks, Run, Session, Tally, adapter, adapter_state, add_lora,
+                      batch_indices, cross_entropy, diversity, diversity_advantages, diversity_step,
+                      drop_lora, frozen_copy, learning_rate, load_adapter, lora_layers, merge_lora,
+                      pair_distances, save_adapter, seed_of, sft_step, train)
+from tiny import tiny_config, tiny_weights
+
+TOKENS = torch.tensor([[3, 9, 4, 17, 30, 2, 8]])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def build(dtype=torch.float32, seed=3, **changes):
+    """A random Qwen3 of two layers, frozen."""
+    small = dict(vocab_size=41, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                 num_attention_heads=4, head_dim=8)
+    config = tiny_config(True, **small | changes)
+    model = Qwen3(Config.from_dict(config))
+    model.load_state_dict(tiny_weights(config, seed))
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def shake(model, size=0.2, seed=1):
+    """Random B: an adapter that has been trained. Returns the model."""
+    draw = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        layer.lora_B.weight.data.copy_(size * torch.randn(layer.lora_B.weight.shape, generator=draw))
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(TOKENS)
+
+
+def gap(a, b):
+    return (a.double() - b.double()).abs().max().item()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LoRA
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_is_the_base_bit_for_bit(dtype):
+    """B is zero: the first forward is the base's, in every bit, and with any other B it is not."""
+    base = build(dtype)
+    model = add_lora(build(dtype), 4, 8)
+    assert torch.equal(logits(model), logits(base))
+    assert gap(logits(shake(model)), logits(base)) > 0.05
+
+
+def test_the_first_step_moves_b_and_leaves_a():
+    """With B zero the gradient of A is zero: weight decay or a bug would move it."""
+    model = add_lora(build(), 4, 8, seed=1)
+    before, params = frozen_copy(model), adapter_state(model)
+    optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=0.0)
+    for step in range(2):
+        model(TOKENS).log_softmax(-1)[0, :, 5].sum().backward()
+        optimizer.step()
+        moved = {n for n, p in params.items() if not torch.equal(p, before[n])}
+        assert moved == {n for n in params if step or "lora_B" in n}           # A follows in the second step
+        optimizer.zero_grad()
+
+
+def test_the_update_is_scaled_by_alpha_over_rank():
+    """Forgotten or inverted, the scale still trains: doubling r at fixed alpha must halve it."""
+    x, w = torch.randn(3, 6), torch.nn.Linear(6, 5, bias=False)
+    for rank, alpha, scale in ((2, 6, 3.0), (4, 6, 1.5), (4, 2, 0.5)):
+        layer = LoRALinear(w, rank, alpha)
+        torch.nn.init.normal_(layer.lora_B.weight)
+        want = x @ w.weight.t() + scale * (x @ layer.lora_A.weight.t()) @ layer.lora_B.weight.t()
+        assert layer.scale == scale and gap(layer(x), want) < 1e-5
+        assert gap(layer(x[None])[0], want) < 1e-5  # rows in a batch of sequences alike
+
+
+def test_a_is_a_function_of_the_seed():
+    """Every rank draws A for itself: it must not depend on the global generator or on what was drawn
+    before."""
+    torch.manual_seed(0)
+    draw = lambda seed: adapter_state(add_lora(build(), 4, 8, seed=seed))
+    one = draw(7)
+    torch.randn(11)
+    two, other = draw(7), draw(8)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert not any(torch.equal(one[n], other[n]) for n in one if "lora_A" in n)
+    shapes = {n: p.shape for n, p in one.items() if "lora_A" in n}
+    bound = {n: shape[1] ** -0.5 for n, shape in shapes.items()}  # as PEFT draws: U(-1/sqrt(in), 1/sqrt(in))
+    assert all(0.8 * bound[n] < one[n].abs().max().item() <= bound[n] for n in bound)
+
+
+def test_adapters_are_fp32_over_a_bf16_base_and_the_base_gets_no_gradient():
+    """A bf16 A loses most Adam steps to rounding; a base that trains along is no LoRA."""
+    model = shake(add_lora(build(torch.bfloat16).requires_grad_(True), 4, 8))
+    out = model(TOKENS)
+    out.float().log_softmax(-1)[0, :, 5].sum().backward()
+    own = {id(p) for p in adapter_state(model).values()}
+    assert out.dtype == torch.bfloat16  # the sum takes the base's dtype
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (p.grad is not None) == (id(p) in own), name
+        assert p.dtype == (torch.float32 if id(p) in own else torch.bfloat16), name
+    grads = [p.grad for p in adapter_state(model).values()]
+    assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in grads)
+
+
+def test_the_gradient_of_the_adapter_is_that_of_the_written_out_sum():
+    """The layer adds in place to save memory: its gradients must be those of y = W x + s B A x in plain
+    autograd."""
+    draw = torch.Generator().manual_seed(5)
+    layer = LoRALinear(torch.nn.Linear(6, 5, bias=False).requires_grad_(False), 3, 6)
+    torch.nn.init.normal_(layer.lora_B.weight, generator=draw)
+    grads = []
+    for forward in (layer, lambda x: F.linear(x, layer.merged_weight())):
+        x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        forward(x).pow(3).sum().backward()
+        grads.append([x.grad, layer.lora_A.weight.grad.clone(), layer.lora_B.weight.grad.clone()])
+        layer.zero_grad()
+    assert all(gap(a, b) < 1e-3 * (1 + float(b.abs().max())) for a, b in zip(*grads))
+
+
+def test_targets_are_respected_and_the_tied_head_is_never_wrapped():
+    """LoRA on a tied embedding corrupts the head; a misspelt target silently trains nothing."""
+    model = add_lora(build(), 2, 2, targets=("q_proj", "down_proj"))
+    names = [n.rpartition(".")[2] for n in lora_layers(model)]
+    assert names == ["q_proj", "down_proj"] * 2
+    assert len(lora_layers(add_lora(build(), 2, 2))) == 7 * 2
+    for targets in (("lm_head",), ("embed_tokens",), ("q_proj", "k_prj"), ()):
+        with pytest.raises(InputError, match="target"):
+            add_lora(build(), 2, 2, targets=targets)
+    with pytest.raises(InputError, match="rank"):
+        add_lora(build(), 0, 2)
+    with pytest.raises(InputError, match="already"):
+        add_lora(model, 2, 2)
+
+
+def test_a_saved_adapter_loads_into_a_fresh_model_and_changes_its_output(tmp_path):
+    """Loading that silently matches no tensor leaves the base: the output must be the trained one, not the
+    base's."""
+    model = shake(add_lora(build(), 4, 6, targets=("q_proj", "v_proj", "up_proj"), dropout=0.1)).eval()
+    save_adapter(model, tmp_path, "some/base")
+    fresh = load_adapter(build(), tmp_path).eval()
+    assert torch.equal(logits(fresh), logits(model)) and gap(logits(fresh), logits(build())) > 0.05
+    assert all(torch.equal(p, adapter_state(model)[n]) for n, p in adapter_state(fresh).items())
+    assert all(layer.dropout == 0.1 and layer.scale == 1.5 for layer in lora_layers(fresh).values())
+    into = add_lora(build(), 4, 99, targets=("q_proj", "v_proj", "up_proj"))
+    load_adapter(into, tmp_path, dropout=0.0)
+    assert torch.equal(logits(into), logits(model))  # the file's alpha, not the model's
+    assert all(layer.dropout == 0.0 for layer in lora_layers(into).values())
+
+
+@pytest.mark.parametrize("change", [dict(hidden_size=32), dict(num_hidden_layers=3),
+                                    dict(num_hidden_layers=1)], ids=str)
+def test_an_adapter_of_another_model_is_refused_by_name(tmp_path, change):
+    """Loaded loosely, an adapter of another model changes nothing, or half the layers."""
+    save_adapter(add_lora(build(), 4, 8), tmp_path)
+    with pytest.raises(InputError, match="does not fit this model.*lora_"):
+        load_adapter(build(**change), tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("use_dora", True), ("use_rslora", True), ("modules_to_save", ["lm_head"]),
+    ("rank_pattern", {"q_proj": 8}), ("bias", "all"), ("peft_type", "IA3")])
+def test_an_adapter_that_asks_for_more_than_lora_is_refused(tmp_path, key, value):
+    """Read as plain LoRA, such an adapter gives another model's output without a word."""
+    save_adapter(add_lora(build(), 4, 8), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match="LoRA"):
+        load_adapter(build(), tmp_path)
+
+
+def damage(tmp_path, what):
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    if what == "no weights":
+        file.unlink()
+    elif what == "cut weights":
+        file.write_bytes(file.read_bytes()[:100])
+    elif what == "no config":
+        config.unlink()
+    elif what == "no rank":
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "r"}))
+    elif what == "a tensor too few":
+        tensors = load_file(file)
+        tensors.pop(min(tensors))
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize("what", ["no weights", "cut weights", "no config", "no rank", "a tensor too few"])
+def test_a_damaged_adapter_is_an_input_error(tmp_path, what):
+    """A copy that broke off is the user's everyday mistake: one sentence that names the folder, not a
+    traceback."""
+    save_adapter(add_lora(build(), 4, 8), tmp_path)
+    damage(tmp_path, what)
+    with pytest.raises(InputError, match=str(tmp_path)):
+        load_adapter(build(), tmp_path)
+
+
+def test_merging_adds_the_update_in_fp32_and_touches_nothing_else():
+    """The merged model says what the unmerged one says; merged in bf16, most of a small update would be
+    rounded away."""
+    model = shake(add_lora(build(), 4, 8))
+    want, plain = logits(model), copy.deepcopy(model)
+    kept = {n: (layer.weight, layer.weight.clone()) for n, layer in lora_layers(model).items()}
+    assert gap(logits(merge_lora(model)), want) < 1e-5
+    assert all(torch.equal(w, was) for w, was in kept.values())  # merged beside the frozen weights
+    assert not lora_layers(model) and model.state_dict().keys() == build().state_dict().keys()
+    assert torch.equal(logits(drop_lora(plain)), logits(build()))              # and dropped, the base is back
+
+    small = shake(add_lora(build(torch.bfloat16), 4, 8), size=1e-4)
+    layer = small.model.layers[0].self_attn.q_proj
+    frozen, update = layer.weight, layer.merged_weight() - layer.weight.float()
+    weight = merge_lora(small).model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == small.dtype == torch.float32 and frozen.dtype == torch.bfloat16
+    assert gap(weight - frozen.float(), update) < 1e-7
+    assert float((weight != frozen.float()).float().mean()) > 0.9
+    assert float((weight.bfloat16() != frozen).float().mean()) < 0.5           # what bf16 would have kept
+
+
+def test_the_adapter_can_be_switched_off_and_exchanged_and_comes_back():
+    """A reference pass that leaves the policy switched off, or a copy that follows the training, ruins all
+    that follows."""
+    base, model = build(), shake(add_lora(build(), 4, 8))
+    start, trained = frozen_copy(model), logits(model)
+    with torch.no_grad():
+        for p in adapter_state(model).values():
+            p.add_(0.1)
+    later, ids = logits(model), {n: p.data_ptr() for n, p in adapter_state(model).items()}
+    assert gap(later, trained) > 0.05
+    with adapter(model, None):
+        assert torch.equal(logits(model), logits(base))
+        with adapter(model, start):  # nested: the embedder within a reference
+            assert torch.equal(logits(model), trained)                         # the copy did not follow
+        assert torch.equal(logits(model), logits(base))
+    with adapter(model, start):
+        assert torch.equal(logits(model), trained)
+    for state in (None, start):
+        with pytest.raises(KeyError), adapter(model, state):
+            raise KeyError
+        assert torch.equal(logits(model), later)
+    assert ids == {n: p.data_ptr() for n, p in adapter_state(model).items()}   # the optimizer's own tensors
+
+
+def test_dropout_acts_in_training_alone():
+    """Drafts and their scores must come from one and the same network."""
+    model = shake(add_lora(build(), 4, 8, dropout=0.5)).train()
+    assert not torch.equal(logits(model), logits(model)) and torch.equal(logits(model.eval()), logits(model))
+    with adapter(model.train(), None):
+        assert torch.equal(logits(model), logits(build()))
+
+
+def test_lora_layers_take_the_mode_of_the_layer_they_replace(tmp_path):
+    """A new module is in training mode: an adapter with dropout, loaded on a loaded model, would answer
+    noisily."""
+    save_adapter(shake(add_lora(build(), 4, 8, dropout=0.5)), tmp_path)
+    model = load_adapter(build(), tmp_path)
+    assert not any(m.training for m in model.modules()) and torch.equal(logits(model), logits(model))
+    assert all(m.training for m in add_lora(build().train(), 4, 8).modules())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Diversity
+
+OUTCOMES = F.normalize(torch.tensor(
+    [[1.0, 0.2, 0.0], [0.9, 0.5, 0.1], [-0.3, 1.0, 0.4], [0.1, -0.2, -1.0]]).double(), dim=-1)
+QUALITY = torch.tensor([0.9, 0.3, 0.7, 0.05]).double()
+
+
+def in_double(monkeypatch):
+    """The product takes D in fp32, by .float(): read as double here, so that equations can be seen to hold to
+    1e-12."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def policy(outcomes, seed=0):
+    """Logits of a softmax policy over a handful of outcomes, to differentiate by."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(outcomes, dtype=torch.float64, generator=draw).requires_grad_()
+
+
+def all_tuples(outcomes, k):
+    return torch.tensor(list(itertools.product(range(outcomes), repeat=k)))    # (outcomes ** k, k)
+
+
+def exact_gradient(theta, drawn, value):
+    """grad of E[value], by autograd through the chance of every tuple in `drawn`; value (tuples,)."""
+    chance = theta.log_softmax(-1)[drawn].sum(-1).exp()
+    return torch.autograd.grad((chance * value).sum(), theta)[0]
+
+
+def expected_estimate(theta, drawn, advantages):
+    """E[sum_i A_i grad log pi(y_i)] over every tuple in `drawn`; advantages (tuples, k) are constants."""
+    logp = theta.log_softmax(-1)[drawn]
+    chance = logp.sum(-1).exp().detach()
+    return torch.autograd.grad((chance * (advantages.detach() * logp).sum(-1)).sum(), theta)[0]
+
+
+def test_d_by_hand():
+    """The mean over pairs, without the diagonal: three of four cosines are 0, -1, 0."""
+    e = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [[0.6, 0.8], [0.6, 0.8], [0.6, 0.8]]])
+    assert diversity(e).tolist() == pytest.approx([(1 + 2 + 1) / 3, 0], abs=1e-6)
+    q = torch.tensor([[1.0, 0.5, 0.2], [1, 1, 1]])
+    assert diversity(e, q).tolist() == pytest.approx([(1 * 0.5 + 2 * 0.2 + 1 * 0.1) / 3, 0], abs=1e-6)
+    assert diversity(e[:1, :2]).tolist() == [1.0]
+    assert pair_distances(e)[0].tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+    assert float(diversity_advantages(e)[1].abs().max()) < 1e-6                # duplicates earn nothing
+    for k in (0, 1):
+        with pytest.raises(InputError, match="two drafts"):
+            diversity(e[:, :k])
+
+
+def test_an_advantage_is_what_the_draft_adds_to_d():
+    e, q = F.normalize(torch.randn(3, 5, 4), dim=-1), torch.rand(3, 5)
+    for gate in (None, q):
+        got = diversity_advantages(e, gate)
+        for i in range(5):
+            rest = [j for j in range(5) if j != i]
+            without = diversity(e[:, rest], None if gate is None else gate[:, rest])
+            assert gap(got[:, i], diversity(e, gate) - without) < 1e-6
+
+
+@pytest.mark.parametrize("gated, floor", [(False, 0.0), (True, 0.0), (True, 1.0)])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_score_function_gradient_of_d_is_exact(monkeypatch, k, gated, floor):
+    """The estimator's expectation over all k-tuples is grad E[D], with no constant between them, gate or no
+    gate, floor or no floor."""
+    in_double(monkeypatch)
+    theta, drawn = policy(4), all_tuples(4, k)
+    q = QUALITY[drawn] if gated else None
+    want = exact_gradient(theta, drawn, diversity(OUTCOMES[drawn], q, floor))
+    got = expected_estimate(theta, drawn, diversity_advantages(OUTCOMES[drawn], q, floor))
+    assert float(want.abs().max()) > 0.01 and gap(got, want) < 1e-12
+    if not gated:  # "novelty as a reward, less the group's mean" has another constant, zero at k = 2
+        pairs = pair_distances(OUTCOMES[drawn]).sum(-1) / (k - 1)
+        novelty = expected_estimate(theta, drawn, pairs - pairs.mean(-1, keepdim=True))
+        assert gap(novelty, (k / 2 - 1) * want) < 1e-12
+
+
+def test_a_floor_pays_right_drafts_that_are_alike_and_no_wrong_one():
+    """(floor + delta) q q by hand: two equal right drafts and a wrong one; without a gate there is no floor."""
+    e, q = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[1.0, 1.0, 0.0]])
+    assert diversity(e, q).item() == 0 and diversity(e, q, 0.6).item() == pytest.approx(0.2)
+    assert diversity(e, None, 0.6).item() == diversity(e).item() == pytest.approx(2 / 3)
+    right, _, wrong = diversity_advantages(e, q, 0.6)[0].tolist()
+    assert right > 0 > wrong
+
+
+def test_many_draws_approach_the_gradient_of_d():
+    """The same through sampling, in the fp32 that training uses: the mean of 60,000 estimates is grad
+    E[D]."""
+    theta, k, n = policy(4, seed=1), 4, 60_000
+    drawn = torch.multinomial(theta.detach().softmax(-1), n * k, True).view(n, k)
+    every = all_tuples(4, k)
+    want = exact_gradient(theta, every, diversity(OUTCOMES[every]).double())
+    a, logp = diversity_advantages(OUTCOMES[drawn]).double(), theta.log_softmax(-1)
+    got, = torch.autograd.grad((a * logp[drawn]).sum() / n, theta)
+    assert gap(got, want) < 0.05 * float(want.abs().max())
+
+
+def test_a_detached_d_has_no_gradient_and_ours_does():
+    """The failure that must not come back: D as a number computed from sampled text leaves every gradient
+    unchanged."""
+    theta, drawn = policy(4), torch.tensor([[0, 1, 3], [2, 2, 0]])
+    quality_loss = -theta.log_softmax(-1)[1]
+    plain, = torch.autograd.grad(quality_loss, theta, retain_graph=True)
+    number = diversity(OUTCOMES[drawn]).mean().item()
+    detached, = torch.autograd.grad(quality_loss - 3.0 * number, theta, retain_graph=True)
+    assert torch.equal(detached, plain)
+    ours = polylora.diversity_loss(theta.log_softmax(-1)[drawn].flatten(), torch.arange(6),
+                                   diversity_advantages(OUTCOMES[drawn]).flatten(), 2)
+    moved, = torch.autograd.grad(quality_loss + 3.0 * ours, theta)
+    assert gap(moved, plain) > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The SFT step, on a real session around a tiny model
+
+class Share:
+    """Rank `rank` of `world`, simulated: a sum over ranks is `total` where that is given, else this rank's
+    own."""
+
+    def __init__(self, rank=0, world=1, total=None):
+        self.rank, self.world, self.total, self.summed = rank, world, total, []
+        self.main, self.device = rank == 0, torch.device("cpu")
+
+    def sum(self, values):
+        self.summed.append(list(values))
+        return list(values) if self.total is None else list(self.total)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(posts of the pocket world, a tokenizer for them, a random Qwen3 with a few rows more than the
+    tokenizer has)."""
+    posts = data.pocket_posts(12, seed=1)
+    tokenizer = data.train_tokenizer([t for p in posts for t in (p.post, *p.replies)], 330)
+    return posts, tokenizer, build(vocab_size=tokenizer.get_vocab_size() + 3)
+
+
+def session(parts, parser, flags, stage="sft", ranks=None):
+    """A Session as a phase makes it, without its files: LoRA that has moved, drafts of 7 tokens."""
+    s = Session.__new__(Session)
+    s.args = parser.parse_args([*flags, "--data", "-", "--out", "-", "--max-new-tokens", "7", "--seed", "4"])
+    s.posts, s.tokenizer, model = parts
+    s.stage, s.ranks, s.domain = stage, ranks or Share(), data.make_domain("auto", s.posts)
+    s.model = shake(add_lora(copy.deepcopy(model), 3, 6, seed=2), 0.1)
+    s.model.vocab, s.stops = s.tokenizer.get_vocab_size(), data.stop_ids(s.tokenizer)
+    s.load_embedder()
+    return s
+
+
+def sft(parts, *flags, ranks=None):
+    default = "sft --model - --batch 6 --draft-posts 4 --k 3 --temperature 0.8"
+    return session(parts, polylora.parser(), [*default.split(), *flags], ranks=ranks)
+
+
+def gradient(s, work):
+    """What work(tally) leaves on the adapter: name -> tensor; and the tally."""
+    tally = Tally()
+    work(tally)
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+             for n, p in adapter_state(s.model).items()}
+    s.model.zero_grad()
+    return grads, tally
+
+
+def nearly(a, b, tolerance=1e-4):
+    """Two gradients agree up to rounding, measured by the largest entry of all."""
+    scale = max(float(x.abs().max()) for x in b.values())
+    assert scale > 0 and max(gap(a[n], b[n]) for n in b) < tolerance * scale
+
+
+def ce_work(s, indices):
+    reply = lambda i: s.posts[i].replies[i % len(s.posts[i].replies)]
+    return lambda tally: cross_entropy(s, 0, indices, reply, tally)
+
+
+def logprob_sum(s, prompt, draft, temperature):
+    """log pi(draft | prompt) at a temperature by a plain full forward over the real tokens, with its
+    gradient."""
+    out = s.model(torch.tensor([prompt + draft]))[0, len(prompt) - 1:-1, :s.model.vocab] / temperature
+    return out.log_softmax(-1)[torch.arange(len(draft)), torch.tensor(draft)].sum()
+
+
+def test_cross_entropy_is_the_mean_over_all_reply_tokens(parts):
+    """One denominator for the step: a mean of micro-batch means weighs the tokens of long replies less."""
+    s, indices = sft(parts, "--micro-tokens", "40"), [0, 1, 2, 3, 4]
+    got, tally = gradient(s, ce_work(s, indices))
+    replies = [(s.prompt(i), data.encode_reply(s.tokenizer, s.posts[i].replies[i % len(s.posts[i].replies)]))
+               for i in indices]
+    count = sum(len(r) for _, r in replies)
+
+    def plain(_):
+        (-sum(logprob_sum(s, p, r, 1.0) for p, r in replies) / count).backward()
+
+    def means(_):
+        (-sum(logprob_sum(s, p, r, 1.0) / len(r) for p, r in replies) / len(replies)).backward()
+    want = gradient(s, plain)[0]
+    nearly(got, want)
+    with pytest.raises(AssertionError):
+        nearly(gradient(s, means)[0], want, 1e-2)
+    value = -sum(logprob_sum(s, p, r, 1.0).item() for p, r in replies) / count
+    assert tally.means(s.ranks, ["ce"])["ce"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "likelihood"])
+def test_lambda_moves_the_adapter_where_the_formula_says(parts, gate):
+    """The step with lambda less the step without it is -lambda times grad of (1/P) sum_i a_i log pi(y_i):
+    written out with plain forwards, log pi summed over the draft's tokens with its stop token, at the
+    temperature of sampling."""
+    lam = 0.7
+    with_d, s = sft(parts, "--lambda", str(lam), "--gate", gate), sft(parts)
+    got, plain = (gradient(x, lambda tally: sft_step(x, 0))[0] for x in (with_d, s))
+    mine = batch_indices(len(s.posts), 6, 0, 4)[:4]
+    prompts, samples, texts = s.write(mine, 0, 3)
+    e = s.embedder(texts)
+    q = s.quality(gate, mine, prompts, samples, texts)
+    q = torch.ones(4, 3) if q is None else q
+
+    def term(_):
+        for p in range(4):
+            delta = [[float((1 - e[p, i] @ e[p, j]) * q[p, i] * q[p, j]) for j in range(3)] for i in range(3)]
+            total = (delta[0][1] + delta[0][2] + delta[1][2]) / 3
+            for i, (j, l) in enumerate(((1, 2), (0, 2), (0, 1))):
+                a = total - delta[j][l]                                        # D less the D of the other two
+                (-lam * a * logprob_sum(s, prompts[p], samples.tokens[p][i], 0.8) / 4).backward()
+    want = gradient(s, term)[0]
+    nearly({n: got[n] - plain[n] for n in got}, want, 1e-3)
+    if gate == "none":
+        with pytest.raises(AssertionError):  # nor does D vanish beside L_quality
+            nearly(got, plain, 1e-2)
+
+
+def test_drafting_every_second_step_keeps_d_s_share(parts):
+    """lambda means the same at every --draft-every: a drafting step counts for those without drafts."""
+    def d_part(step, *flags):
+        on, off = (sft(parts, *x) for x in (("--lambda", "0.5", *flags), flags))
+        on, off = (gradient(x, lambda tally: sft_step(x, step))[0] for x in (on, off))
+        return {n: on[n] - off[n] for n in on}
+    each, second = d_part(0), d_part(0, "--draft-every", "2")
+    nearly(second, {n: 2 * g for n, g in each.items()}, 1e-3)
+    assert all(float(g.abs().max()) == 0 for g in d_part(1, "--draft-every", "2").values())
+
+
+@pytest.mark.parametrize("budget", [1, 60, 120, 100_000])
+def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
+    """1 x 8, 2 x 4, 4 x 2: --micro-tokens saves memory and changes nothing else."""
+    for k, work in ((1, ce_work), (3, lambda s, i: lambda tally: diversity_step(s, 0, i, tally))):
+        runs = [sft(parts, "--lambda", "1", "--micro-tokens", str(b)) for b in (100_000, budget)]
+        whole, cut = (gradient(s, work(s, list(range(8))))[0] for s in runs)
+        nearly(cut, whole)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_shares_of_two_ranks_add_up_to_the_whole_gradient(parts, count):
+    """Each rank divides by the step's count, not its own, and draws the drafts that one process would have
+    drawn."""
+    for work in (ce_work, lambda s, i: lambda tally: diversity_step(s, 0, i, tally)):
+        runs = [sft(parts, "--lambda", "1", ranks=r) for r in (Share(), Share(0, 2), Share(1, 2))]
+        whole, one, two = (gradient(s, work(s, list(range(count)))) for s in runs)
+        nearly({n: one[0][n] + two[0][n] for n in whole[0]}, whole[0])
+        for name, (total, number) in whole[1].sums.items():
+            if name != "tokens":                                               # padding differs with the cut
+                parts_ = [t.sums.get(name, (0, 0)) for _, t in (one, two)]
+                assert [sum(x) for x in zip(*parts_)] == pytest.approx([total, number], rel=1e-4), name
+
+
+def test_drafts_are_written_without_dropout(parts):
+    """Dropout in the cross-entropy passes only: drafts sampled under one mask and scored under another are
+    off policy."""
+    s = sft(parts, "--lambda", "1")
+    for layer in lora_layers(s.model).values():
+        layer.dropout = 0.5
+    modes, write, ce = [], s.write, polylora.token_logprobs
+    s.write = lambda *a: (modes.append(s.model.training), write(*a))[1]
+    sft_step(s, 0)
+    assert modes == [False] and not s.model.training and ce is polylora.token_logprobs
+
+
+def test_the_embedder_is_frozen_centred_and_blind_to_padding_and_batch(parts):
+    """Raw hidden states all point one way, pads poison a mean, and an embedder that trains along rewards
+    itself."""
+    s, texts = sft(parts), [["We got a kitten!", "no", ""], ["So sorry to hear of the stew.", "a b c", "no"]]
+    e = s.embedder(texts)
+    assert e.shape[:2] == (2, 3) and not e.requires_grad and gap(e.norm(dim=-1), torch.ones(2, 3)) < 1e-5
+    assert gap(e[0, 1], e[1, 2]) < 1e-5  # the same text, padded otherwise
+    alone = Embedder(s.model, s.tokenizer, corpus=[r for p in s.posts for r in p.replies], batch=1)
+    assert gap(alone(texts), e) < 1e-4
+    shake(s.model, 3.0)
+    assert gap(s.embedder(texts), e) < 1e-6  # of the base, whatever the adapter became
+    raw = F.normalize(s.embedder.vectors([r for p in s.posts for r in p.replies]), dim=-1)
+    centred = s.embedder([[r for p in s.posts for r in p.replies]])[0]
+    assert float((raw @ raw.t()).mean()) > 0.2 and abs(float((centred @ centred.t()).mean())) < 0.01
+    with pytest.raises(InputError, match="centre"):
+        Embedder(s.model, s.tokenizer)
+
+
+def test_likelihood_gate_is_the_frozen_base_s_geometric_mean_probability(parts):
+    """Of the base, or a policy that drifts to gibberish passes its own gate."""
+    s = sft(parts)
+    prompts, samples, texts = s.write([0, 5], 0, 3)
+    got = s.quality("likelihood", [0, 5], prompts, samples, texts)
+    with torch.no_grad(), adapter(s.model, None):
+        want = [[math.exp(float(logprob_sum(s, p, d, 0.8)) / len(d)) for d in drafts]
+                for p, drafts in zip(prompts, samples.tokens)]
+    assert gap(got, torch.tensor(want)) < 1e-5 and s.quality("none", [0], *[[]] * 3) is None
+    right = [[s.posts[0].replies[0], "nonsense"], ["?", s.posts[5].replies[2].upper()]]
+    assert s.quality("verifier", [0, 5], prompts, samples, right).tolist() == [[1, 0], [0, 1]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What both phases share
+
+def test_batches_visit_every_post_once_an_epoch_in_a_new_order():
+    """Sampling with replacement leaves a third of the posts out of an epoch; a batch may straddle two
+    epochs."""
+    seen = [i for step in range(9) for i in batch_indices(10, 4, step, seed=3)]
+    epochs = [seen[i:i + 10] for i in range(0, 30, 10)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and len(set(map(tuple, epochs))) == 3
+    assert batch_indices(10, 4, 2, 3) == seen[8:12] != batch_indices(10, 4, 2, 4)
+    assert sorted(batch_indices(3, 7, 0, 0)) == sorted([0, 1, 2] * 2 + [batch_indices(3, 1, 6, 0)[0]])
+
+
+def test_learning_rate_table():
+    """Warm-up must not begin at zero, which wastes a step, and the cosine must end near zero, not at its
+    peak."""
+    got = [learning_rate(s, 12, 2.0, 2, "cosine") for s in range(12)]
+    want = [1.0, 2.0] + [1 + math.cos(math.pi * i / 10) for i in range(10)]
+    assert got == pytest.approx(want) and got[2] == 2.0 and 0 < got[-1] < 0.1
+    assert [learning_rate(s, 12, 2.0, 4, "constant") for s in (0, 3, 4, 11)] == [0.5, 2, 2, 2]
+    assert learning_rate(0, 1, 2.0, 0, "cosine") == 2.0 and learning_rate(0, 5, 2.0, 10, "cosine") == 0.2
+
+
+def test_a_seed_is_the_same_number_on_every_machine():
+    """hash() differs from process to process: the ranks would disagree about everything."""
+    assert seed_of(1, "sft", 0, "post-7") == 2399848287674112590
+    assert len({seed_of(*x) for x in ((1,), (2,), ("1",), (1, 1), (11,), ("a", "b"), ("ab",))}) == 7
+
+
+def test_means_are_of_sums_not_of_means():
+    """Micro-batches of 1 and 3 tokens with means 2 and 0.2: the mean over tokens is 0.65, that of the means
+    is 1.1."""
+    tally = Tally()
+    tally.add("loss", torch.tensor(2.0), 1)
+    tally.add("loss", 0.6, 3)
+    assert tally.means(Share(), ["loss", "never"]) == pytest.approx({"loss": 0.65})
+    assert tally.means(Share(total=[2.6 + 1.4, 4 + 4]), ["loss"]) == pytest.approx({"loss": 0.5})
+
+
+TWO_RANKS = """
+import json, sys
+import torch
+from polylora import Ranks, Tally
+ranks = Ranks(sys.argv[1], "cpu")
+a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
+a.grad = torch.tensor([1.0, 2.0]) * (ranks.rank + 1)
+if ranks.rank == 0:
+    b.grad = torch.ones(3)
+ranks.sum_gradients([a, b])
+tally = Tally()
+tally.add("loss", 2.0 if ranks.rank == 0 else 0.6, 1 if ranks.rank == 0 else 3)
+means, gathered = tally.means(ranks, ["loss"]), ranks.gather(list(range(5))[ranks.rank::ranks.world])
+print(json.dumps([a.grad.tolist(), b.grad.tolist(), means, gathered, ranks.sum([1, 2])]))
+ranks.barrier()
+ranks.close()
+"""
+
+
+def test_two_processes_add_their_gradients_and_a_second_stage_can_follow():
+    """Gradients are summed, not averaged; a rank without one counts as zero; and a second group in the same
+    launch must not read the first one's keys from the launcher's store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                        "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    pipes = dict(cwd=Path(polylora.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 text=True)
+    for stage in ("sft:a", "grpo:b"):                                          # new processes, as in train.sh
+        ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, stage], **pipes,
+                                  env=env | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+        try:
+            said = [p.communicate(timeout=30) for p in ranks]
+        finally:
+            [p.kill() for p in ranks]
+        assert [p.returncode for p in ranks] == [0, 0], said
+        for out, _ in said:                                                    # the same sums on both ranks
+            a, b, means, gathered, total = json.loads(out.splitlines()[-1])
+            assert (a, b, gathered, total) == ([3, 6], [1, 1, 1], [0, 1, 2, 3, 4], [2, 4])
+            assert means == pytest.approx({"loss": 0.65})
+
+
+def test_a_device_without_an_index_is_this_rank_s(monkeypatch):
+    """torch.cuda.set_device takes no bare `cuda`; and all ranks of a machine would share GPU 0."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    devices = [Ranks("x", d).device for d in (None, "cuda", "cuda:3")]
+    assert devices == [torch.device("cuda", i) for i in (1, 1, 3)]
+    assert chosen == [1, 1, 3] and Ranks("x", "cpu").device.type == "cpu"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run folder and the loop
+
+def run_args(folder, **changes):
+    settings = dict(out=str(folder), resume=False, seed=1, steps=10, lr=0.1, beta2=0.99, weight_decay=0.01,
+                    warmup=3, schedule="cosine", clip=1.0, save_every=3, micro_tokens=7, device="cpu")
+    return SimpleNamespace(**settings | changes)
+
+
+class Stop(Exception):
+    pass
+
+
+def toy(args, stop_at=None):
+    """A session whose step fits two tensors to targets of their own, with noise from the loop's generator."""
+    s = SimpleNamespace(args=args, ranks=Ranks("toy", "cpu"), stage="toy")
+    s.run = Run(args, s.ranks)
+    params = [torch.nn.Parameter(torch.tensor([2.0, -1.0])), torch.nn.Parameter(torch.full((3, 2), 0.5))]
+
+    def step_fn(step):
+        if step == stop_at:
+            raise Stop
+        loss = sum(((p - step + torch.randn_like(p)) ** 2).sum() for p in params)
+        loss.backward()
+        tally = Tally()
+        tally.add("loss", loss.item())
+        tally.add("tokens", 8)
+        return tally
+    return s, params, step_fn
+
+
+def finish(s, params, step_fn):
+    s.run.finish(train(s, params, step_fn, ["loss"]))
+    return [p.detach().clone() for p in params]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 7, 9])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop_at):
+    """Optimizer state, step, schedule and noise all come back; steps after the last checkpoint are redone,
+    not logged twice."""
+    whole = finish(*toy(run_args(tmp_path / "whole")))
+    broken = toy(run_args(tmp_path / "cut"), stop_at)
+    with pytest.raises(Stop):
+        finish(*broken)
+    assert not (tmp_path / "cut" / "done.json").exists()
+    resumed = finish(*toy(run_args(tmp_path / "cut", resume=True, save_every=2, micro_tokens=3)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
+    one, two = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
+    assert [x["step"] for x in two] == [*range(1, 11), 10] and two[-1]["event"] == "end"
+    same = ("step", "lr", "loss", "grad_norm", "tokens")
+    assert [[x.get(n) for n in same] for x in one] == [[x.get(n) for n in same] for x in two]
+    assert [x["lr"] for x in one[:-1]] == [learning_rate(i, 10, 0.1, 3, "cosine") for i in range(10)]
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"config.json", "metrics.jsonl", "done.json"}
+
+
+def test_the_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path, monkeypatch):
+    """A single NaN step would poison every weight after it; the logged norm is the one before clipping."""
+    args = run_args(tmp_path / "a", steps=1, clip=0.5)
+    s, params, step_fn = toy(args)
+    seen, step = [], torch.optim.AdamW.step
+    norm = lambda: torch.cat([p.grad.flatten() for p in params]).norm()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(norm()), step(self, *a))[1])
+    train(s, params, step_fn, ["loss"])
+    assert float(seen[0]) == pytest.approx(0.5, rel=1e-4) and metrics(tmp_path / "a")[0]["grad_norm"] > 2
+
+    s, params, _ = toy(run_args(tmp_path / "b"))
+
+    def broken(step):
+        (params[0].sum() + params[1].sum() * math.nan).backward()
+        return Tally()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(InputError, match="step 1 .*not finite"):
+        train(s, params, broken, [])
+    assert all(torch.equal(p, b) for p, b in zip(params, before))
+
+
+def test_a_run_folder_is_one_configuration(tmp_path, capsys):
+    """Going on with other settings, or over another run, would give a result that no command describes."""
+    out, ranks = tmp_path / "run", Ranks("toy", "cpu")
+    with pytest.raises(Stop):
+        finish(*toy(run_args(out), 5))
+    with pytest.raises(InputError, match="--resume"):
+        Run(run_args(out), ranks)
+    for change in (dict(lr=0.2), dict(seed=2), dict(extra=1)):
+        with pytest.raises(InputError, match=f"{next(iter(change))} = "):
+            Run(run_args(out, resume=True, **change), ranks)
+    finish(*toy(run_args(out, resume=True, micro_tokens=99)))                  # memory settings may change
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for resume in (False, True):
+        s = Session.__new__(Session)
+        s.args, s.ranks = run_args(out, resume=resume), ranks
+        assert s.open_run() is False and "done" in capsys.readouterr().out     # nothing is redone
+    with pytest.raises(InputError, match="lr = "):
+        Run(run_args(out, lr=0.2), ranks)  # nor a result of other settings returned
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match="holds no run"):
+        Run(run_args(tmp_path / "photos"), ranks)
+    (tmp_path / "empty").mkdir()
+    assert not Run(run_args(tmp_path / "empty"), ranks).done
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+
+@pytest.fixture(scope="module")
+def files(parts, tmp_path_factory):
+    """--model and --data flags of a tiny checkpoint and a file of posts."""
+    folder = tmp_path_factory.mktemp("files")
+    posts, tokenizer, model = parts
+    model.save_pretrained(folder / "model")
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    data.save_posts(posts, folder / "posts.jsonl")
+    return ["--model", str(folder / "model"), "--data", str(folder / "posts.jsonl")]
+
+
+def test_an_sft_run_from_the_command_line_resumes_bit_for_bit(files, tmp_path, monkeypatch):
+    """The whole phase, broken off in its fifth step and resumed: the adapter is the uninterrupted run's in
+    every bit."""
+    small = ("--steps 6 --batch 4 --lambda 0.5 --k 3 --draft-posts 2 --max-new-tokens 5 --rank 2 "
+             "--dropout 0.2 --save-every 2 --max-rows 4").split()
+
+    def go(name, *more):
+        return polylora.main(["sft", *files, "--out", str(tmp_path / name), *small, *more])
+    assert go("whole") == 0
+    step = polylora.sft_step
+
+    def until(s, i):
+        if i == 4:
+            raise Stop
+        return step(s, i)
+    monkeypatch.setattr(polylora, "sft_step", until)
+    with pytest.raises(Stop):
+        go("cut")
+    monkeypatch.setattr(polylora, "sft_step", step)
+    assert go("cut") == 2 and go("cut", "--resume") == 0
+    whole, cut = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+    assert all(float(x.abs().max()) > 0 for x in whole.values())
+    assert [x["step"] for x in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6, 6]
+
+
+WRONG = ["--model nowhere/at/all", "--lambda 0.3 --k 1", "--lambda -1", "--lambda 1 --temperature 0",
+         "--lambda 1 --draft-every 0", "--lambda 1 --draft-posts 0", "--lambda 1 --max-new-tokens 0",
+         "--rank -2", "--batch 0", "--batch -4", "--steps -3", "--steps 0 --epochs -1", "--save-every 0",
+         "--lr -0.1", "--beta2 2", "--dropout 2", "--lr nan", "--lr inf", "--clip nan", "--clip 0",
+         "--lambda nan", "--lambda 1 --temperature nan", "--steps 0 --epochs nan", "--device nowhere"]
+WRONG_BASE = ["--heads 0", "--heads 1", "--heads 5", "--hidden 30", "--hidden 0", "--layers 0", "--vocab 0"]
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(files, tmp_path, capsys, flags):
+    """A traceback after minutes of loading, or a run of nothing that calls itself done, is not an answer."""
+    out = ["--out", str(tmp_path / "run"), "--steps", "2", "--batch", "2"]
+    code = polylora.main(["sft", *files, *out, *flags.split()])
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 2 and len(said) == 1 and said[0].startswith("error: ")
+    assert not (tmp_path / "run").exists()  # found before anything is written
+
+
+@pytest.mark.parametrize("flags", WRONG_BASE)
+def test_a_shape_that_is_no_qwen3_is_one_sentence_and_exit_code_2(files, tmp_path, capsys, flags):
+    """Half as many key/value heads as heads, and an even head_dim, or nothing fits."""
+    small = "--steps 1 --batch 2 --hidden 32 --layers 1 --heads 4 --vocab 300"
+    code = polylora.main(["base", *files[2:], "--out", str(tmp_path / "run"), *small.split(), *flags.split()])
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 2 and len(said) == 1 and not (tmp_path / "run").exists()
