@@ -159,9 +159,10 @@ def full_attention(mask=None):
     plain causal, right for rows that are padded on the right. is_causal is only used where both lengths are equal:
     torch aligns it to the top left."""
     def attend(layer, q, k, v):                                                # q (B, T, H, D), k and v (B, T, KV, D)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                             is_causal=mask is None, enable_gqa=True)
-        return out.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if mask is not None and q.is_cuda:             # CUDA's fast kernel with a mask wants a k and v for every head
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
     return attend
 
 
