@@ -49,14 +49,14 @@ done
 # Settings. Those of the small worlds were chosen on seeds 101 and 102, which no report uses.
 name="$(basename "${data:-pocket}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
-  seeds="${seeds:-1 2}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-1}"
+  seeds="${seeds:-1 2}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-0.7}"
   sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
   if [[ -z "$data" ]]; then base_steps="${base_steps:-800}" noise=0.2; else base_steps="${base_steps:-1200}" noise=0.1; fi
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32)
   sft=(--lr 2e-3 --batch 32 --steps "${steps:-120}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
   grpo=(--lr 1e-3 --batch 16 --steps "${steps:-80}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
-  gate=verifier; floor=1; length=24
+  gate=verifier; floor=3; length=24
   # One thread a process: on a machine without a GPU two busy processes of two threads each wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; passk=passk
   jobs="${jobs:-$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE ))}"
