@@ -4,9 +4,9 @@
     python data.py split --data posts.jsonl --sizes sft=2500,grpo=2500,eval=500 --out runs/data
     python data.py split --data pocket --sizes base=6000,sft=1000,grpo=1000,eval=200 --out runs/data
 
-A domain says how a post is put to the model and how a draft is judged. Two have an exact verifier: `voices` (posts with a
-right reply in each of several voices, as in a file) and `pocket` (a small world whose right replies are a grammar); for
-`replies`, real posts with one or more human replies, grpo.py has rewards.
+A domain says how a post is put to the model and how a draft is judged. Two have an exact verifier: `voices`
+(posts with a right reply in each of several voices, as in a file) and `pocket` (a small world whose right
+replies are a grammar); for `replies`, real posts with one or more human replies, grpo.py has rewards.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from model import InputError, fetch
 
 @dataclass(frozen=True)
 class Post:
-    """A post and the replies people gave, or the right replies, one a voice: `voices` is parallel to `replies` or empty."""
+    """A post and the replies people gave, or the right replies, one a voice: `voices` is parallel to
+    `replies` or empty."""
     id: str
     post: str
     replies: tuple[str, ...]
@@ -42,17 +43,18 @@ class Post:
 
 
 def normalise(text):
-    """Lower-cased letters and digits, nothing else: the form in which posts and replies are compared. Two texts are the
-    same when they differ in letter case, punctuation and spacing alone."""
+    """Lower-cased letters and digits, nothing else: the form in which posts and replies are compared. Two
+    texts are the same when they differ in letter case, punctuation and spacing alone."""
     return "".join(c for c in text.lower() if c.isalnum())
 
 
 def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
-    """Posts from JSON lines, plain or .gz: {"id", "post", "replies": [..] or {voice: ..}}, or "reply": "..", or the fields
-    tweet_id, tweet, reply. Other fields are left alone. Lines of the same post are merged, their replies kept in order.
+    """Posts from JSON lines, plain or .gz: {"id", "post", "replies": [..] or {voice: ..}}, or "reply": "..",
+    or the fields tweet_id, tweet, reply. Other fields are left alone. Lines of the same post are merged,
+    their replies kept in order.
 
-    A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, over `max_chars` characters) raises InputError with
-    file, line and reason; with skip_bad_lines it is left out and counted on stderr.
+    A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, over `max_chars` characters) raises
+    InputError with file, line and reason; with skip_bad_lines it is left out and counted on stderr.
     """
     posts, bad, number = {}, [], 0
     try:
@@ -82,14 +84,14 @@ def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
 def parse_line(line, number, max_chars):
     """One JSON line -> Post; ValueError says what is wrong with it."""
     try:
-        d = json.loads(line.decode("utf-8-sig"))                               # some editors start a file with a mark
+        d = json.loads(line.decode("utf-8-sig"))  # some editors start a file with a mark
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError):                                       # ValueError: a number of 5,000 digits, too
+    except (ValueError, RecursionError):  # ValueError: a number of 5,000 digits, too
         raise ValueError("not JSON") from None
     if not isinstance(d, dict):
         raise ValueError("not a JSON object")
-    post = d.get("tweet") if d.get("post") is None else d["post"]              # a field may be there and be null
+    post = d.get("tweet") if d.get("post") is None else d["post"]  # a field may be there and be null
     replies = d.get("reply") if d.get("replies") is None else d["replies"]
     if not isinstance(post, str) or not post.strip():
         raise ValueError('no "post" (or "tweet") text')
@@ -103,12 +105,12 @@ def parse_line(line, number, max_chars):
         raise ValueError(f"a text of more than {max_chars:,} characters")
     if not normalise(post):
         raise ValueError("the post has no letter or digit")
-    if voices and not all(map(normalise, replies)):                            # an empty draft would be right in that voice
+    if voices and not all(map(normalise, replies)):  # an empty draft would be right in that voice
         raise ValueError("a reply in a voice has no letter or digit")
     name, intent = str(d.get("id", d.get("tweet_id", f"line-{number}"))), str(d.get("intent", ""))
     try:
         "".join((name, post, intent, *replies, *voices)).encode("utf-8")
-    except UnicodeEncodeError:                                                 # neither a file nor the tokenizer takes it
+    except UnicodeEncodeError:  # neither a file nor the tokenizer takes it
         raise ValueError("half a character (an escape like \\ud83d without its pair)") from None
     return Post(name, post.strip(), tuple(r.strip() for r in replies), voices, intent)
 
@@ -151,8 +153,9 @@ def split_posts(posts, sizes, seed):
 def render_chat(messages, *, add_generation_prompt, thinking=False):
     """Qwen3's ChatML for system, user and assistant turns, character for character as its own template.
 
-    Without thinking, an empty think block opens the answer, in the prompt; and a final assistant turn always has one, its own
-    or an empty one, so that what is trained and what is prompted agree. Earlier assistant turns lose theirs.
+    Without thinking, an empty think block opens the answer, in the prompt; and a final assistant turn always
+    has one, its own or an empty one, so that what is trained and what is prompted agree. Earlier assistant
+    turns lose theirs.
     """
     out, last_user = [], max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for i, m in enumerate(messages):
@@ -178,19 +181,21 @@ def load_tokenizer(path, *, revision=None):
         raise InputError(f"{file} is missing: the checkpoint needs its tokenizer")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as e:                                                     # the library raises plain Exception
+    except Exception as e:  # the library raises plain Exception
         raise InputError(f"{file} is not a tokenizer ({e})") from None
 
 
 def train_tokenizer(texts, vocab_size):
-    """A small byte-level BPE with Qwen3's special tokens, so that the same chat format works. Deterministic."""
+    """A small byte-level BPE with Qwen3's special tokens, so that the same chat format works.
+    Deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    frame = ["user\n", "assistant\n", "\n\n"] * len(texts)                     # the chat frame: one token each, in every prompt
+    frame = ["user\n", "assistant\n", "\n\n"] * len(texts)  # the chat frame: one token each, in every prompt
     tokenizer.train_from_iterator([*texts, *frame], trainers.BpeTrainer(
         vocab_size=vocab_size - 2, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])   # not special, as in Qwen3
+    # not special, as in Qwen3
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
     return tokenizer
 
 
@@ -231,9 +236,10 @@ class Rows:
         owner        -1   -1   -1 | 0 0 0 | 1 1 | 2 2 2 2 | -2         (B, T)  which draft of its row
         positions     0    1    2 | 3 4 5 | 3 4 | 3 4 5 6 | 0          (B, T)  every draft follows the post
 
-    A token sees the post and its own draft up to itself. The N reply tokens to be predicted are listed flat: `predict`,
-    where in the flattened (B T) rows the state stands that predicts it (for a first token the post's last, for all
-    drafts); `target`, its id; `draft`, which draft it is of, counted over all groups in the order given to pack.
+    A token sees the post and its own draft up to itself. The N reply tokens to be predicted are listed flat:
+    `predict`, where in the flattened (B T) rows the state stands that predicts it (for a first token the
+    post's last, for all drafts); `target`, its id; `draft`, which draft it is of, counted over all groups in
+    the order given to pack.
     """
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -244,7 +250,8 @@ class Rows:
     shared: bool
 
     def mask(self):
-        """(B, 1, T, T) bool, True where row i may look at column j; None when no row holds two drafts: plain causal."""
+        """(B, 1, T, T) bool, True where row i may look at column j; None when no row holds two drafts: plain
+        causal."""
         if not self.shared:
             return None
         owner, t = self.owner, self.tokens.shape[1]
@@ -253,10 +260,12 @@ class Rows:
 
 
 def pack(groups, tokens_per_batch, device="cpu"):
-    """Groups (prompt ids, [draft ids, ...]) -> list of Rows, each of at most `tokens_per_batch` padded tokens.
+    """Groups (prompt ids, [draft ids, ...]) -> list of Rows, each of at most `tokens_per_batch` padded
+    tokens.
 
-    Groups are sorted by length so that rows of a batch are alike; one too long for the budget is split between its drafts
-    (each part reads the post again). A draft's last token is only predicted, so it is not part of the row.
+    Groups are sorted by length so that rows of a batch are alike; one too long for the budget is split
+    between its drafts (each part reads the post again). A draft's last token is only predicted, so it is not
+    part of the row.
     """
     parts, first = [], 0
     for prompt, drafts in groups:
@@ -299,9 +308,11 @@ def _rows(parts, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The pocket world: scenes (theme / event / thing), a grammar of posts for each, a grammar of right replies for each voice
+# The pocket world: scenes (theme / event / thing), a grammar of posts for each, a grammar of right replies
+# for each voice
 #
-# One description serves to write and to judge. {a|b} is a choice, nested at will and possibly empty; [n] is the thing.
+# One description serves to write and to judge. {a|b} is a choice, nested at will and possibly empty; [n] is
+# the thing.
 
 THINGS = {
     "pet": "kitten puppy rabbit parrot hamster pony",
@@ -372,7 +383,8 @@ OPENERS = {
     "memory": "{|late thoughts: |funny, |on days like this, |tonight, |for no reason, }",
 }
 
-# Right replies. Each voice has its own turns of phrase, and each event its own core, so no reply belongs to two.
+# Right replies. Each voice has its own turns of phrase, and each event its own core, so no reply belongs to
+# two.
 VOICES = {
     "warm": {
         "news": "{how lovely|how sweet|that is wonderful}, {enjoy|cherish|love} {every moment with|each day with|all of} {the|your} [n]",
@@ -467,8 +479,9 @@ def polish(text, thing):
 
 
 def pocket_posts(count, seed=0):
-    """`count` distinct posts of the pocket world, each with one right reply per voice written out. Roughly one in three is
-    written carelessly: small letters, no full stop. InputError when the world is too small for `count`."""
+    """`count` distinct posts of the pocket world, each with one right reply per voice written out. Roughly
+    one in three is written carelessly: small letters, no full stop. InputError when the world is too small
+    for `count`."""
     rng, posts, misses = random.Random(f"pocket {seed}"), {}, 0
     while len(posts) < count:
         theme, event = rng.choice(list(THINGS)), rng.choice(list(OPENERS))
@@ -500,9 +513,10 @@ def long_tail(voices, exponent):
 class Domain:
     """Posts with a right reply in each of several voices. Readers differ: each likes one voice.
 
-    A draft is right in a voice when it is the post's reply in that voice, letter case, punctuation and spacing aside
-    (normalise). `popularity` is whom SFT pairs and GRPO rewards come from, long-tailed over the voices in the order of the
-    file; `tastes`, even, whom evaluation asks: the reader who picks may like any voice.
+    A draft is right in a voice when it is the post's reply in that voice, letter case, punctuation and
+    spacing aside (normalise). `popularity` is whom SFT pairs and GRPO rewards come from, long-tailed over the
+    voices in the order of the file; `tastes`, even, whom evaluation asks: the reader who picks may like any
+    voice.
     """
     name = "voices"
 
@@ -527,14 +541,15 @@ class Domain:
         return tuple(v for v, r in zip(post.voices, post.replies) if said and normalise(r) == said)
 
     def noisy_reply(self, post, others, rng, noise):
-        """What an unreliable base is taught: with probability `noise` a reply to another post, else a right one, in a voice
-        drawn evenly."""
+        """What an unreliable base is taught: with probability `noise` a reply to another post, else a right
+        one, in a voice drawn evenly."""
         about = rng.choice(others) if rng.random() < noise else post
         return self.reply(about, rng.choice(self.voices), rng)
 
 
 class Pocket(Domain):
-    """The pocket world: a draft is right in a voice when that voice's grammar for the post's event and thing parses it."""
+    """The pocket world: a draft is right in a voice when that voice's grammar for the post's event and thing
+    parses it."""
     name = "pocket"
 
     def reply(self, post, voice, rng):
@@ -577,7 +592,8 @@ def is_scene(intent):
 
 def make_domain(name, posts):
     """The domain called `name` for these posts; auto: pocket, voices or replies, by what the posts hold."""
-    voiced = all(p.voices and set(p.voices) == set(posts[0].voices) for p in posts)   # in any order: the first post's counts
+    # in any order: the first post's counts
+    voiced = all(p.voices and set(p.voices) == set(posts[0].voices) for p in posts)
     scenes = voiced and all(is_scene(p.intent) and set(p.voices) == set(VOICES) for p in posts)
     if name == "auto":
         name = "pocket" if scenes else "voices" if voiced else "replies"
@@ -606,7 +622,8 @@ def check(a):
 
 
 def split(a):
-    """Write NAME.jsonl for each NAME=N of --sizes into --out: disjoint by post. A split made already is kept."""
+    """Write NAME.jsonl for each NAME=N of --sizes into --out: disjoint by post. A split made already is
+    kept."""
     try:
         sizes = {n: int(c) for n, c in (part.split("=") for part in a.sizes.split(","))}
         assert all(c > 0 for c in sizes.values())
@@ -621,7 +638,7 @@ def split(a):
     out.mkdir(parents=True, exist_ok=True)
     for name, part in zip(sizes, split_posts(posts, list(sizes.values()), a.seed)):
         save_posts(part, out / f"{name}.jsonl")
-    beside = out / f"split.json.{os.getpid()}.partial"                         # several ranks may write the same
+    beside = out / f"split.json.{os.getpid()}.partial"  # several ranks may write the same
     beside.write_text(json.dumps(wanted, indent=2) + "\n")
     os.replace(beside, out / "split.json")
     print(f"{out}: " + ", ".join(f"{n} {c}" for n, c in sizes.items()) + " posts")

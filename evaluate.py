@@ -504,7 +504,8 @@ def draw_quality_diversity(summary):
 # Measuring runs: n drafts for each held-out post, scored
 
 def measure(a):
-    """Write evaluation.json into each run folder. A run measured already with the same settings is not measured again."""
+    """Write evaluation.json into each run folder. A run measured already with the same settings is not
+    measured again."""
     if a.n < max(KS):
         raise InputError(f"--n {a.n}: Pass@{max(KS)} needs at least {max(KS)} drafts a post (twice as many are better)")
     runs = [Path(r) for r in a.runs]
@@ -534,7 +535,7 @@ def measure(a):
         drop_lora(s.model)
         if run != Path(a.bare or ""):
             load_adapter(s.model, run / "adapter", dropout=0.0)
-        a.seed = seed                                  # a run's drafts are drawn from its own seed, the same in every arm
+        a.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
         measure_run(s, run, settings, reward)
     s.ranks.close()
 
@@ -545,7 +546,8 @@ def measured(run, settings):
 
 
 def measure_run(s, run, settings, reward):
-    """evaluation.json and a line in metrics.jsonl for the model as it stands; posts are dealt to the ranks."""
+    """evaluation.json and a line in metrics.jsonl for the model as it stands; posts are dealt to the
+    ranks."""
     began, a = time.perf_counter(), s.args
     mine = s.deal(list(range(len(s.posts))))
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not s.ranks.main,
@@ -574,10 +576,10 @@ def make_records(s, posts, samples, texts, reward):
     for i, post in enumerate(posts):
         record = {"id": post.id, "post": post.post, "drafts": texts[i], "finished": samples.finished[i],
                   "semantic": spread[i], "vendi": vendi_score(vectors[i])}
-        if s.domain.voices:                            # the reward is the exact mean over readers drawn by popularity
+        if s.domain.voices:  # the reward is the exact mean over readers drawn by popularity
             record["voices"] = [list(s.domain.voices_of(post, t)) for t in texts[i]]
             record["rewards"] = [math.fsum(s.domain.popularity[v] for v in right) for right in record["voices"]]
-        else:                                          # a draft passes when it earns what people's own replies earn
+        else:  # a draft passes when it earns what people's own replies earn
             bar = float(np.mean(people[i]))
             record |= {"rewards": rewards[i], "passed": [r >= bar for r in rewards[i]]}
         records.append(record)
@@ -585,7 +587,8 @@ def make_records(s, posts, samples, texts, reward):
 
 
 def show_drafts(a):
-    """Print k drafts for one post, as an app would show them; drafts that say the same are shown once, with their number."""
+    """Print k drafts for one post, as an app would show them; drafts that say the same are shown once, with
+    their number."""
     run = Path(a.folder)
     if not (run / "adapter" / "adapter_config.json").exists():
         raise InputError(f"{run}: no adapter there: give a finished run of polylora.py sft or grpo.py")

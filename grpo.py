@@ -3,11 +3,13 @@
     python grpo.py --start runs/poly --data grpo.jsonl --out runs/poly-grpo --diversity-weight 1
     torchrun --nproc-per-node=8 grpo.py ...                                # the same step, spread over 8 GPUs
 
-One step: k drafts for each post, a reward for each draft, advantages within each post's group, one clipped policy-gradient
-step. As in DAPO the loss is a mean over tokens, and unlike the first GRPO beta (the KL weight) is 0 by default. The reference
-of the KL is a frozen copy of the adapter that the phase starts from, not the bare base model.
+One step: k drafts for each post, a reward for each draft, advantages within each post's group, one clipped
+policy-gradient step. As in DAPO the loss is a mean over tokens, and unlike the first GRPO beta (the KL
+weight) is 0 by default. The reference of the KL is a frozen copy of the adapter that the phase starts from,
+not the bare base model.
 
-Advantages are pure functions of rewards (P, k) and embeddings (P, k, dim). In order: advantages, the loss, rewards, the step.
+Advantages are pure functions of rewards (P, k) and embeddings (P, k, dim). In order: advantages, the loss,
+rewards, the step.
 """
 
 import argparse
@@ -32,8 +34,8 @@ from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_in
 def group_advantages(rewards, *, normalise=True):
     """GRPO: (r - mean) / (std + 1e-4) in the group, population std; normalise=False is Dr. GRPO, r - mean.
 
-    A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the mean of equal numbers
-    divided by a tiny std would give advantages of order one.
+    A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the mean of equal
+    numbers divided by a tiny std would give advantages of order one.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     if normalise:
@@ -42,10 +44,12 @@ def group_advantages(rewards, *, normalise=True):
 
 
 def passk_advantages(rewards, k):
-    """Pass@k training (arXiv 2508.10751, eq. 11-15) for rewards 0 or 1 and N = rewards.shape[1] rollouts, N > k.
+    """Pass@k training (arXiv 2508.10751, eq. 11-15) for rewards 0 or 1 and N = rewards.shape[1] rollouts, N >
+    k.
 
-    R = 1 - C(neg,k)/C(N,k), s = sqrt(R(1-R)); right: (1-R)/s, wrong: (1 - R - C(neg-1,k-1)/C(N-1,k-1))/s. It is each
-    draft's mean, over the k-subsets that hold it, of the standardised subset reward. Zero where s is (all or none pass).
+    R = 1 - C(neg,k)/C(N,k), s = sqrt(R(1-R)); right: (1-R)/s, wrong: (1 - R - C(neg-1,k-1)/C(N-1,k-1))/s. It
+    is each draft's mean, over the k-subsets that hold it, of the standardised subset reward. Zero where s is
+    (all or none pass).
     """
     n = rewards.shape[-1]
     if not 1 <= k < n:
@@ -70,17 +74,20 @@ def subsets(n, size):
 
 
 def set_advantages(values, member):
-    """The one equation of all set objectives. values (P, sets): f of every n-subset of N drafts; member (sets, N).
+    """The one equation of all set objectives. values (P, sets): f of every n-subset of N drafts; member
+    (sets, N).
 
-    A_i = mean of f over the subsets that hold i, minus its mean over all. Then E[sum_i A_i grad log pi(y_i)] =
-    (N/n - 1) grad E[f], exactly: n = N gives no gradient. (Poly-EPO, arXiv 2604.17654, Prop. 3.1, in its mean form.)
+    A_i = mean of f over the subsets that hold i, minus its mean over all. Then E[sum_i A_i grad log pi(y_i)]
+    = (N/n - 1) grad E[f], exactly: n = N gives no gradient. (Poly-EPO, arXiv 2604.17654, Prop. 3.1, in its
+    mean form.)
     """
     return values @ member / member.sum(0) - values.mean(-1, keepdim=True)
 
 
 def maxk_advantages(rewards, k):
-    """Max@k: f = the largest reward of the subset, for real rewards (P, N), N > k; sums to zero in the group. On 0/1 rewards
-    it is passk_advantages times its sigma. (Same gradient, up to N/k - 1, as PKPO's leave-one-out forms, arXiv 2505.15201.)"""
+    """Max@k: f = the largest reward of the subset, for real rewards (P, N), N > k; sums to zero in the group.
+    On 0/1 rewards it is passk_advantages times its sigma. (Same gradient, up to N/k - 1, as PKPO's
+    leave-one-out forms, arXiv 2505.15201.)"""
     n = rewards.shape[-1]
     if not 1 <= k < n:
         raise InputError(f"max@k training needs k below the number of drafts: k is {k}, drafts are {n} (n = k gives no gradient)")
@@ -89,16 +96,16 @@ def maxk_advantages(rewards, k):
 
 
 def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
-    """The polychromic set objective (arXiv 2509.25424 eq. 7; for language models arXiv 2604.17654): f = mean reward of the
-    set times its diversity D (gated by quality (P, N) if given), over n-subsets of the N drafts, 2 <= n < N.
-    rewards (P, N), embeddings (P, N, dim)."""
+    """The polychromic set objective (arXiv 2509.25424 eq. 7; for language models arXiv 2604.17654): f = mean
+    reward of the set times its diversity D (gated by quality (P, N) if given), over n-subsets of the N
+    drafts, 2 <= n < N. rewards (P, N), embeddings (P, N, dim)."""
     total = rewards.shape[-1]
     if not 2 <= n < total:
         raise InputError(f"the polychromic set size must be at least 2 and below the number of drafts: it is {n} of {total}")
     sets, member = subsets(total, n)
     member = member.to(rewards)
     within = torch.einsum("si,pij,sj->ps", member, pair_distances(embeddings, quality, floor).to(rewards), member)
-    spread = within / (n * (n - 1))                                            # ordered pairs; the diagonal is zero
+    spread = within / (n * (n - 1))  # ordered pairs; the diagonal is zero
     return set_advantages(rewards[:, sets].mean(-1) * spread, member)
 
 
@@ -106,12 +113,13 @@ def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
 # The loss
 
 def policy_loss(logp, old_logp, advantages, *, denominator, clip_low=0.2, clip_high=0.2, reference=None, beta=0.0):
-    """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided by `denominator`, the
-    number of tokens of the whole step over all ranks and micro-batches. All (N,), fp32; gradient through `logp` alone.
+    """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided by
+    `denominator`, the number of tokens of the whole step over all ranks and micro-batches. All (N,), fp32;
+    gradient through `logp` alone.
 
-    ratio = exp(logp - old_logp). k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that
-    of KL(policy || reference) on policy, which k1's (zero) and k3's own are not. Returns (loss, clipped share, KL) with the
-    last two summed over tokens.
+    ratio = exp(logp - old_logp). k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected
+    gradient is that of KL(policy || reference) on policy, which k1's (zero) and k3's own are not. Returns
+    (loss, clipped share, KL) with the last two summed over tokens.
     """
     ratio = (logp - old_logp.detach()).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -129,7 +137,8 @@ def policy_loss(logp, old_logp, advantages, *, denominator, clip_low=0.2, clip_h
 # Rewards: called with P posts and, for each, a list of texts -> for each a list of floats
 
 class ReaderReward:
-    """1 when the draft is right in the voice of this post's reader, who is drawn by popularity anew at every step."""
+    """1 when the draft is right in the voice of this post's reader, who is drawn by popularity anew at every
+    step."""
 
     def __init__(self, domain, seed):
         self.domain, self.seed = domain, seed
@@ -140,9 +149,10 @@ class ReaderReward:
 
 
 class RelevanceReward:
-    """For posts without a verifier, in [0, 1]: (1 + cosine of draft and post) / 2, times three shares that are 1 for an ordinary
-    reply: length (3 to 60 words), words not copied (1 - share of the draft's word trigrams that stand in the post), and no
-    repetition (share of distinct word bigrams). Cheap, and easy to game: for a study of people use a reward model or judge."""
+    """For posts without a verifier, in [0, 1]: (1 + cosine of draft and post) / 2, times three shares that
+    are 1 for an ordinary reply: length (3 to 60 words), words not copied (1 - share of the draft's word
+    trigrams that stand in the post), and no repetition (share of distinct word bigrams). Cheap, and easy to
+    game: for a study of people use a reward model or judge."""
 
     def __init__(self, embedder):
         self.embedder = embedder
@@ -166,7 +176,8 @@ class RelevanceReward:
 
 
 class ModelReward:
-    """A Qwen3 reward model's scalar (Qwen3ForSequenceClassification) for the chat of post and draft, without a system turn."""
+    """A Qwen3 reward model's scalar (Qwen3ForSequenceClassification) for the chat of post and draft, without
+    a system turn."""
 
     def __init__(self, model, tokenizer, domain, batch=32):
         self.model, self.tokenizer, self.domain, self.batch = model, tokenizer, domain, batch
@@ -190,7 +201,8 @@ class ModelReward:
 
 
 class JudgeReward(ModelReward):
-    """A Qwen3 chat model's probability of "yes" against "no" when asked whether the draft is a good reply, in [0, 1]."""
+    """A Qwen3 chat model's probability of "yes" against "no" when asked whether the draft is a good reply, in
+    [0, 1]."""
 
     def rendered(self, post, text):
         question = (f"Somebody posted:\n\n{post.post}\n\nA reply:\n\n{text}\n\nWould the person be glad to get this reply: is it to "
@@ -207,7 +219,8 @@ REWARDS = ("auto", "reader", "relevance", "model", "judge")
 
 
 def make_reward(name, s):
-    """The reward called `name` for a loaded Session; auto: reader where the domain has voices, else relevance."""
+    """The reward called `name` for a loaded Session; auto: reader where the domain has voices, else
+    relevance."""
     if name == "auto":
         name = "reader" if s.domain.voices else "relevance"
     if name == "reader":
@@ -231,10 +244,12 @@ def make_reward(name, s):
 # The step
 
 def advantages_of(a, rewards, embeddings, quality):
-    """The flags' advantages (P, k): an objective on the reward, plus --diversity-weight times the gradient of D.
+    """The flags' advantages (P, k): an objective on the reward, plus --diversity-weight times the gradient of
+    D.
 
-    Group advantages weigh E[reward] by k - 1 (each draft is also in its own baseline), so D's, which weigh E[D] by 1, are
-    multiplied by k - 1: one unit of D is then worth --diversity-weight standard deviations of reward, whatever k is.
+    Group advantages weigh E[reward] by k - 1 (each draft is also in its own baseline), so D's, which weigh
+    E[D] by 1, are multiplied by k - 1: one unit of D is then worth --diversity-weight standard deviations of
+    reward, whatever k is.
     """
     k = rewards.shape[1]
     if a.advantage in ("group", "drgrpo"):
@@ -251,8 +266,8 @@ def advantages_of(a, rewards, embeddings, quality):
 
 
 def rollout(s, step, tally):
-    """Drafts, rewards and advantages of this rank's share of a batch -> list of (rows, advantages, old, reference), tensors
-    flat over reply tokens, and the step's global token count."""
+    """Drafts, rewards and advantages of this rank's share of a batch -> list of (rows, advantages, old,
+    reference), tensors flat over reply tokens, and the step's global token count."""
     a = s.args
     indices = batch_indices(len(s.posts), a.batch, step // a.updates, a.seed)
     mine = s.deal(indices)
@@ -290,7 +305,8 @@ def grpo_step(s, step):
         s.batches, s.count = rollout(s, step, tally)
     for rows, advantages, old, reference, sampled in s.batches:
         logp, entropy = token_logprobs(s.model, rows, a.temperature)
-        # One update per rollout is on policy: the ratio is 1 in value, and exp(logp - logp.detach()) keeps its gradient.
+        # One update per rollout is on policy: the ratio is 1 in value, and exp(logp - logp.detach()) keeps
+        # its gradient.
         loss, clipped, kl = policy_loss(logp, logp.detach() if old is None else old, advantages, denominator=s.count,
                                         clip_low=a.clip_low, clip_high=a.clip_high, reference=reference, beta=a.beta)
         loss.backward()
@@ -315,13 +331,14 @@ def run_grpo(args):
     s.load()
     if args.gate == "verifier" and not s.domain.voices:
         raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood for real posts")
-    load_adapter(s.model, start, dropout=0.0)                                  # dropout would make ratios differ from 1
+    load_adapter(s.model, start, dropout=0.0)  # dropout would make ratios differ from 1
     s.start = frozen_copy(s.model)
     if args.diversity_weight or args.advantage == "polychromic":
         s.load_embedder()
     s.reward = make_reward(args.reward, s)
     args.steps = args.steps or math.ceil(len(s.posts) * args.epochs / args.batch) * args.updates
-    args.save_every = math.ceil(args.save_every / args.updates) * args.updates  # drafts are not part of a checkpoint
+    # drafts are not part of a checkpoint
+    args.save_every = math.ceil(args.save_every / args.updates) * args.updates
     params = list(adapter_state(s.model).values())
     summary = train(s, params, lambda step: grpo_step(s, step), LOGGED)
     if s.ranks.main:
@@ -331,7 +348,8 @@ def run_grpo(args):
 
 
 def check_grpo(a):
-    """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags before anything is loaded."""
+    """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags before
+    anything is loaded."""
     check_common(a)
     start = Path(a.start)
     start = start / "adapter" if (start / "adapter").is_dir() else start

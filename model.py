@@ -1,10 +1,11 @@
 """Qwen3, written out: config, layers, three heads, loading and saving, scoring, and k-draft generation.
 
-Read it in this order: Config -> RMSNorm / rotary -> Attention, MLP, Block -> Qwen3 -> token_logprobs -> generate.
+Read it in this order: Config -> RMSNorm / rotary -> Attention, MLP, Block -> Qwen3 -> token_logprobs ->
+generate.
 
 Parameter names are Hugging Face's, so a downloaded checkpoint loads strictly and a saved one loads elsewhere.
-A block does not know whether it trains, reads a prompt or writes the next token: it hands q, k, v to `attend`.
-Three things differ from a textbook transformer, all of them for speed:
+A block does not know whether it trains, reads a prompt or writes the next token: it hands q, k, v to
+`attend`. Three things differ from a textbook transformer, all of them for speed:
   * the loss needs the vocabulary only at reply tokens, so `token_logprobs` projects those positions alone, in chunks;
   * a post is read once for its k drafts, in training (one row holds a post and its drafts, data.pack) as well as
     in generation (`Drafts` stores the post's keys and values once and k short tails);
@@ -27,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
-    """Wrong input from the user: one clear sentence with the place and the mend. Commands print it and exit with 2."""
+    """Wrong input from the user: one clear sentence with the place and the mend. Commands print it and exit
+    with 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -35,7 +37,8 @@ class InputError(ValueError):
 
 @dataclass
 class Config:
-    """The fields of a Qwen3 config.json that shape the network. head_dim is independent of hidden_size / heads."""
+    """The fields of a Qwen3 config.json that shape the network. head_dim is independent of hidden_size /
+    heads."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -47,7 +50,8 @@ class Config:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
     dtype: str = "float32"            # of the stored weights
-    extra: dict = field(default_factory=dict)  # everything else in config.json, written back by save_pretrained
+    # everything else in config.json, written back by save_pretrained
+    extra: dict = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, d):
@@ -62,7 +66,8 @@ class Config:
                 raise InputError(f"config.json sets {key} to {d[key]!r}: only {fine!r} is implemented")
         if rope.get("rope_type", "default") != "default":
             raise InputError(f"config.json sets rope_type to {rope['rope_type']!r}: only 'default' is implemented")
-        try:      # nothing that shapes the network is guessed: a wrong head_dim or rope_theta still loads, and babbles
+        # nothing that shapes the network is guessed: a wrong head_dim or rope_theta still loads, and babbles
+        try:
             values = {k: d[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                         "num_attention_heads", "num_key_value_heads", "head_dim")}
             theta = d["rope_theta"] if "rope_theta" in d else rope["rope_theta"]
@@ -90,8 +95,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a quarter
-        # of all bf16 outputs against the released model.
+        # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a
+        # quarter of all bf16 outputs against the released model.
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
@@ -100,8 +105,8 @@ class RMSNorm(nn.Module):
 def rotary(positions, head_dim, theta, dtype):
     """cos and sin, each positions.shape + (1, head_dim / 2): the 1 is the heads'.
 
-    Made afresh in fp32 on every forward: a buffer would be rounded by model.to(bfloat16), and an inverse frequency
-    in bf16 is off by radians at position 4,000.
+    Made afresh in fp32 on every forward: a buffer would be rounded by model.to(bfloat16), and an inverse
+    frequency in bf16 is off by radians at position 4,000.
     """
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions.unsqueeze(-1).float() * inverse
@@ -109,7 +114,8 @@ def rotary(positions, head_dim, theta, dtype):
 
 
 def rotate(x, rope):
-    """Split-half rotation as in Hugging Face (dimension i turns with i + D/2, not with i + 1). x (B, T, heads, D)."""
+    """Split-half rotation as in Hugging Face (dimension i turns with i + D/2, not with i + 1). x (B, T,
+    heads, D)."""
     (cos, sin), (a, b) = rope, x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -155,12 +161,12 @@ class Block(nn.Module):
 
 
 def full_attention(mask=None):
-    """The `attend` of training and scoring. mask (B, 1, T, T) bool, True where row i may look at column j; None is
-    plain causal, right for rows that are padded on the right. is_causal is only used where both lengths are equal:
-    torch aligns it to the top left."""
-    def attend(layer, q, k, v):                                                # q (B, T, H, D), k and v (B, T, KV, D)
+    """The `attend` of training and scoring. mask (B, 1, T, T) bool, True where row i may look at column j;
+    None is plain causal, right for rows that are padded on the right. is_causal is only used where both
+    lengths are equal: torch aligns it to the top left."""
+    def attend(layer, q, k, v):  # q (B, T, H, D), k and v (B, T, KV, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if mask is not None and q.is_cuda:             # CUDA's fast kernel with a mask wants a k and v for every head
+        if mask is not None and q.is_cuda:  # CUDA's fast kernel with a mask wants a k and v for every head
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
     return attend
@@ -178,11 +184,11 @@ class Backbone(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """A dense Qwen3 with the heads its checkpoint has: token logits (lm_head, or the tied embedding), a scalar
-    `score` (reward models), or none (embedders).
+    """A dense Qwen3 with the heads its checkpoint has: token logits (lm_head, or the tied embedding), a
+    scalar `score` (reward models), or none (embedders).
 
-    `vocab` is the number of token ids that are real: the rows above it pad the matrix and are never sampled or
-    scored (Qwen3 has 151,936 rows for 151,669 tokens).
+    `vocab` is the number of token ids that are real: the rows above it pad the matrix and are never sampled
+    or scored (Qwen3 has 151,936 rows for 151,669 tokens).
     """
 
     def __init__(self, config, *, lm_head=True, score_head=False):
@@ -192,8 +198,10 @@ class Qwen3(nn.Module):
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if score_head:
-            self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)      # the name `score` is the method's
-        self.checkpointing = False     # recompute each block in the backward pass instead of keeping its activations
+            # the name `score` is the method's
+            self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)
+        # recompute each block in the backward pass instead of keeping its activations
+        self.checkpointing = False
 
     @property
     def device(self):
@@ -231,7 +239,7 @@ class Qwen3(nn.Module):
         return F.linear(self.hidden(tokens), weight)
 
     def last_hidden(self, tokens, lengths):
-        hidden = self.hidden(tokens)                                           # padded on the right: causal is enough
+        hidden = self.hidden(tokens)  # padded on the right: causal is enough
         return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
 
     def embed(self, tokens, lengths):
@@ -240,7 +248,8 @@ class Qwen3(nn.Module):
         return F.normalize(self.last_hidden(tokens, lengths).float(), dim=-1)
 
     def score(self, tokens, lengths):
-        """A reward model's scalar (B,) in fp32 at the last attended token (Qwen3ForSequenceClassification, one label)."""
+        """A reward model's scalar (B,) in fp32 at the last attended token (Qwen3ForSequenceClassification,
+        one label)."""
         if not self.has_score:
             raise InputError("this checkpoint has no scalar head (score.weight): give a reward model")
         return self._modules["score"](self.last_hidden(tokens, lengths)).float().squeeze(-1)
@@ -249,18 +258,19 @@ class Qwen3(nn.Module):
     def from_pretrained(cls, path, *, revision=None, device=None, dtype=None):
         """A model from a folder or a hub name. dtype None keeps the stored one.
 
-        Built on meta and loaded strictly: a missing, unknown or wrong-shaped tensor raises InputError with its name.
-        Qwen3-Embedding's tensors lack the leading `model.`; both spellings are read.
+        Built on meta and loaded strictly: a missing, unknown or wrong-shaped tensor raises InputError with
+        its name. Qwen3-Embedding's tensors lack the leading `model.`; both spellings are read.
         """
         return load_checkpoint(cls, fetch(path, revision), device, dtype)
 
     def save_pretrained(self, folder, *, shard_bytes=5_000_000_000):
-        """config.json and model.safetensors (or numbered shards with their index) in Hugging Face's layout."""
+        """config.json and model.safetensors (or numbered shards with their index) in Hugging Face's
+        layout."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         shards, size = [{}], 0
-        bare = not self.has_logits and not self.has_score                      # an embedder: its names lack `model.`
+        bare = not self.has_logits and not self.has_score  # an embedder: its names lack `model.`
         for name, tensor in self.state_dict().items():
             name = name.removeprefix("model.") if bare else name
             if size and size + tensor.nbytes > shard_bytes:
@@ -327,12 +337,12 @@ def load_checkpoint(cls, folder, device=None, dtype=None):
     config = Config.from_dict(read_json(folder / "config.json"))
     dtype, device = dtype or getattr(torch, config.dtype), device or "cpu"
     tensors = read_tensors(folder, device, dtype)
-    bare = "embed_tokens.weight" in tensors                                    # an embedder: no `model.`, no head
+    bare = "embed_tokens.weight" in tensors  # an embedder: no `model.`, no head
     if bare:
         tensors = {f"model.{name}": t for name, t in tensors.items()}
     score = "score.weight" in tensors
     if config.tie_word_embeddings:
-        copy = tensors.pop("lm_head.weight", None)                             # some writers store the tied copy too
+        copy = tensors.pop("lm_head.weight", None)  # some writers store the tied copy too
         if copy is not None and not torch.equal(copy, tensors["model.embed_tokens.weight"]):
             raise InputError(f"the checkpoint in {folder} has an lm_head.weight of its own, and its config.json sets "
                              "tie_word_embeddings: set that to false")
@@ -349,7 +359,7 @@ def load_checkpoint(cls, folder, device=None, dtype=None):
             raise InputError(f"tensor {name!r} in {folder} has shape {tuple(tensors[name].shape)}, "
                              f"config.json asks for {tuple(shape)}")
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()                                  # frozen: a phase says what it trains
+    return model.requires_grad_(False).eval()  # frozen: a phase says what it trains
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -363,8 +373,8 @@ def chunk_size(vocab, device):
 class SelectedLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target] and the entropy of that softmax, for a frozen W, in chunks of tokens.
 
-    A token's log-probability depends on its own hidden state alone, so its gradient is one vector,
-    (W[target] - softmax . W) / T. Forward computes it while the chunk's softmax is at hand; backward only scales it.
+    A token's log-probability depends on its own hidden state alone, so its gradient is one vector, (W[target]
+    - softmax . W) / T. Forward computes it while the chunk's softmax is at hand; backward only scales it.
     That is exact for every loss of the log-probabilities, costs no second projection, and keeps (N, hidden)
     instead of (N, vocab).
     """
@@ -393,14 +403,16 @@ class SelectedLogprobs(torch.autograd.Function):
 
 
 def selected_logprobs(hidden, weight, target, temperature=1.0):
-    """The same numbers by plain autograd, one full (N, V) tensor: the reference, and the way when W itself trains."""
+    """The same numbers by plain autograd, one full (N, V) tensor: the reference, and the way when W itself
+    trains."""
     logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
     return logp.gather(-1, target[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1).detach()
 
 
 def token_logprobs(model, rows, temperature=1.0):
-    """Log-probabilities and entropies, two fp32 (N,), of the N reply tokens in `rows` (data.pack) under the softmax
-    at `temperature`: the distribution that generate samples from without truncation. Only the first has a gradient."""
+    """Log-probabilities and entropies, two fp32 (N,), of the N reply tokens in `rows` (data.pack) under the
+    softmax at `temperature`: the distribution that generate samples from without truncation. Only the first
+    has a gradient."""
     hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
     hidden, weight = hidden.flatten(0, 1)[rows.predict], model.head_weight()
     score = selected_logprobs if weight.requires_grad else SelectedLogprobs.apply
@@ -412,8 +424,9 @@ def token_logprobs(model, rows, temperature=1.0):
 
 @dataclass
 class Samples:
-    """What generate returns. tokens[prompt][draft] is a list of ids with the stop id kept; logprobs has the same
-    shape, under the distribution sampled from; finished[prompt][draft] is False when max_new_tokens cut it off."""
+    """What generate returns. tokens[prompt][draft] is a list of ids with the stop id kept; logprobs has the
+    same shape, under the distribution sampled from; finished[prompt][draft] is False when max_new_tokens cut
+    it off."""
     tokens: list
     logprobs: list
     finished: list
@@ -422,10 +435,10 @@ class Samples:
 def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """One token per row: ids and log-probs (R,), from fp32 logits (R, V) and uniform numbers (R,) in [0, 1).
 
-    Temperature first, then top-k, top-p, min-p, each on what the former kept (Hugging Face's order); the log-prob is
-    of the renormalised rest. Temperature 0 takes the largest logit; its log-prob is the model's own, at T = 1.
-    The draw inverts the cumulative distribution in float64: one random number a token, and no id of probability
-    zero can be hit, which low-precision multinomials have done.
+    Temperature first, then top-k, top-p, min-p, each on what the former kept (Hugging Face's order); the
+    log-prob is of the renormalised rest. Temperature 0 takes the largest logit; its log-prob is the model's
+    own, at T = 1. The draw inverts the cumulative distribution in float64: one random number a token, and no
+    id of probability zero can be hit, which low-precision multinomials have done.
     """
     if temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
@@ -436,7 +449,7 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
         logp = logp.masked_fill(logp < kth, -math.inf).log_softmax(-1)
     if top_p < 1:
         ordered, index = logp.sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()                      # mass above this token; the first has 0
+        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass above this token; the first has 0
         ordered = ordered.masked_fill(before >= top_p, -math.inf)
         logp = torch.empty_like(logp).scatter_(-1, index, ordered).log_softmax(-1)
     if min_p:
@@ -448,8 +461,8 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def uniforms(seeds, k, length):
-    """(prompts, k, length) float64 numbers in [0, 1): draft d of a prompt with seed s reads the stream of (s, d),
-    whatever rank or batch it is in."""
+    """(prompts, k, length) float64 numbers in [0, 1): draft d of a prompt with seed s reads the stream of (s,
+    d), whatever rank or batch it is in."""
     flat = [[int(x) for x in (s if isinstance(s, (tuple, list)) else (s,))] for s in seeds]
     return torch.from_numpy(np.stack([[np.random.default_rng([*s, d]).random(length) for d in range(k)] for s in flat]))
 
@@ -457,10 +470,11 @@ def uniforms(seeds, k, length):
 class Drafts:
     """The state of a decoding batch: P places for posts, k drafts each. As `attend` it is the KV cache.
 
-    A post's keys and values are stored once, (P, KV, L, D), and shared by its k drafts; the drafts' own are a ring
-    (P, KV, k, M, D) in which step s of the whole batch writes column s mod M for every row. A post that entered
-    `age` steps ago sees the last `age` columns, so a newcomer takes a finished post's place without moving anything.
-    Softmax does not mind the order of the columns: rotary positions went into k when it was written.
+    A post's keys and values are stored once, (P, KV, L, D), and shared by its k drafts; the drafts' own are a
+    ring (P, KV, k, M, D) in which step s of the whole batch writes column s mod M for every row. A post that
+    entered `age` steps ago sees the last `age` columns, so a newcomer takes a finished post's place without
+    moving anything. Softmax does not mind the order of the columns: rotary positions went into k when it was
+    written.
     """
 
     def __init__(self, model, places, k, prompt_length, length):
@@ -474,7 +488,8 @@ class Drafts:
         self.bias = None
 
     def fill(self, places, prompts):
-        """Read `prompts` (id lists) into `places` (a list of indices); returns logits (len(places), V) in fp32."""
+        """Read `prompts` (id lists) into `places` (a list of indices); returns logits (len(places), V) in
+        fp32."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)
         tokens = torch.zeros(len(prompts), int(max(map(len, prompts))), dtype=torch.long)
         for row, p in zip(tokens, prompts):
@@ -512,7 +527,7 @@ class Drafts:
         for cache, new in ((self.own_k, k), (self.own_v, v)):
             cache[layer][:, :, :, column] = new.view(places, self.k, kv_heads, dim).transpose(1, 2)
         q = (q * dim ** -0.5).view(places, self.k, kv_heads, -1, dim).transpose(1, 2)       # (P, KV, k, G, D)
-        shared = q.flatten(2, 3) @ self.prompt_k[layer].transpose(-1, -2)      # all drafts against the one copy
+        shared = q.flatten(2, 3) @ self.prompt_k[layer].transpose(-1, -2)  # all drafts against the one copy
         own = q @ self.own_k[layer][..., :used, :].transpose(-1, -2)           # (P, KV, k, G, used)
         scores = torch.cat((shared.unflatten(2, q.shape[2:4]), own), -1).float() + self.bias
         shared, own = scores.softmax(-1).to(q.dtype).split((shared.shape[-1], used), -1)
@@ -531,10 +546,11 @@ class Drafts:
 
 
 class Decoder:
-    """What is being written where: P places of k drafts, the prompts that wait, and the tokens written so far.
+    """What is being written where: P places of k drafts, the prompts that wait, and the tokens written so
+    far.
 
-    Results live on the device, (prompts, k, max_new_tokens + 1), and are read once at the end. Their last column is a
-    waste bin for places that are idle until a newcomer or a smaller batch.
+    Results live on the device, (prompts, k, max_new_tokens + 1), and are read once at the end. Their last
+    column is a waste bin for places that are idle until a newcomer or a smaller batch.
     """
 
     def __init__(self, model, prompts, k, length, sampling, stop_ids, seeds, places):
@@ -546,14 +562,16 @@ class Decoder:
         self.tokens = torch.zeros(len(prompts), k, length + 1, dtype=torch.long, **new)
         self.logprobs = torch.zeros(len(prompts), k, length + 1, **new)
         self.stopped = torch.zeros(len(prompts), k, dtype=torch.bool, **new)
-        self.post = torch.zeros(places, 1, dtype=torch.long, **new)            # the prompt each place works on
-        self.draft = torch.arange(k, **new).repeat(places, 1)                  # (P, k): the draft each row writes
+        self.post = torch.zeros(places, 1, dtype=torch.long, **new)  # the prompt each place works on
+        self.draft = torch.arange(k, **new).repeat(places, 1)  # (P, k): the draft each row writes
         self.newest = torch.zeros(places, k, dtype=torch.long, **new)
         self.waiting, self.idle = list(range(len(prompts))), list(range(places))
-        self.left = [math.inf] * places        # tokens each place may still write: on the host, so nobody waits for it
+        # tokens each place may still write: on the host, so nobody waits for it
+        self.left = [math.inf] * places
 
     def refill(self):
-        """Idle places take the next prompts: one prefill, then the first token of every draft from its last logits."""
+        """Idle places take the next prompts: one prefill, then the first token of every draft from its last
+        logits."""
         places, self.idle = self.idle[:len(self.waiting)], self.idle[len(self.waiting):]
         taken, self.waiting = self.waiting[:len(places)], self.waiting[len(places):]
         logits = self.cache.fill(places, [self.prompts[p] for p in taken])     # (places, V)
@@ -577,15 +595,18 @@ class Decoder:
         self.stopped[which[:2]] |= torch.isin(token, self.stops) & (which[2] < self.length)
 
     def look(self):
-        """Find the places whose drafts are all finished; with nobody waiting, drop them and the finished rows."""
-        writing = ~self.stopped[self.post, self.draft].cpu() & (torch.tensor(self.left) > 0)[:, None]   # (P, k)
+        """Find the places whose drafts are all finished; with nobody waiting, drop them and the finished
+        rows."""
+        # (P, k)
+        writing = ~self.stopped[self.post, self.draft].cpu() & (torch.tensor(self.left) > 0)[:, None]
         writing[self.idle] = False
         self.idle = (~writing.any(1)).nonzero().flatten().tolist()
         for place in self.idle:
             self.left[place] = math.inf                                        # never due for a look
         rows, widest = writing.any(1).nonzero().flatten(), int(writing.sum(1).max())
         if not self.waiting and 0 < 2 * len(rows) * widest <= writing.numel():
-            # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished ones first.
+            # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished ones
+            # first.
             order = writing[rows].int().argsort(dim=1, descending=True, stable=True)[:, :widest].to(self.post.device)
             self.left, self.idle, rows = [self.left[i] for i in rows], [], rows.to(self.post.device)
             self.cache.keep(rows, order)
@@ -594,7 +615,8 @@ class Decoder:
         return writing.any()
 
     def samples(self):
-        """Cut each draft after its first stop id. Only generated tokens are looked at: a prompt may hold stop ids."""
+        """Cut each draft after its first stop id. Only generated tokens are looked at: a prompt may hold stop
+        ids."""
         stops, out = set(self.stops.tolist()), Samples([], [], [])
         for drafts, logprobs in zip(self.tokens.tolist(), self.logprobs.tolist()):
             ends = [next((i + 1 for i, t in enumerate(d[:-1]) if t in stops), self.length) for d in drafts]
@@ -609,11 +631,12 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
              max_rows=256, look_every=None, progress=None):
     """k drafts for each prompt (a list of ids) -> Samples.
 
-    One prefill per prompt serves its k drafts. At most `max_rows` drafts are written at a time: while prompts wait,
-    one takes the place of each whose k drafts are finished; when none wait, the batch shrinks to what is unfinished.
-    `seed`: an int (prompt p then draws from (seed, p)) or one int or tuple per prompt; draft d of a prompt with seed s
-    depends on (s, d) alone. Finished drafts are looked for every `look_every` tokens: by default 1 on a CPU, 16 on a
-    GPU, where looking waits for the device. `progress(n)` is told of the n prompts that have been taken up.
+    One prefill per prompt serves its k drafts. At most `max_rows` drafts are written at a time: while prompts
+    wait, one takes the place of each whose k drafts are finished; when none wait, the batch shrinks to what
+    is unfinished. `seed`: an int (prompt p then draws from (seed, p)) or one int or tuple per prompt; draft d
+    of a prompt with seed s depends on (s, d) alone. Finished drafts are looked for every `look_every` tokens:
+    by default 1 on a CPU, 16 on a GPU, where looking waits for the device. `progress(n)` is told of the n
+    prompts that have been taken up.
     """
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_generation(model, prompts, k, max_new_tokens, **sampling)
@@ -625,7 +648,8 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     decoder = Decoder(model, prompts, k, max_new_tokens, sampling, stop_ids, seeds, places)
     writing, step = True, 0
     while writing or decoder.waiting:
-        if decoder.waiting and len(decoder.idle) >= max(1, places // 4):       # a few at a time: prefills batch well
+        # a few at a time: prefills batch well
+        if decoder.waiting and len(decoder.idle) >= max(1, places // 4):
             before = len(decoder.waiting)
             decoder.refill()
             writing = True                                                     # the newcomers, if nobody else

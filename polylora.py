@@ -4,10 +4,11 @@
     python polylora.py sft --model Qwen/Qwen3-8B --data sft.jsonl --out runs/poly --lambda 0.3
     torchrun --nproc-per-node=8 polylora.py sft ...                        # the same step, spread over 8 GPUs
 
-L_quality is the mean cross-entropy over reply tokens. D is the mean pairwise cosine distance between the embeddings of
-k drafts sampled from the model being trained. Sampling has no derivative, so D's gradient is the score function's:
-each draft's log-probability is pushed by how much the draft adds to D (diversity_advantages). In order: LoRA layers and
-adapter files, D, what both phases share (ranks, run folder, training loop), the SFT step, the commands.
+L_quality is the mean cross-entropy over reply tokens. D is the mean pairwise cosine distance between the
+embeddings of k drafts sampled from the model being trained. Sampling has no derivative, so D's gradient is
+the score function's: each draft's log-probability is pushed by how much the draft adds to D
+(diversity_advantages). In order: LoRA layers and adapter files, D, what both phases share (ranks, run folder,
+training loop), the SFT step, the commands.
 """
 
 import argparse
@@ -40,12 +41,12 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # ----------------------------------------------------------------------------------------------------------------
 # LoRA
 #
-#     x ──> W (frozen, any dtype) ─────────────> + ──> y          A (r, in): random, B (out, r): zero, so that the
-#     └──> A ──> (.., r) ──> B ──> * alpha/r ────┘                first forward is the base model's, bit for bit
+# x ──> W (frozen, any dtype) ─────────────> + ──> y          A (r, in): random, B (out, r): zero, so that the
+# └──> A ──> (.., r) ──> B ──> * alpha/r ────┘                first forward is the base model's, bit for bit
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x. W keeps its name and dtype; A and B are fp32 (Adam's steps on a bf16 A round to
-    nothing at small learning rates) and are cast to the input's dtype for the product."""
+    """y = W x + (alpha / r) B A x. W keeps its name and dtype; A and B are fp32 (Adam's steps on a bf16 A
+    round to nothing at small learning rates) and are cast to the input's dtype for the product."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__()
@@ -59,7 +60,8 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
-        # In place: the frozen product needs nothing of y for its backward, so the sum takes no second (.., out) tensor.
+        # In place: the frozen product needs nothing of y for its backward, so the sum takes no second (..,
+        # out) tensor.
         y.flatten(0, -2).addmm_(low.flatten(0, -2), self.lora_B.weight.t().to(x.dtype), alpha=self.scale)
         return y
 
@@ -74,10 +76,12 @@ def lora_layers(model):
 
 
 def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0):
-    """Put LoRA on every linear layer whose last name is in `targets`; the rest of the model is frozen. Returns model.
+    """Put LoRA on every linear layer whose last name is in `targets`; the rest of the model is frozen.
+    Returns model.
 
-    A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) from a generator of its own on the CPU: the same on
-    every rank and device. The token head and the embedding are never wrapped: tied, one would corrupt the other.
+    A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) from a generator of its own on the CPU: the
+    same on every rank and device. The token head and the embedding are never wrapped: tied, one would corrupt
+    the other.
     """
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
@@ -95,21 +99,23 @@ def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0):
         with torch.no_grad():
             layer.lora_A.weight.copy_(start)
             layer.lora_B.weight.zero_()
-        layer.train(linear.training)                   # a new module trains: dropout would then make answers noisy
+        layer.train(linear.training)  # a new module trains: dropout would then make answers noisy
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model
 
 
 def adapter_state(model):
-    """name -> parameter of A and B, named as in the model: model.layers.0.self_attn.q_proj.lora_A.weight, ..."""
+    """name -> parameter of A and B, named as in the model: model.layers.0.self_attn.q_proj.lora_A.weight,
+    ..."""
     return {f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in lora_layers(model).items()
             for part in ("lora_A", "lora_B")}
 
 
 @contextmanager
 def adapter(model, state):
-    """Within: the model with the adapter tensors `state` (as from frozen_copy), or with none (None): the base model."""
+    """Within: the model with the adapter tensors `state` (as from frozen_copy), or with none (None): the base
+    model."""
     layers, own = lora_layers(model).values(), {n: p.data for n, p in adapter_state(model).items()}
     was = [layer.enabled for layer in layers]
     try:
@@ -129,7 +135,7 @@ def frozen_copy(model):
     return {name: p.detach().clone() for name, p in adapter_state(model).items()}
 
 
-PREFIX = "base_model.model."                                                   # PEFT's, before the model's own names
+PREFIX = "base_model.model."  # PEFT's, before the model's own names
 
 
 def save_adapter(model, folder, base=""):
@@ -150,7 +156,8 @@ def save_adapter(model, folder, base=""):
 
 
 def load_adapter(model, folder, *, dropout=None):
-    """Put the adapter in `folder` (PEFT's layout) on the model, or into the LoRA layers that it has. Returns model.
+    """Put the adapter in `folder` (PEFT's layout) on the model, or into the LoRA layers that it has. Returns
+    model.
 
     Raises InputError when the files are missing, ask for what this code lacks, or fit another model.
     """
@@ -181,7 +188,8 @@ def load_adapter(model, folder, *, dropout=None):
 
 
 def drop_lora(model, weight_of=lambda layer: layer.weight):
-    """Replace every LoRA layer by a plain linear: with its frozen weight, so the base model is back. Returns model."""
+    """Replace every LoRA layer by a plain linear: with its frozen weight, so the base model is back. Returns
+    model."""
     for name, layer in lora_layers(model).items():
         out, inside = layer.weight.shape
         linear = nn.Linear(inside, out, bias=False, device="meta")
@@ -192,8 +200,8 @@ def drop_lora(model, weight_of=lambda layer: layer.weight):
 
 
 def merge_lora(model, dtype=torch.float32):
-    """Replace every LoRA layer by a plain linear with W + (alpha / r) B A, added in fp32. Returns the model in `dtype`:
-    fp32 by default, since rounding the sum to bf16 drops most of a small update."""
+    """Replace every LoRA layer by a plain linear with W + (alpha / r) B A, added in fp32. Returns the model
+    in `dtype`: fp32 by default, since rounding the sum to bf16 drops most of a small update."""
     return drop_lora(model, LoRALinear.merged_weight).to(dtype)
 
 
@@ -201,7 +209,8 @@ def merge_lora(model, dtype=torch.float32):
 # Diversity
 
 def pair_distances(embeddings, quality=None, floor=0.0):
-    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal. (P, k, dim) -> (P, k, k) in fp32."""
+    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal. (P, k, dim) ->
+    (P, k, k) in fp32."""
     e = embeddings.float()
     delta = 1 - e @ e.transpose(-1, -2)
     if quality is not None:
@@ -210,10 +219,11 @@ def pair_distances(embeddings, quality=None, floor=0.0):
 
 
 def diversity(embeddings, quality=None, floor=0.0):
-    """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance, 2/(k(k-1)) sum_{i<j} delta_ij.
+    """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance, 2/(k(k-1)) sum_{i<j}
+    delta_ij.
 
-    With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are wrong earn nothing by being
-    different, and with a floor two right ones are worth something even when alike.
+    With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are wrong earn
+    nothing by being different, and with a floor two right ones are worth something even when alike.
     """
     k = embeddings.shape[-2]
     if k < 2:
@@ -222,10 +232,11 @@ def diversity(embeddings, quality=None, floor=0.0):
 
 
 def diversity_advantages(embeddings, quality=None, floor=0.0):
-    """a_i = D - D_without_i (P, k): what draft i adds to D. With it, E[sum_i a_i grad log pi(y_i)] = grad E[D].
+    """a_i = D - D_without_i (P, k): what draft i adds to D. With it, E[sum_i a_i grad log pi(y_i)] = grad
+    E[D].
 
-    D_without_i does not depend on y_i, so subtracting it leaves the score-function gradient unbiased. With k = 2 there is
-    no D without i; the baseline is then 0: unbiased too, but noisier.
+    D_without_i does not depend on y_i, so subtracting it leaves the score-function gradient unbiased. With k
+    = 2 there is no D without i; the baseline is then 0: unbiased too, but noisier.
     """
     k, total = embeddings.shape[-2], diversity(embeddings, quality, floor)
     pairs = pair_distances(embeddings, quality, floor)
@@ -236,11 +247,12 @@ def diversity_advantages(embeddings, quality=None, floor=0.0):
 
 
 class Embedder:
-    """Texts -> unit vectors by a FROZEN Qwen3: an embedding model (its last token), or the base model of the run (mean of
-    the final hidden states over the text, its adapter switched off).
+    """Texts -> unit vectors by a FROZEN Qwen3: an embedding model (its last token), or the base model of the
+    run (mean of the final hidden states over the text, its adapter switched off).
 
-    Hidden states of a language model all point one way (cosines near 1), so the mean is centred on `corpus`, the replies
-    of the run's data. Only the reply is embedded, never its prompt; an empty reply is the end-of-text token alone.
+    Hidden states of a language model all point one way (cosines near 1), so the mean is centred on `corpus`,
+    the replies of the run's data. Only the reply is embedded, never its prompt; an empty reply is the
+    end-of-text token alone.
     """
 
     def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256):
@@ -285,10 +297,11 @@ class Embedder:
 # What both phases share: ranks, the run folder, the loop
 
 class Ranks:
-    """This process among those of the launch; alone when not under torchrun. The only place that reads RANK and so on.
+    """This process among those of the launch; alone when not under torchrun. The only place that reads RANK
+    and so on.
 
-    Every stage of train.sh makes its own group on the launcher's store. Keys of an earlier stage are still there, and a
-    group that reads them hangs or calls a dead port, so each stage gets a prefix of its own.
+    Every stage of train.sh makes its own group on the launcher's store. Keys of an earlier stage are still
+    there, and a group that reads them hangs or calls a dead port, so each stage gets a prefix of its own.
     """
 
     def __init__(self, stage, device=None):
@@ -318,8 +331,9 @@ class Ranks:
         return total.tolist()
 
     def sum_gradients(self, params):
-        """Gradients summed over ranks in one flat all-reduce. Losses are already divided by the global count, so the sum
-        is the gradient of the whole step; a parameter without a gradient on this rank counts as zero."""
+        """Gradients summed over ranks in one flat all-reduce. Losses are already divided by the global count,
+        so the sum is the gradient of the whole step; a parameter without a gradient on this rank counts as
+        zero."""
         if self.world == 1:
             return
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
@@ -375,10 +389,12 @@ def peak_bytes(device):
 
 
 class Run:
-    """A run folder: config.json (what was asked for), metrics.jsonl (a line a step), checkpoint.safetensors (to go on
-    from), the result (adapter/ or a model), done.json (written last). One folder is one configuration."""
+    """A run folder: config.json (what was asked for), metrics.jsonl (a line a step), checkpoint.safetensors
+    (to go on from), the result (adapter/ or a model), done.json (written last). One folder is one
+    configuration."""
 
-    VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run", "device")   # same result
+    # same result
+    VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run", "device")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
@@ -396,8 +412,9 @@ class Run:
             raise InputError(f"{self.folder} exists and holds no run of this program: choose another --out")
 
     def begin(self):
-        """Write the configuration: once everything was read and found right, so that a mistake leaves nothing behind."""
-        self.ranks.barrier()                                                   # all have looked before one writes
+        """Write the configuration: once everything was read and found right, so that a mistake leaves nothing
+        behind."""
+        self.ranks.barrier()  # all have looked before one writes
         if self.ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self.config)
@@ -408,7 +425,8 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def save(self, step, params, optimizer):
-        """Everything the loop mutates. Random numbers need no saving: each is a function of (seed, step, post, draft)."""
+        """Everything the loop mutates. Random numbers need no saving: each is a function of (seed, step,
+        post, draft)."""
         if not self.ranks.main:
             return
         tensors = {}
@@ -420,7 +438,8 @@ class Run:
         os.replace(f"{path}.partial", path)
 
     def restore(self, params, optimizer):
-        """Load the checkpoint if there is one; returns the step to go on from. Later metrics lines are dropped."""
+        """Load the checkpoint if there is one; returns the step to go on from. Later metrics lines are
+        dropped."""
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -432,7 +451,7 @@ class Run:
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if optimizer.defaults["fused"] else "cpu"),
                                       **{n: f.get_tensor(f"{i}.{n}").to(p.device) for n in ("exp_avg", "exp_avg_sq")}}
         log = self.folder / "metrics.jsonl"
-        if self.ranks.main and log.exists():           # every step logged one line; a kill may have torn a later one
+        if self.ranks.main and log.exists():  # every step logged one line; a kill may have torn a later one
             log.write_text("".join(log.read_text().splitlines(keepends=True)[:step]))
         return step
 
@@ -451,8 +470,9 @@ def learning_rate(step, steps, peak, warmup, schedule):
 
 
 def train(s, params, step_fn, names):
-    """The loop of every phase. step_fn(step) leaves this rank's share of the gradients on `params` and returns a Tally;
-    `names` are the means to log. Clipping comes after the sum over ranks; a gradient that is not finite stops the run."""
+    """The loop of every phase. step_fn(step) leaves this rank's share of the gradients on `params` and
+    returns a Tally; `names` are the means to log. Clipping comes after the sum over ranks; a gradient that is
+    not finite stops the run."""
     a, ranks, run = s.args, s.ranks, s.run
     run.begin()
     optimizer = torch.optim.AdamW(params, lr=a.lr, betas=(0.9, a.beta2), weight_decay=a.weight_decay, fused=True)
@@ -554,8 +574,9 @@ class Session:
             self.embedder = Embedder(load_model(a.embedder, a, self.ranks.device), data.load_tokenizer(a.embedder), pooling="last")
 
     def write(self, indices, step, k, progress=None):
-        """k drafts for each of the posts `indices` -> (prompts, Samples, texts). Each draft's random numbers are a function
-        of (seed, stage, step, post, draft), so they are the same however posts are dealt to ranks."""
+        """k drafts for each of the posts `indices` -> (prompts, Samples, texts). Each draft's random numbers
+        are a function of (seed, stage, step, post, draft), so they are the same however posts are dealt to
+        ranks."""
         a, prompts = self.args, [self.prompt(i) for i in indices]
         seeds = [seed_of(a.seed, self.stage, step, self.posts[i].id) for i in indices]
         samples = generate(self.model, prompts, k=k, max_new_tokens=a.max_new_tokens, temperature=a.temperature,
@@ -565,8 +586,8 @@ class Session:
         return prompts, samples, texts
 
     def quality(self, gate, indices, prompts, samples, texts):
-        """q (P, k) in [0, 1] for the gate of D: None (ungated), 1 where the verifier finds the draft right, or the draft's
-        likelihood per token under the frozen base (its geometric mean probability)."""
+        """q (P, k) in [0, 1] for the gate of D: None (ungated), 1 where the verifier finds the draft right,
+        or the draft's likelihood per token under the frozen base (its geometric mean probability)."""
         if gate == "none":
             return None
         if gate == "verifier":
@@ -592,9 +613,11 @@ def load_model(path, args, device, revision=None):
 # Phase one
 
 def cross_entropy(s, step, indices, reply, tally):
-    """Adds the gradient of the mean token cross-entropy of the step's replies. `reply(index)` gives the reply's text.
+    """Adds the gradient of the mean token cross-entropy of the step's replies. `reply(index)` gives the
+    reply's text.
 
-    Every rank works out the whole batch's token count, which is the one denominator of all ranks' and micro-batches' sums.
+    Every rank works out the whole batch's token count, which is the one denominator of all ranks' and
+    micro-batches' sums.
     """
     pairs = [(s.prompt(i), [data.encode_reply(s.tokenizer, reply(i))]) for i in indices]
     count = sum(len(r) for _, (r,) in pairs)
@@ -606,13 +629,15 @@ def cross_entropy(s, step, indices, reply, tally):
 
 
 def diversity_loss(logp, draft, advantages, posts):
-    """-lambda-free diversity term: -(1 / posts) sum over drafts of a_i log pi(y_i), log pi summed over the draft's tokens,
-    stop token included. logp (N,) and draft (N,): which draft each token is of; advantages: flat, one a draft."""
+    """-lambda-free diversity term: -(1 / posts) sum over drafts of a_i log pi(y_i), log pi summed over the
+    draft's tokens, stop token included. logp (N,) and draft (N,): which draft each token is of; advantages:
+    flat, one a draft."""
     return -(advantages.detach()[draft] * logp).sum() / posts
 
 
 def diversity_step(s, step, indices, tally):
-    """Adds the gradient of -lambda * D, D the mean over the step's drafting posts of the diversity of k fresh drafts."""
+    """Adds the gradient of -lambda * D, D the mean over the step's drafting posts of the diversity of k fresh
+    drafts."""
     a, mine = s.args, indices[s.ranks.rank::s.ranks.world]
     if not mine:
         return
@@ -633,8 +658,8 @@ def diversity_step(s, step, indices, tally):
 
 
 def sft_step(s, step):
-    """One step of L = L_quality - lambda * D, lambda in nats per token for one unit of D. Steps without drafts in between
-    (--draft-every E) leave D's share unchanged on average: it then counts E times."""
+    """One step of L = L_quality - lambda * D, lambda in nats per token for one unit of D. Steps without
+    drafts in between (--draft-every E) leave D's share unchanged on average: it then counts E times."""
     a, tally = s.args, Tally()
     indices = batch_indices(len(s.posts), a.batch, step, a.seed)
 
@@ -643,7 +668,7 @@ def sft_step(s, step):
         return s.domain.reply(s.posts[i], s.domain.reader(s.posts[i], rng), rng)
     s.model.train()
     cross_entropy(s, step, indices, reply, tally)
-    s.model.eval()                                                             # drafts are written and scored without dropout
+    s.model.eval()  # drafts are written and scored without dropout
     if a.lam and step % a.draft_every == 0:
         diversity_step(s, step, indices[:a.draft_posts], tally)
     return tally
@@ -781,7 +806,8 @@ def parser():
 
 
 def check_common(a):
-    """Numbers that no phase can work with; NaN is in no interval. (flag, lowest, is that allowed itself, above all allowed)"""
+    """Numbers that no phase can work with; NaN is in no interval. (flag, lowest, is that allowed itself,
+    above all allowed)"""
     inf = math.inf
     for name, low, closed, high in (
             ("batch", 1, True, inf), ("steps", 0, True, inf), ("epochs", 0, bool(a.steps), inf), ("save_every", 1, True, inf),

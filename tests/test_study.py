@@ -1,4 +1,5 @@
-"""The whole chain through the programs' own mains, on a tweets file and a checkpoint written here; wrong input; train.sh."""
+"""The whole chain through the programs' own mains, on a tweets file and a checkpoint written here; wrong
+input; train.sh."""
 
 import hashlib
 import json
@@ -23,7 +24,8 @@ TOPICS = ("kettle", "bus", "lecture", "garden", "match", "storm")
 
 
 def write_tweets(path, count=30):
-    """Tweets in the layout of a scraped file: one reply a line, several lines a tweet, fields nobody reads."""
+    """Tweets in the layout of a scraped file: one reply a line, several lines a tweet, fields nobody
+    reads."""
     with open(path, "w", encoding="utf-8") as f:
         for i in range(count):
             for likes, reply in enumerate((f"Poor {TOPICS[i % 6]}, I feel you", f"Number {i}? Tell us more!")):
@@ -32,7 +34,8 @@ def write_tweets(path, count=30):
 
 
 def write_model(folder, tokenizer=None):
-    """A random Qwen3 of two layers with a tokenizer: Qwen3's own, or a small one trained on the tweets' words."""
+    """A random Qwen3 of two layers with a tokenizer: Qwen3's own, or a small one trained on the tweets'
+    words."""
     if tokenizer is None:
         tokenizer = data.train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
     torch.manual_seed(3)
@@ -87,7 +90,8 @@ def chain(world, root, capsys):
 
 
 def test_the_chain_from_tweets_to_report(world, capsys):
-    """SFT with D, GRPO with KL, diversity and two updates a rollout, measuring, report, drafts: on real-layout posts."""
+    """SFT with D, GRPO with KL, diversity and two updates a rollout, measuring, report, drafts: on
+    real-layout posts."""
     root = world["root"]
     chain(world, root, capsys)
     report = json.loads((root / "report" / "report.json").read_text())
@@ -120,7 +124,8 @@ def test_the_chain_with_qwen3s_own_tokenizer(world, tmp_path, capsys):
 
 
 def test_lambda_and_seed_change_the_adapter_and_resume_does_not(world):
-    """D reaches the weights (lambda 0 and 0.5 differ), the same command gives the same bits, another seed does not."""
+    """D reaches the weights (lambda 0 and 0.5 differ), the same command gives the same bits, another seed
+    does not."""
     same, other, again = "t-lam", "t-lam2", "t-plain"
     assert polylora.main(sft_args(world, same, "--lambda", "0.5")) == 0
     assert polylora.main(sft_args(world, other, "--lambda", "0.5", "--seed", "2")) == 0
@@ -179,7 +184,8 @@ def other_model(world):
 
 
 def test_wrong_input_gives_one_sentence_and_code_2(world, other_model, capsys):
-    """Every wrong input: exit code 2, one line that names the place, no traceback, and not a byte changed on disk."""
+    """Every wrong input: exit code 2, one line that names the place, no traceback, and not a byte changed on
+    disk."""
     for name, (main, args, word) in wrong_commands(world).items():
         before = digest(world["root"])
         capsys.readouterr()
@@ -209,7 +215,8 @@ def launch(tmp_path, *command):
 
 
 def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp_path):
-    """`torchrun --nproc-per-node=2 train.sh` makes the report from nothing; `bash train.sh` then has nothing left to do."""
+    """`torchrun --nproc-per-node=2 train.sh` makes the report from nothing; `bash train.sh` then has nothing
+    left to do."""
     first = launch(tmp_path, "torchrun", "--standalone", "--nproc-per-node=2", "train.sh")
     assert first.returncode == 0, first.stderr[-3000:]
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
