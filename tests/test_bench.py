@@ -1,0 +1,19 @@
+"""The benchmark runs: its figures are for a person on a quiet machine to read, not for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_quick_run_prints_a_table_and_writes_every_time(tmp_path):
+    file = tmp_path / "bench.json"
+    bench = Path(__file__).with_name("bench.py")
+    run = subprocess.run([sys.executable, bench, "--quick", "--json", file], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(file.read_text())
+    assert [c["case"] for c in report["cases"]] == ["generate", "grpo", "sft", "pocket"]
+    assert all(len(times) == 2 for c in report["cases"] for times in c["seconds"].values())
+    assert report["checks"] and all(c["passed"] for c in report["checks"])
+    last = run.stdout.splitlines()[-5:]
+    assert last[0].startswith("case") and len({len(line) for line in last}) == 1
