@@ -240,3 +240,21 @@ def test_train_sh_refuses_wrong_arguments(arguments, word):
 def test_train_sh_help():
     ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "--lambda" in ran.stdout
+
+
+def test_reward_model_and_judge_read_one_chat_at_a_time_as_in_a_batch(world):
+    """Right padding must not reach the scored token; the judge is P(yes) against P(no) and lies in (0, 1)."""
+    tokenizer = data.load_tokenizer(world["model"])
+    config = Qwen3.from_pretrained(world["model"]).config
+    torch.manual_seed(5)
+    scorer = Qwen3(config, lm_head=False, score_head=True).eval()
+    posts, domain = data.load_posts(world["eval"])[:2], data.Replies([])
+    drafts = [["yes", "a much longer reply, word upon word upon word"], ["no"]]
+    for reward in (grpo.ModelReward(scorer, tokenizer, domain, batch=2),
+                   grpo.JudgeReward(Qwen3.from_pretrained(world["model"]), tokenizer, domain, batch=3)):
+        got = reward(posts, drafts)
+        alone = [[reward([p], [[t]])[0][0] for t in ts] for p, ts in zip(posts, drafts)]
+        assert [len(r) for r in got] == [2, 1]
+        assert all(a == pytest.approx(b, abs=1e-5) for r, s in zip(got, alone) for a, b in zip(r, s))
+        assert len({round(x, 6) for r in got for x in r}) == 3
+    assert all(0 < x < 1 for r in got for x in r)
