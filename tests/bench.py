@@ -224,7 +224,8 @@ def grpo(side, case, weights, device):
 
 def trl_grpo(case, weights, device):
     """TRL's trainer, without vLLM. A step is a train() of one step whose callbacks work the meter, from the
-    rollout to the optimizer: the trainer's own set-up is not counted."""
+    rollout to the optimizer: its own set-up is not counted. On a CPU TRL 1.16 projects all positions
+    onto the vocabulary, with Triton reply tokens alone: the CPU's ratio says little about a GPU's."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
