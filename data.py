@@ -13,6 +13,7 @@ import argparse
 import functools
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -606,6 +607,77 @@ def make_domain(name, posts):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# What the commands of all files share
+
+def common_flags(p, *, lr, steps, batch, schedule="cosine"):
+    """Flags that every phase has. Names are the config's keys; units and defaults are in the help."""
+    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = p.add_argument
+    add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint ones with `python data.py split`")
+    add("--domain", default="auto", help="how drafts are asked for and scored: auto, pocket, voices or replies")
+    add("--out", required=True, help="run folder to make")
+    add("--resume", action="store_true", help="go on with an unfinished run in --out")
+    add("--seed", type=int, default=1, help="of everything random in this run")
+    add("--steps", type=int, default=steps, help="optimizer steps; 0: as many as --epochs passes over the posts take")
+    add("--epochs", type=float, default=1, help="passes over the posts when --steps is 0")
+    add("--batch", type=int, default=batch, help="posts a step, over all ranks")
+    add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up")
+    add("--schedule", default=schedule, choices=("cosine", "constant"), help="learning rate after the warm-up")
+    add("--clip", type=float, default=1.0, help="largest gradient norm, over all trained parameters and ranks")
+    add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
+    add("--micro-tokens", type=int, default=16384, help="tokens in one forward and backward pass: lower it to save memory")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
+    add("--skip-bad-lines", action="store_true", help="skip, count and report unreadable lines of --data instead of stopping")
+    model_flags(p)
+
+
+def model_flags(p):
+    """Flags of how the model is held and how it writes."""
+    add = p.add_argument
+    add("--device", default=None, help="cuda, cuda:1, cpu; default: this rank's GPU if there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the frozen weights; auto: bfloat16 on a GPU")
+    add("--nf4", action="store_true", help="the frozen base in 4 bits (QLoRA): a third of the memory, slower")
+    add("--shard", action="store_true", help="spread the frozen base over the ranks (FSDP2), for models larger than a GPU: slower")
+    add("--revision", default=None, help="commit, tag or branch of the model on the hub")
+    add("--max-rows", type=int, default=256, help="drafts written at a time on each rank: lower it to save memory")
+    add("--compile", action="store_true", help="write drafts with torch.compile: about twice as fast on small models after a minute at "
+                                               "the start; needs a C++ compiler, or Triton on a GPU")
+    add("--no-graphs", action="store_true", help="write drafts without CUDA graphs: slower, a way around a driver that fails on them")
+
+
+def check_common(a):
+    """Numbers that no phase can work with; NaN is in no interval. (flag, lowest, is that allowed itself,
+    above all allowed)"""
+    inf = math.inf
+    for name, low, closed, high in (
+            ("batch", 1, True, inf), ("steps", 0, True, inf), ("epochs", 0, bool(a.steps), inf), ("save_every", 1, True, inf),
+            ("warmup", 0, True, inf), ("lr", 0, True, inf), ("weight_decay", 0, True, inf), ("beta2", 0, True, 1), ("clip", 0, False, inf),
+            ("micro_tokens", 1, True, inf), ("max_rows", 1, True, inf), ("dropout", 0, True, 1), ("noise", 0, True, 1), ("rank", 1, True, inf),
+            ("alpha", 0, False, inf), ("lam", 0, True, inf), ("max_new_tokens", 1, True, inf), ("temperature", 0, True, inf),
+            ("draft_every", 1, True, inf), ("draft_posts", 1, True, inf), ("gate_floor", 0, True, inf), ("beta", 0, True, inf),
+            ("diversity_weight", 0, True, inf), ("clip_low", 0, True, 1), ("clip_high", 0, True, inf), ("updates", 1, True, inf)):
+        value = getattr(a, name, None)
+        if value is not None and not (low <= value < high if closed else low < value < high):
+            flag = "--lambda" if name == "lam" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {value:g}: it must be {f'{low} or more' if closed else f'above {low}'}"
+                             + (f" and below {high}" if high < inf else " and finite"))
+
+
+def command(parser, argv=None):
+    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input was wrong."""
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+        return 0
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Commands
 
 def check(a):
@@ -661,17 +733,6 @@ def parser():
     for q in (c, s):
         q.add_argument("--skip-bad-lines", action="store_true", help="leave unreadable lines out and count them, instead of stopping")
     return p
-
-
-def command(parser, argv=None):
-    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input was wrong."""
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-        return 0
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
 
 
 def main(argv=None):

@@ -529,12 +529,17 @@ def measure(a):
     jobs = [(run, seed) for run, seed in jobs if not measured(run, settings)]
     s.ranks.barrier()
     if jobs:
+        s.place()
         s.load_embedder()
         reward = None if s.domain.voices else make_reward(a.reward, s)
     for run, seed in jobs:
+        if a.shard:  # modules of a sharded model cannot be exchanged
+            s.load_model()
+            s.embedder.model = s.model if a.embedder == "base" else s.embedder.model
         drop_lora(s.model)
         if run != Path(a.bare or ""):
             load_adapter(s.model, run / "adapter", dropout=0.0)
+        s.place()
         a.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
         measure_run(s, run, settings, reward)
     s.ranks.close()
@@ -599,6 +604,7 @@ def show_drafts(a):
     s = Session(a, "drafts")
     s.load_model()
     load_adapter(s.model, run / "adapter", dropout=0.0)
+    s.place()
     s.posts = [data.Post("drafts", a.post, ())]
     s.domain = data.DOMAINS[read_json(run / "done.json")["domain"]](s.posts)
     _, samples, (texts,) = s.write([0], 0, a.k)
@@ -661,13 +667,10 @@ def parser():
     d.set_defaults(run=show_drafts)
     for q in (m, d):
         q.add_argument("--model", help="Qwen3 checkpoint under the adapters; default: the one the first run names")
-        q.add_argument("--revision", help="commit, tag or branch of --model on the hub")
         q.add_argument("--max-new-tokens", type=int, default=100, help="longest draft, in tokens, stop token included")
         q.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy, so that all drafts are equal")
         q.add_argument("--top-p", type=float, default=1.0, help="smallest share of probability to sample from")
-        q.add_argument("--max-rows", type=int, default=256, help="drafts written at a time on each rank")
-        q.add_argument("--device", help="cuda, cuda:1, cpu; default: this rank's GPU if there is one")
-        q.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
+        data.model_flags(q)
     m.add_argument("--domain", default="auto", help="how drafts are scored: auto, pocket, voices or replies")
     m.add_argument("--embedder", default="base", help="what embeds drafts: base, or a Qwen3-Embedding folder or hub name")
     m.add_argument("--skip-bad-lines", action="store_true", help="skip, count and report unreadable lines of --data")

@@ -23,7 +23,7 @@ import torch
 
 import data
 from model import InputError, read_json, token_logprobs
-from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_indices, check_common, common_flags, diversity,
+from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_indices, diversity,
                       diversity_advantages, draft_flags, frozen_copy, load_adapter, load_model, pair_distances,
                       save_adapter, seed_of, train)
 
@@ -158,12 +158,10 @@ class RelevanceReward:
         self.embedder = embedder
 
     def __call__(self, posts, drafts, step=0):
-        out = []
-        for post, texts in zip(posts, drafts):
-            e = self.embedder([[post.post, *texts]])[0]
-            relevance = ((1 + e[1:] @ e[0]) / 2).tolist()
-            out.append([r * self.form(post.post, t) for r, t in zip(relevance, texts)])
-        return out
+        groups = [[post.post, *texts] for post, texts in zip(posts, drafts)]
+        vectors = self.embedder([[t for group in groups for t in group]])[0].split([len(g) for g in groups])
+        return [[float((1 + e @ vector[0]) / 2) * self.form(post, t) for e, t in zip(vector[1:], texts)]
+                for vector, (post, *texts) in zip(vectors, groups)]
 
     @staticmethod
     def form(post, text):
@@ -277,7 +275,7 @@ def rollout(s, step, tally):
     embeddings = s.embedder(texts).cpu() if s.embedder is not None else None
     advantages = advantages_of(a, rewards, embeddings, quality).flatten().to(s.ranks.device)
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
-    for rows in data.pack(list(zip(prompts, samples.tokens)), a.micro_tokens, s.ranks.device):
+    for rows in s.rows(list(zip(prompts, samples.tokens))):
         sampled = torch.tensor([p for d in rows.draft.unique_consecutive().tolist() for p in logprobs[d]], device=s.ranks.device)
         with torch.no_grad():
             old = token_logprobs(s.model, rows, a.temperature)[0] if a.updates > 1 else None
@@ -303,7 +301,7 @@ def grpo_step(s, step):
     a, tally = s.args, Tally()
     if step % a.updates == 0:
         s.batches, s.count = rollout(s, step, tally)
-    for rows, advantages, old, reference, sampled in s.batches:
+    for rows, advantages, old, reference, sampled in s.passes(s.batches):
         logp, entropy = token_logprobs(s.model, rows, a.temperature)
         # One update per rollout is on policy: the ratio is 1 in value, and exp(logp - logp.detach()) keeps
         # its gradient.
@@ -333,6 +331,7 @@ def run_grpo(args):
         raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood for real posts")
     load_adapter(s.model, start, dropout=0.0)  # dropout would make ratios differ from 1
     s.start = frozen_copy(s.model)
+    s.place()
     if args.diversity_weight or args.advantage == "polychromic":
         s.load_embedder()
     s.reward = make_reward(args.reward, s)
@@ -350,7 +349,7 @@ def run_grpo(args):
 def check_grpo(a):
     """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags before
     anything is loaded."""
-    check_common(a)
+    data.check_common(a)
     start = Path(a.start)
     start = start / "adapter" if (start / "adapter").is_dir() else start
     if not (start / "adapter_config.json").exists():
@@ -375,7 +374,7 @@ def parser():
     add = p.add_argument
     add("--start", required=True, help="finished SFT run, or an adapter folder in PEFT's layout, to start from")
     add("--model", default=None, help="Qwen3 checkpoint under the adapter; default: the one its config names")
-    common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
+    data.common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
     draft_flags(p, 8)
     add("--advantage", default="group", choices=("group", "drgrpo", "passk", "maxk", "polychromic"),
         help="objective: group (GRPO), drgrpo (no division by std), passk (Pass@k training), maxk, polychromic (set objective)")

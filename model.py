@@ -1,20 +1,20 @@
 """Qwen3, written out: config, layers, three heads, loading and saving, scoring, and k-draft generation.
 
-Read it in this order: Config -> RMSNorm / rotary -> Attention, MLP, Block -> Qwen3 -> token_logprobs ->
-generate.
-
+Read it in this order: Config -> RMSNorm, rotary -> Attention, MLP, Block -> Qwen3 -> token_logprobs -> generate.
 Parameter names are Hugging Face's, so a downloaded checkpoint loads strictly and a saved one loads elsewhere.
 A block does not know whether it trains, reads a prompt or writes the next token: it hands q, k, v to
-`attend`. Three things differ from a textbook transformer, all of them for speed:
+`attend`. Four things differ from a textbook transformer, all of them for speed:
   * the loss needs the vocabulary only at reply tokens, so `token_logprobs` projects those positions alone, in chunks;
   * a post is read once for its k drafts, in training (one row holds a post and its drafts, data.pack) as well as
     in generation (`Drafts` stores the post's keys and values once and k short tails);
+  * drafts are written by `Fused`, the same blocks with fewer and larger products, and on a GPU by CUDA graphs;
   * each draft has its own stream of random numbers, so it does not depend on what else is in the batch.
 """
 
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
-    """Wrong input from the user: one clear sentence with the place and the mend. Commands print it and exit
-    with 2."""
+    """Wrong input from the user: one clear sentence with the place and the mend. A command's exit code 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -37,8 +36,7 @@ class InputError(ValueError):
 
 @dataclass
 class Config:
-    """The fields of a Qwen3 config.json that shape the network. head_dim is independent of hidden_size /
-    heads."""
+    """The fields of a Qwen3 config.json that shape the network. head_dim is not hidden_size / heads."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -89,17 +87,22 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------
 # Layers
 
+def rms_norm(x, weight, eps):
+    """x over its root mean square along the last dimension, times weight (D,) or (heads, D)."""
+    # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a quarter of
+    # all bf16 outputs against the released model.
+    if x.dtype == torch.float32 and weight.dim() == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a
-        # quarter of all bf16 outputs against the released model.
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary(positions, head_dim, theta, dtype):
@@ -114,8 +117,7 @@ def rotary(positions, head_dim, theta, dtype):
 
 
 def rotate(x, rope):
-    """Split-half rotation as in Hugging Face (dimension i turns with i + D/2, not with i + 1). x (B, T,
-    heads, D)."""
+    """Split-half rotation of x (B, T, heads, D): dimension i turns with i + D/2, not with i + 1."""
     (cos, sin), (a, b) = rope, x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -198,18 +200,14 @@ class Qwen3(nn.Module):
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if score_head:
-            # the name `score` is the method's
-            self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)
-        # recompute each block in the backward pass instead of keeping its activations
-        self.checkpointing = False
+            self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)        # the name is the method's
+        # Recompute blocks in the backward pass instead of keeping activations; ranks that share the weights
+        # (polylora.Lockstep); decode by CUDA graphs (None: on a GPU), by torch.compile; what the next rollout reuses.
+        self.checkpointing, self.lockstep = False, None
+        self.graphs, self.compiled, self.drafts = None, False, None
 
-    @property
-    def device(self):
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self):
-        return self.model.norm.weight.dtype
+    device = property(lambda self: self.model.embed_tokens.weight.device)
+    dtype = property(lambda self: self.model.norm.weight.dtype)
 
     def head_weight(self):
         """(vocab, hidden): the rows of the output matrix that stand for real tokens."""
@@ -220,20 +218,19 @@ class Qwen3(nn.Module):
 
     def hidden(self, tokens, positions=None, attend=None):
         """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by default 0..T-1."""
+        if self.lockstep:
+            self.lockstep()
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         attend, x = attend or full_attention(), self.model.embed_tokens(tokens)
         rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.model.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, i, use_reentrant=False)
-            else:
-                x = block(x, rope, attend, i)
+            save = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, rope, attend, i, use_reentrant=False) if save else block(x, rope, attend, i)
         return self.model.norm(x)
 
     def forward(self, tokens):
-        """Logits (B, T, V) over the whole matrix, padding rows included. For study and tests: training uses
-        token_logprobs, which never holds this tensor."""
+        """Logits (B, T, V), padding rows included. For study and tests: training never holds this tensor."""
         self.head_weight()
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return F.linear(self.hidden(tokens), weight)
@@ -248,25 +245,27 @@ class Qwen3(nn.Module):
         return F.normalize(self.last_hidden(tokens, lengths).float(), dim=-1)
 
     def score(self, tokens, lengths):
-        """A reward model's scalar (B,) in fp32 at the last attended token (Qwen3ForSequenceClassification,
-        one label)."""
+        """A reward model's scalar (B,) in fp32 at the last attended token, as Qwen3ForSequenceClassification's."""
         if not self.has_score:
             raise InputError("this checkpoint has no scalar head (score.weight): give a reward model")
         return self._modules["score"](self.last_hidden(tokens, lengths)).float().squeeze(-1)
 
     @classmethod
-    def from_pretrained(cls, path, *, revision=None, device=None, dtype=None):
-        """A model from a folder or a hub name. dtype None keeps the stored one.
+    def from_pretrained(cls, path, *, revision=None, device=None, dtype=None, nf4=False):
+        """A model from a folder or a hub name. dtype None keeps the stored one. nf4: the blocks' linear layers in
+        4 bits, made on the device one by one, so that it never holds more than one layer in full.
 
         Built on meta and loaded strictly: a missing, unknown or wrong-shaped tensor raises InputError with
         its name. Qwen3-Embedding's tensors lack the leading `model.`; both spellings are read.
         """
-        return load_checkpoint(cls, fetch(path, revision), device, dtype)
+        model = load_checkpoint(cls, fetch(path, revision), "cpu" if nf4 else device, dtype)
+        return quantise(model, device) if nf4 else model
 
     def save_pretrained(self, folder, *, shard_bytes=5_000_000_000):
-        """config.json and model.safetensors (or numbered shards with their index) in Hugging Face's
-        layout."""
+        """config.json and model.safetensors, or numbered shards and their index, in Hugging Face's layout."""
         folder = Path(folder)
+        if any(isinstance(m, NF4) for m in self.modules()):
+            raise InputError("a model in NF4 cannot be saved: save its adapter, and load the checkpoint in full to merge")
         folder.mkdir(parents=True, exist_ok=True)
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         shards, size = [{}], 0
@@ -278,8 +277,8 @@ class Qwen3(nn.Module):
                 size = 0
             shards[-1][name] = tensor.contiguous()
             size += tensor.nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = names if len(shards) > 1 else ["model.safetensors"]
         for file, shard in zip(names, shards):
             save_file(shard, folder / file, metadata={"format": "pt"})
         if len(shards) > 1:
@@ -356,10 +355,92 @@ def load_checkpoint(cls, folder, device=None, dtype=None):
                              "describes another network")
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
-            raise InputError(f"tensor {name!r} in {folder} has shape {tuple(tensors[name].shape)}, "
-                             f"config.json asks for {tuple(shape)}")
+            raise InputError(f"tensor {name!r} in {folder} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()  # frozen: a phase says what it trains
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Four-bit weights
+
+# The 16 values of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact zero (QLoRA,
+# arXiv 2305.14314, appendix E).
+NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+              0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+
+def scale_values(device=None):
+    """The 256 values that code NF4's scales (dynamic data type, arXiv 1511.04561, as bitsandbytes has it): 0, 1 and
+    +-10^-i times the middles of 2^(6-i) equal parts of [0.1, 1]."""
+    edges = [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
+    positive = torch.cat([(e[:-1] + e[1:]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
+    return torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values.to(device)
+
+
+def nearest(x, values):
+    """Index of the nearest of the sorted `values`; the lower one of two that are equally near."""
+    return torch.bucketize(x, (values[:-1] + values[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+class NF4(nn.Module):
+    """A frozen linear layer with 4.127 bits a weight: NF4 with double quantisation (QLoRA), equal to bitsandbytes'.
+
+    Each 64 values in a row share a scale, their largest magnitude; the scales less their mean are coded in 8 bits
+    that share a scale in their turn for each 256.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.shape, (self.out_features, self.in_features) = weight.shape, weight.shape
+        blocks = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+        largest = blocks.abs().amax(1)
+        codes = nearest(blocks * (1 / largest.clamp_min(1e-30))[:, None], blocks.new_tensor(NF4_VALUES))
+        mean = largest.mean()
+        scales = F.pad(largest - mean, (0, -len(largest) % 256)).view(-1, 256)
+        outer = scales.abs().amax(1).clamp_min(1e-30)
+        # The first of two values lies in the upper half of the byte. fp32 numbers are kept as the integers of
+        # their bits: model.to(bfloat16) would round them.
+        self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])                # (blocks, 32)
+        self.register_buffer("scales", nearest(scales / outer[:, None], scale_values(weight.device)).flatten()[:len(largest)])
+        self.register_buffer("outer", torch.cat((outer, mean[None])).view(torch.int32))
+
+    device = property(lambda self: self.codes.device)
+    weight = property(lambda self: self)  # what LoRA takes over from a linear layer
+
+    def dense(self, dtype=torch.float32):
+        """The weight (out, in), computed in fp32 and rounded to `dtype`."""
+        outer, values = self.outer.view(torch.float32), torch.tensor(NF4_VALUES, device=self.device)
+        scales = scale_values(self.device)[self.scales.int()] * outer[:-1].repeat_interleave(256)[:len(self.scales)] + outer[-1]
+        pairs = torch.cartesian_prod(values, values)                           # (256, 2): what each byte stands for
+        weight = (F.embedding(self.codes.int(), pairs).flatten(1) * scales[:, None]).to(dtype)
+        return weight.flatten()[:math.prod(self.shape)].view(self.shape)
+
+    def forward(self, x):
+        return NF4Product.apply(x, self)
+
+
+class NF4Product(torch.autograd.Function):
+    """x W^T, W made dense in the forward and again in the backward pass: kept, it would undo what NF4 saves."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return F.linear(x, weight.dense(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.weight.dense(grad.dtype), None
+
+
+def quantise(model, device=None):
+    """The linear layers of the blocks as NF4, in place, one by one on `device`; embedding, head and norms keep
+    their dtype. Returns the model, on `device`."""
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in [(n, m) for n, m in part.named_children() if isinstance(m, nn.Linear)]:
+                setattr(part, name, NF4(linear.weight.to(device)))
+    return model.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -374,9 +455,8 @@ class SelectedLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target] and the entropy of that softmax, for a frozen W, in chunks of tokens.
 
     A token's log-probability depends on its own hidden state alone, so its gradient is one vector, (W[target]
-    - softmax . W) / T. Forward computes it while the chunk's softmax is at hand; backward only scales it.
-    That is exact for every loss of the log-probabilities, costs no second projection, and keeps (N, hidden)
-    instead of (N, vocab).
+    - softmax . W) / T. Forward computes it while the chunk's softmax is at hand; backward only scales it: exact
+    for every loss of log-probabilities, without a second projection, and (N, hidden) is kept, not (N, vocab).
     """
 
     @staticmethod
@@ -403,16 +483,14 @@ class SelectedLogprobs(torch.autograd.Function):
 
 
 def selected_logprobs(hidden, weight, target, temperature=1.0):
-    """The same numbers by plain autograd, one full (N, V) tensor: the reference, and the way when W itself
-    trains."""
+    """The same by plain autograd, with a full (N, V) tensor: the reference, and the way when W itself trains."""
     logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
     return logp.gather(-1, target[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1).detach()
 
 
 def token_logprobs(model, rows, temperature=1.0):
-    """Log-probabilities and entropies, two fp32 (N,), of the N reply tokens in `rows` (data.pack) under the
-    softmax at `temperature`: the distribution that generate samples from without truncation. Only the first
-    has a gradient."""
+    """Log-probabilities, with gradient, and entropies, two fp32 (N,), of the N reply tokens in `rows` (data.pack)
+    under the softmax at `temperature`: the distribution that generate samples from without truncation."""
     hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
     hidden, weight = hidden.flatten(0, 1)[rows.predict], model.head_weight()
     score = selected_logprobs if weight.requires_grad else SelectedLogprobs.apply
@@ -424,9 +502,8 @@ def token_logprobs(model, rows, temperature=1.0):
 
 @dataclass
 class Samples:
-    """What generate returns. tokens[prompt][draft] is a list of ids with the stop id kept; logprobs has the
-    same shape, under the distribution sampled from; finished[prompt][draft] is False when max_new_tokens cut
-    it off."""
+    """tokens[prompt][draft] is a list of ids with the stop id kept; logprobs has the same shape, under the
+    distribution sampled from; finished[prompt][draft] is False when max_new_tokens cut it off."""
     tokens: list
     logprobs: list
     finished: list
@@ -443,187 +520,335 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     if temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
         return token, logp
-    logp = (logits / temperature).log_softmax(-1)
+    p = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_k:
-        kth = logp.topk(min(top_k, logp.shape[-1])).values[:, -1:]
-        logp = logp.masked_fill(logp < kth, -math.inf).log_softmax(-1)
+        p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1])).values[:, -1:], 0)
     if top_p < 1:
-        ordered, index = logp.sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass above this token; the first has 0
-        ordered = ordered.masked_fill(before >= top_p, -math.inf)
-        logp = torch.empty_like(logp).scatter_(-1, index, ordered).log_softmax(-1)
+        ordered, index = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered                                  # mass above this token; the first has 0
+        p = torch.empty_like(p).scatter_(-1, index, ordered.masked_fill(before >= top_p, 0))
     if min_p:
-        floor = logp.max(-1, keepdim=True).values + math.log(min_p)
-        logp = logp.masked_fill(logp < floor, -math.inf).log_softmax(-1)
-    mass = logp.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True).clamp_(max=logp.shape[-1] - 1)
-    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+    mass = p.cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    token = torch.searchsorted(mass, uniform[:, None] * total, right=True).clamp_(max=p.shape[-1] - 1)
+    return token.squeeze(-1), (p.gather(-1, token) / total).log().float().squeeze(-1)
 
 
 def uniforms(seeds, k, length):
     """(prompts, k, length) float64 numbers in [0, 1): draft d of a prompt with seed s reads the stream of (s,
-    d), whatever rank or batch it is in."""
-    flat = [[int(x) for x in (s if isinstance(s, (tuple, list)) else (s,))] for s in seeds]
-    return torch.from_numpy(np.stack([[np.random.default_rng([*s, d]).random(length) for d in range(k)] for s in flat]))
+    d), whatever rank or batch it is in. SplitMix64 (Steele, Lea and Flood 2014): number t of a stream is a
+    hash of its start + t times the golden ratio's bits, so that all are made at once."""
+    def mix(z):
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return z ^ z >> np.uint64(31)
+
+    golden, start = np.uint64(0x9E3779B97F4A7C15), np.zeros(len(seeds), np.uint64)
+    parts = [s if isinstance(s, (tuple, list)) else (s,) for s in seeds]
+    for column in zip(*parts, strict=True):                                    # every seed has as many parts
+        start = mix(start + golden ^ np.array([int(x) % 2 ** 64 for x in column], np.uint64))
+    start = mix(start[:, None] + golden ^ np.arange(k, dtype=np.uint64))
+    bits = mix(start[..., None] + golden * np.arange(1, length + 1, dtype=np.uint64))
+    return torch.from_numpy((bits >> np.uint64(11)) * 2.0 ** -53)
+
+
+def linear(x, weight):
+    """x W^T without gradient. On a CPU large fp32 weights go to oneDNN: 1.4 to 2.9 times faster than the BLAS
+    behind F.linear (AMD EPYC, 2 threads, 1 to 256 rows); small ones are not worth its set-up."""
+    if (x.dtype != torch.float32 or x.device.type != "cpu" or weight.numel() < 2 ** 17 or torch.compiler.is_compiling()
+            or not hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def joined(weights):
+    """Weights (out_i, in) as one (sum of out_i, in) tensor; they become its views: nothing is stored twice."""
+    starts, ends = [w.data_ptr() for w in weights], [w.data_ptr() + w.nbytes for w in weights]
+    if starts[1:] != ends[:-1] or len({w.untyped_storage().data_ptr() for w in weights}) > 1:
+        whole = torch.cat([w.data for w in weights])
+        for weight, part in zip(weights, whole.split([len(w) for w in weights])):
+            weight.data = part
+    return weights[0].data.as_strided((sum(map(len, weights)), weights[0].shape[1]), (weights[0].shape[1], 1))
+
+
+class Product:
+    """Linear layers that read the same input, as one matrix product: (.., in) -> (.., sum of outs). LoRA stays
+    beside it, all A as one product and all B as one block-diagonal: added to W it would be rounded in bf16."""
+
+    def __init__(self, layers, dtype):
+        on = [getattr(layer, "enabled", False) for layer in layers]            # polylora.LoRALinear
+        self.nf4, self.tensors = [x.weight for x in layers if isinstance(x.weight, NF4)], []
+        self.weight = None if self.nf4 else joined([x.weight for x in layers])
+        if any(on):
+            self.scale = next(x.scale for x, lora in zip(layers, on) if lora)
+            A = torch.cat([x.lora_A.weight for x, lora in zip(layers, on) if lora])
+            B = torch.block_diag(*[x.lora_B.weight if lora else A.new_empty(x.weight.shape[0], 0) for x, lora in zip(layers, on)])
+            self.tensors = [A.to(dtype), B.to(dtype).t()]
+
+    def __call__(self, x):
+        y = torch.cat([w(x) for w in self.nf4], -1) if self.nf4 else linear(x, self.weight)
+        if self.tensors:
+            A, B = self.tensors
+            y.flatten(0, -2).addmm_(linear(x, A).flatten(0, -2), B, alpha=self.scale)
+        return y
+
+
+class Fused:
+    """The blocks for decoding, without gradient: one product for q, k and v, one for gate and up; q and k normed and
+    rotated together. A step has few rows, so the number of operations decides its time."""
+
+    def __init__(self, model):
+        self.config, self.blocks = model.config, []
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        for a, m, block in ((b.self_attn, b.mlp, b) for b in model.model.layers):
+            weight = torch.cat([n.weight.expand(h, -1) for n, h in zip((a.q_norm, a.k_norm), heads)])
+            products = [Product(layers, model.dtype) for layers in (
+                (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))]
+            self.blocks.append((block.input_layernorm, weight, block.post_attention_layernorm, *products))
+
+    def tensors(self):
+        """What was computed from norms and adapter: to be refreshed before each rollout."""
+        return [t for block in self.blocks for t in (block[1], *(t for p in block[3:] for t in p.tensors))]
+
+    def __call__(self, x, positions, attend):
+        """x (B, T, hidden) after the last block, before the final norm."""
+        c = self.config
+        heads, kv = c.num_attention_heads, c.num_key_value_heads
+        cos, sin = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        for i, (norm, weight, mlp_norm, qkv, out, gate_up, down) in enumerate(self.blocks):
+            qkv = qkv(norm(x)).unflatten(-1, (-1, c.head_dim))                 # (B, T, H + 2 KV, D)
+            qk = rms_norm(qkv[..., :heads + kv, :], weight, c.rms_norm_eps)
+            qk = qk * cos + qk.roll(c.head_dim // 2, -1) * sin                 # rotate(), on both halves at once
+            x = x + out(attend(i, qk[..., :heads, :], qk[..., heads:, :], qkv[..., heads + kv:, :]).flatten(2))
+            gate, up = gate_up(mlp_norm(x)).chunk(2, -1)
+            x = x + down(F.silu(gate) * up)
+        return x
 
 
 class Drafts:
-    """The state of a decoding batch: P places for posts, k drafts each. As `attend` it is the KV cache.
+    """A batch of drafts on the device: P places for posts, k drafts each; as `attend` it is the KV cache.
 
     A post's keys and values are stored once, (P, KV, L, D), and shared by its k drafts; the drafts' own are a
     ring (P, KV, k, M, D) in which step s of the whole batch writes column s mod M for every row. A post that
     entered `age` steps ago sees the last `age` columns, so a newcomer takes a finished post's place without
-    moving anything. Softmax does not mind the order of the columns: rotary positions went into k when it was
-    written.
+    moving anything: softmax does not mind the order of columns, rotary positions are in k already.
+
+    What was written lies in tables with a line for each draft that the batch began with, whose last column is a
+    waste bin for idle places; `slot` says which line a row writes. All state is tensors that stay where they
+    are, smaller batches are prefixes of the same memory, and `step` reads nothing of the host: a CUDA graph of
+    it can be replayed. It looks at the ring in multiples of `window` columns, each a graph of its own.
     """
 
-    def __init__(self, model, places, k, prompt_length, length):
+    def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1, graphs=False):
         c = model.config
-        self.model, self.k, self.ring, self.step, self.filling = model, k, length, 0, None
-        like = dict(device=model.device, dtype=model.dtype)
-        shape, own = (places, c.num_key_value_heads, prompt_length, c.head_dim), (k, length, c.head_dim)
-        self.prompt_k, self.prompt_v = ([torch.zeros(shape, **like) for _ in model.model.layers] for _ in range(2))
-        self.own_k, self.own_v = ([torch.zeros(shape[:2] + own, **like) for _ in model.model.layers] for _ in range(2))
-        self.lengths, self.age = torch.zeros(2, places, dtype=torch.long, device=model.device)
-        self.bias = None
+        if model.compiled and not model.lockstep:
+            self.step = torch.compile(self.step)
+        self.model, self.ring, self.sampling, self.window = model, length, sampling, window
+        self.graphs, self.pool, self.fused = {} if graphs else None, None, None if model.lockstep else Fused(model)
+        new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
+        self.prompt_cache = torch.zeros(layers, 2, places, kv, prompt_length, c.head_dim, **new, dtype=model.dtype)
+        self.own_cache = torch.zeros(layers, 2, places * kv * k * length * c.head_dim, **new, dtype=model.dtype)
+        self.columns, self.clock = torch.arange(max(prompt_length, length), **new), torch.zeros(1, dtype=torch.long, **new)
+        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, **new)
+        self.tokens = torch.zeros(places * k, length + 1, dtype=torch.long, **new)
+        self.logprobs, self.stopped = torch.zeros(places * k, length + 1, **new), torch.zeros(places * k, dtype=torch.bool, **new)
+        self.noise = torch.zeros(places * k, length + 1, dtype=torch.float64, **new)
+        self.all_places, self.all_rows = (torch.zeros(2, n, dtype=torch.long, **new) for n in (places, places * k))
+        self.restart(places, k)
 
-    def fill(self, places, prompts):
-        """Read `prompts` (id lists) into `places` (a list of indices); returns logits (len(places), V) in
-        fp32."""
-        lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)
-        tokens = torch.zeros(len(prompts), int(max(map(len, prompts))), dtype=torch.long)
-        for row, p in zip(tokens, prompts):
-            row[:len(p)] = torch.tensor(p)
-        places = torch.tensor(places, device=self.model.device)
-        self.filling, causal = places, full_attention()
+    def restart(self, places, k):
+        """An empty batch of the full size, with the adapter as it is now."""
+        self.steps = 0
+        self.clock.zero_()
+        self.resize(places, k)
+        self.slot.copy_(self.columns.new_tensor(range(places * k)).view(places, k))
 
-        def attend(layer, q, k, v):
-            for cache, new in ((self.prompt_k, k), (self.prompt_v, v)):
-                cache[layer][places, :, :tokens.shape[1]] = new.transpose(1, 2)
-            return causal(layer, q, k, v)
-        hidden = self.model.hidden(tokens.to(self.model.device), attend=attend)
+    def resize(self, places, k):
+        """Take the first of the memory for `places` posts of k drafts."""
+        self.lengths, self.age = self.all_places[:, :places]                   # of the post; steps since it entered
+        self.slot, self.newest = self.all_rows[:, :places * k].view(2, places, k)
+        _, _, _, kv, _, dim = self.prompt_cache.shape
+        own = self.own_cache[..., :places * kv * k * self.ring * dim].view(-1, 2, places, kv, k, self.ring, dim)
+        self.caches = [(*p[:, :places], *o) for p, o in zip(self.prompt_cache, own)]
+
+    def hidden(self, tokens, positions, attend):
+        if self.fused is None:                                                 # the weights are spread over ranks
+            return self.model.hidden(tokens, positions, attend)
+        return self.model.model.norm(self.fused(self.model.model.embed_tokens(tokens), positions, attend))
+
+    def enter(self, places, prompts, noise):
+        """Posts `prompts` (id lists) take the places `places` (a list): one prefill for the k drafts of each, whose
+        first tokens come from its last logits. noise (posts, k, length) from `uniforms`."""
+        device, longest = self.clock.device, max(map(len, prompts))
+        tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+        lengths, places = (torch.tensor(x, device=device) for x in ([len(p) for p in prompts], places))
+        positions, causal, size = self.columns[None, :longest], full_attention(), max(1, 2 ** 14 // longest)
+        slots = self.slot[places].flatten()
+        self.noise[slots, :-1], self.stopped[slots] = noise.flatten(0, 1).to(device), False
         self.lengths[places], self.age[places] = lengths, 0
-        last = hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
-        return F.linear(last, self.model.head_weight()).float()
+        for some in (slice(i, i + size) for i in range(0, len(prompts), size)):          # prefills batch well, to a limit
+            def attend(layer, q, k, v):
+                for cache, new in zip(self.caches[layer], (k, v)):
+                    cache[places[some], :, :longest] = new.transpose(1, 2)
+                return causal(layer, q, k, v)
+            hidden = self.hidden(tokens[some], positions, attend)
+            last = hidden[torch.arange(len(hidden), device=device), lengths[some] - 1]
+            logits = linear(last, self.model.head_weight()).float()
+            self.record(logits[:, None].expand(-1, self.slot.shape[1], -1), places[some])
 
-    def next_logits(self, tokens):
-        """Logits (P, k, V) in fp32 after the drafts' newest tokens (P, k)."""
-        column = self.step % self.ring
-        self.used = min(self.step + 1, self.ring)
-        prompt = torch.arange(self.prompt_k[0].shape[2], device=tokens.device) < self.lengths[:, None]
-        own = (column - torch.arange(self.used, device=tokens.device)) % self.ring <= self.age[:, None]
-        seen = torch.cat((prompt, own), 1)                                     # (P, L + used)
-        self.bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)[:, None, None, None]
-        positions = (self.lengths + self.age)[:, None].expand_as(tokens).reshape(-1, 1)
-        hidden = self.model.hidden(tokens.reshape(-1, 1), positions, self)
-        self.step += 1
+    def record(self, logits, rows):
+        """Sample one token for each draft of the places `rows` from logits (rows, k, V) and note it."""
+        slot, age = self.slot[rows], self.age[rows, None]
+        line = (slot, age.clamp(max=self.ring).expand_as(slot))
+        token, logprob = sample(logits.flatten(0, 1), self.noise[line].flatten(), **self.sampling)
+        token = token.view_as(slot)
+        self.tokens[line], self.logprobs[line], self.newest[rows] = token, logprob.view_as(slot), token
+        self.stopped[slot] |= (token[..., None] == self.stops).any(-1) & (age < self.ring)
+
+    def step(self):
+        """Write one more token of every draft."""
+        prompt = self.columns[:self.prompt_cache.shape[-2]] < self.lengths[:, None]
+        own = (self.clock - self.columns[:self.used]) % self.ring <= self.age[:, None]
+        unseen = ~torch.cat((prompt, own), 1)                                  # (P, L + used)
+        self.bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -math.inf)[:, None, None, None]
+        self.column = self.clock % self.ring
+        positions = (self.lengths + self.age)[:, None].expand_as(self.newest).reshape(-1, 1)
+        hidden = self.hidden(self.newest.reshape(-1, 1), positions, self)[:, 0]
+        self.clock += 1
         self.age += 1
-        return F.linear(hidden[:, 0], self.model.head_weight()).float().unflatten(0, tokens.shape)
+        logits = linear(hidden, self.model.head_weight()).float()
+        self.record(logits.view(*self.slot.shape, -1), slice(None))
 
     def __call__(self, layer, q, k, v):
         """Attention of one new token per draft over [the post's cache, the draft's own]. q (P k, 1, H, D)."""
-        places, kv_heads, _, dim = self.prompt_k[layer].shape
-        column, used = self.step % self.ring, self.used
-        for cache, new in ((self.own_k, k), (self.own_v, v)):
-            cache[layer][:, :, :, column] = new.view(places, self.k, kv_heads, dim).transpose(1, 2)
-        q = (q * dim ** -0.5).view(places, self.k, kv_heads, -1, dim).transpose(1, 2)       # (P, KV, k, G, D)
-        shared = q.flatten(2, 3) @ self.prompt_k[layer].transpose(-1, -2)  # all drafts against the one copy
-        own = q @ self.own_k[layer][..., :used, :].transpose(-1, -2)           # (P, KV, k, G, used)
-        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), own), -1).float() + self.bias
-        shared, own = scores.softmax(-1).to(q.dtype).split((shared.shape[-1], used), -1)
-        out = (shared.flatten(2, 3) @ self.prompt_v[layer]).unflatten(2, q.shape[2:4])
-        out = out + own @ self.own_v[layer][..., :used, :]
-        return out.transpose(1, 2).reshape(places * self.k, 1, -1, dim)
+        prompt_k, prompt_v, own_k, own_v = self.caches[layer]
+        places, kv, drafts, _, dim = own_k.shape
+        for cache, new in ((own_k, k), (own_v, v)):
+            cache.index_copy_(3, self.column, new.view(places, drafts, kv, 1, dim).transpose(1, 2))
+        own_k, own_v = own_k[..., :self.used, :], own_v[..., :self.used, :]
+        q = q.view(places, drafts, kv, -1, dim).transpose(1, 2).contiguous()   # (P, KV, k, G, D)
+        shared = q.flatten(2, 3) @ prompt_k.transpose(-1, -2)                  # all drafts against the one copy
+        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), q @ own_k.transpose(-1, -2)), -1)
+        p = torch.add(self.bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
+        shared, own = p.split((prompt_k.shape[2], self.used), -1)
+        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
+        return out.transpose(1, 2).reshape(places * drafts, 1, -1, dim)
+
+    def advance(self):
+        """`step`, from the second time in the same shape on as a CUDA graph: no launch costs."""
+        self.used = min(self.ring, math.ceil((self.steps + 1) / self.window) * self.window)
+        self.steps += 1
+        shape = (*self.slot.shape, self.used)
+        if self.graphs is None or shape not in self.graphs:                    # the first time kernels are loaded
+            self.graphs = self.graphs if self.graphs is None else self.graphs | {shape: None}
+            return self.step()
+        if self.graphs[shape] is None:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool):                  # notes the kernels, runs none
+                    self.step()
+            except RuntimeError as e:
+                raise InputError(f"the decoding step could not be made a CUDA graph ({e}): add --no-graphs") from e
+            self.graphs[shape], self.pool = graph, graph.pool()                # one memory pool for all of them
+        self.graphs[shape].replay()
 
     def keep(self, places, drafts):
         """Shrink to the given places (P',) and, in each, the given drafts (P', k')."""
-        own = drafts[:, None, :, None, None].expand(-1, self.own_k[0].shape[1], -1, *self.own_k[0].shape[3:])
-        for i in range(len(self.own_k)):
-            self.prompt_k[i], self.prompt_v[i] = self.prompt_k[i][places], self.prompt_v[i][places]
-            self.own_k[i] = self.own_k[i][places].gather(2, own)
-            self.own_v[i] = self.own_v[i][places].gather(2, own)
-        self.lengths, self.age, self.k = self.lengths[places], self.age[places], drafts.shape[1]
+        old, size = self.caches, drafts.shape
+        lengths, age = self.lengths[places], self.age[places]
+        slot, newest = self.slot[places].gather(1, drafts), self.newest[places].gather(1, drafts)
+        own = drafts[:, None, :, None, None].expand(-1, old[0][2].shape[1], -1, *old[0][2].shape[3:])
+        self.resize(*size)
+        for mine, new in zip((self.lengths, self.age, self.slot, self.newest), (lengths, age, slot, newest)):
+            mine.copy_(new)
+        for before, after in zip(old, self.caches):
+            for i, cache in enumerate(before):
+                after[i].copy_(cache[places] if i < 2 else cache[places].gather(2, own))
 
 
 class Decoder:
-    """What is being written where: P places of k drafts, the prompts that wait, and the tokens written so
-    far.
+    """Who is written where: the prompts that wait, the places that are idle, and what is finished."""
 
-    Results live on the device, (prompts, k, max_new_tokens + 1), and are read once at the end. Their last
-    column is a waste bin for places that are idle until a newcomer or a smaller batch.
-    """
-
-    def __init__(self, model, prompts, k, length, sampling, stop_ids, seeds, places):
-        new = dict(device=model.device)
-        self.prompts, self.k, self.length, self.sampling = prompts, k, length, sampling
-        self.cache = Drafts(model, places, k, max(map(len, prompts)), length)
-        self.noise = uniforms(seeds, k, length).to(model.device)
-        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, **new)
-        self.tokens = torch.zeros(len(prompts), k, length + 1, dtype=torch.long, **new)
-        self.logprobs = torch.zeros(len(prompts), k, length + 1, **new)
-        self.stopped = torch.zeros(len(prompts), k, dtype=torch.bool, **new)
-        self.post = torch.zeros(places, 1, dtype=torch.long, **new)  # the prompt each place works on
-        self.draft = torch.arange(k, **new).repeat(places, 1)  # (P, k): the draft each row writes
-        self.newest = torch.zeros(places, k, dtype=torch.long, **new)
+    def __init__(self, drafts, prompts, k, length, seeds):
+        self.drafts, self.prompts, self.k, self.length, self.seeds = drafts, prompts, k, length, seeds
+        places = len(drafts.slot)
         self.waiting, self.idle = list(range(len(prompts))), list(range(places))
-        # tokens each place may still write: on the host, so nobody waits for it
-        self.left = [math.inf] * places
+        self.post, self.block = [None] * places, list(range(places))           # the prompt of a place; its part of the tables
+        self.left = [math.inf] * places      # tokens each place may still write: on the host, so nobody waits for it
+        self.written = [None] * len(prompts)                                   # (tokens, logprobs), each (k, length)
 
     def refill(self):
-        """Idle places take the next prompts: one prefill, then the first token of every draft from its last
-        logits."""
+        """Idle places take the next prompts; returns how many."""
         places, self.idle = self.idle[:len(self.waiting)], self.idle[len(self.waiting):]
         taken, self.waiting = self.waiting[:len(places)], self.waiting[len(places):]
-        logits = self.cache.fill(places, [self.prompts[p] for p in taken])     # (places, V)
-        rows = torch.tensor(places, device=logits.device)
-        self.post[rows, 0] = torch.tensor(taken, device=logits.device)
-        self.record(logits[:, None].expand(-1, self.k, -1), rows)
-        for place in places:
-            self.left[place] = self.length - 1
+        self.drafts.enter(places, [self.prompts[p] for p in taken], uniforms([self.seeds[p] for p in taken], self.k, self.length))
+        for place, post in zip(places, taken):
+            self.post[place], self.left[place] = post, self.length - 1
+        return len(taken)
 
     def advance(self):
-        self.record(self.cache.next_logits(self.newest), slice(None))
+        self.drafts.advance()
         self.left = [n - 1 for n in self.left]
 
-    def record(self, logits, rows):
-        """Sample one token for each draft in `rows` from logits (rows, k, V) and note it."""
-        which = (self.post[rows], self.draft[rows], self.cache.age[rows, None].clamp(max=self.length))
-        u = self.noise[(*which[:2], which[2].clamp(max=self.length - 1))]
-        token, logprob = sample(logits.flatten(0, 1), u.flatten(), **self.sampling)
-        token = token.view_as(u)
-        self.tokens[which], self.logprobs[which], self.newest[rows] = token, logprob.view_as(u), token
-        self.stopped[which[:2]] |= torch.isin(token, self.stops) & (which[2] < self.length)
-
     def look(self):
-        """Find the places whose drafts are all finished; with nobody waiting, drop them and the finished
-        rows."""
-        # (P, k)
-        writing = ~self.stopped[self.post, self.draft].cpu() & (torch.tensor(self.left) > 0)[:, None]
+        """Find the places whose drafts are all finished and read those; with nobody waiting, drop them and the
+        finished rows. Returns whether anybody still writes."""
+        d, left = self.drafts, np.array(self.left)
+        writing = ~d.stopped[d.slot].cpu().numpy() & (left > 0)[:, None]       # (P, k)
         writing[self.idle] = False
-        self.idle = (~writing.any(1)).nonzero().flatten().tolist()
-        for place in self.idle:
+        finished = [p for p in (~writing.any(1)).nonzero()[0].tolist() if left[p] < math.inf]
+        self.read(finished)
+        self.idle = sorted(self.idle + finished)
+        for place in finished:
             self.left[place] = math.inf                                        # never due for a look
-        rows, widest = writing.any(1).nonzero().flatten(), int(writing.sum(1).max())
-        if not self.waiting and 0 < 2 * len(rows) * widest <= writing.numel():
-            # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished ones
-            # first.
-            order = writing[rows].int().argsort(dim=1, descending=True, stable=True)[:, :widest].to(self.post.device)
-            self.left, self.idle, rows = [self.left[i] for i in rows], [], rows.to(self.post.device)
-            self.cache.keep(rows, order)
-            self.post, self.draft = self.post[rows], self.draft[rows].gather(1, order)
-            self.newest = self.newest[rows].gather(1, order)
-        return writing.any()
+        rows, widest = writing.any(1).nonzero()[0].tolist(), int(writing.sum(1).max())
+        if not self.waiting and 0 < 2 * len(rows) * widest <= writing.size:
+            # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished first.
+            order = np.argsort(~writing[rows], axis=1, kind="stable")[:, :widest]
+            self.left, self.post, self.block = ([x[i] for i in rows] for x in (self.left, self.post, self.block))
+            self.idle = []
+            d.keep(*(torch.as_tensor(x, device=d.clock.device) for x in (rows, order)))
+        return bool(rows)
 
-    def samples(self):
-        """Cut each draft after its first stop id. Only generated tokens are looked at: a prompt may hold stop
-        ids."""
-        stops, out = set(self.stops.tolist()), Samples([], [], [])
-        for drafts, logprobs in zip(self.tokens.tolist(), self.logprobs.tolist()):
-            ends = [next((i + 1 for i, t in enumerate(d[:-1]) if t in stops), self.length) for d in drafts]
+    def read(self, places):
+        """Copy the tables' lines of finished places to the host."""
+        if places:
+            lines = torch.tensor([self.block[p] * self.k + i for p in places for i in range(self.k)], device=self.drafts.clock.device)
+            tables = [t[lines, :-1].cpu().view(len(places), self.k, -1) for t in (self.drafts.tokens, self.drafts.logprobs)]
+            for place, *both in zip(places, *tables):
+                self.written[self.post[place]] = both
+
+    def samples(self, stop_ids):
+        """Cut each draft after its first stop id: a generated one, since a prompt may hold stop ids too."""
+        stops, out = set(stop_ids), Samples([], [], [])
+        for drafts, logprobs in ((t.tolist(), p.tolist()) for t, p in self.written):
+            ends = [next((i + 1 for i, t in enumerate(d) if t in stops), self.length) for d in drafts]
             out.tokens.append([d[:e] for d, e in zip(drafts, ends)])
             out.logprobs.append([p[:e] for p, e in zip(logprobs, ends)])
             out.finished.append([d[e - 1] in stops for d, e in zip(drafts, ends)])
         return out
+
+
+def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
+    """A Drafts of this size. With CUDA graphs or torch.compile the last one is kept with the model and taken again
+    when it fits, so that they outlive the rollout."""
+    graphs = model.device.type == "cuda" if model.graphs is None else model.graphs
+    if model.lockstep or not (graphs or model.compiled):
+        return Drafts(model, places, k, prompt_length, length, sampling, stop_ids)
+    prompt_length, fused = math.ceil(prompt_length / 64) * 64, Fused(model)
+    frozen = [t.data_ptr() for n, t in (*model.named_parameters(), *model.named_buffers()) if "lora_" not in n]
+    key = (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled, frozen,
+           [t.shape for t in fused.tensors()])
+    if model.drafts is None or model.drafts[0] != key:
+        model.drafts = None                                                    # first free, then allocate
+        model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=64, graphs=graphs)
+    drafts = model.drafts[1]
+    for old, new in zip(drafts.fused.tensors(), fused.tensors()):              # the adapter has trained since
+        old.copy_(new)
+    drafts.restart(places, k)
+    return drafts
 
 
 @torch.no_grad()
@@ -631,12 +856,11 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
              max_rows=256, look_every=None, progress=None):
     """k drafts for each prompt (a list of ids) -> Samples.
 
-    One prefill per prompt serves its k drafts. At most `max_rows` drafts are written at a time: while prompts
-    wait, one takes the place of each whose k drafts are finished; when none wait, the batch shrinks to what
-    is unfinished. `seed`: an int (prompt p then draws from (seed, p)) or one int or tuple per prompt; draft d
-    of a prompt with seed s depends on (s, d) alone. Finished drafts are looked for every `look_every` tokens:
-    by default 1 on a CPU, 16 on a GPU, where looking waits for the device. `progress(n)` is told of the n
-    prompts that have been taken up.
+    At most `max_rows` drafts are written at a time: while prompts wait, one takes the place of each whose k
+    drafts are finished; when none wait, the batch shrinks to what is unfinished. `seed`: an int (prompt p then
+    draws from (seed, p)) or one int or tuple per prompt; draft d of a prompt with seed s depends on (s, d) alone.
+    Finished drafts are looked for every `look_every` tokens: by default 1 on a CPU, 16 on a GPU, where looking
+    waits for the device. `progress(n)` is told of the n prompts that have been taken up.
     """
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_generation(model, prompts, k, max_new_tokens, **sampling)
@@ -645,22 +869,22 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     seeds = [(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
     look_every = look_every or (16 if model.device.type == "cuda" else 1)
     places = max(1, min(len(prompts), max_rows // k))
-    decoder = Decoder(model, prompts, k, max_new_tokens, sampling, stop_ids, seeds, places)
-    writing, step = True, 0
-    while writing or decoder.waiting:
-        # a few at a time: prefills batch well
-        if decoder.waiting and len(decoder.idle) >= max(1, places // 4):
-            before = len(decoder.waiting)
-            decoder.refill()
-            writing = True                                                     # the newcomers, if nobody else
-            if progress:
-                progress(before - len(decoder.waiting))
-        elif writing:
-            decoder.advance()
-        step += 1
-        if step % look_every == 0 or min(decoder.left) <= 0:
-            writing = decoder.look()
-    return decoder.samples()
+    drafts = drafts_for(model, places, k, max(map(len, prompts)), max_new_tokens, sampling, stop_ids)
+    decoder, writing, step = Decoder(drafts, prompts, k, max_new_tokens, seeds), True, 0
+    # inference mode's operations cost less, but FSDP does not work in it
+    with nullcontext() if model.lockstep else torch.inference_mode():
+        while writing or decoder.waiting:
+            if decoder.waiting and len(decoder.idle) >= max(1, places // 4):   # a few at a time: prefills batch well
+                taken, writing = decoder.refill(), True                        # the newcomers, if nobody else
+                progress(taken) if progress else None
+            elif writing:
+                decoder.advance()
+            step += 1
+            if step % look_every == 0 or min(decoder.left) <= 0:
+                writing = decoder.look()
+    if model.lockstep:
+        model.lockstep.wait()
+    return decoder.samples(stop_ids)
 
 
 def check_generation(model, prompts, k, max_new_tokens, temperature, top_k, top_p, min_p):

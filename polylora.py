@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from model import Config, InputError, Qwen3, fetch, generate, read_json, read_tensors, token_logprobs
+from model import NF4, Config, InputError, Qwen3, fetch, generate, read_json, read_tensors, token_logprobs
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -45,18 +45,19 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # └──> A ──> (.., r) ──> B ──> * alpha/r ────┘                first forward is the base model's, bit for bit
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x. W keeps its name and dtype; A and B are fp32 (Adam's steps on a bf16 A
+    """y = W x + (alpha / r) B A x. W, a tensor or an NF4, keeps its name and dtype; A and B are fp32 (Adam's steps on a bf16 A
     round to nothing at small learning rates) and are cast to the input's dtype for the product."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__()
         self.weight, self.scale, self.dropout, self.enabled = linear.weight, alpha / rank, dropout, True
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         make = dict(bias=False, dtype=torch.float32, device=linear.weight.device)
         self.lora_A = nn.Linear(linear.in_features, rank, **make)
         self.lora_B = nn.Linear(rank, linear.out_features, **make)
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
+        y = self.weight(x) if isinstance(self.weight, NF4) else F.linear(x, self.weight)
         if not self.enabled:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
@@ -67,7 +68,8 @@ class LoRALinear(nn.Module):
 
     def merged_weight(self):
         """W + (alpha / r) B A in fp32. Rounded to bf16 most of a small update would be lost."""
-        return torch.addmm(self.weight.float(), self.lora_B.weight, self.lora_A.weight, alpha=self.scale)
+        weight = self.weight.dense() if isinstance(self.weight, NF4) else self.weight.float()
+        return torch.addmm(weight, self.lora_B.weight, self.lora_A.weight, alpha=self.scale)
 
 
 def lora_layers(model):
@@ -191,9 +193,11 @@ def drop_lora(model, weight_of=lambda layer: layer.weight):
     """Replace every LoRA layer by a plain linear: with its frozen weight, so the base model is back. Returns
     model."""
     for name, layer in lora_layers(model).items():
-        out, inside = layer.weight.shape
-        linear = nn.Linear(inside, out, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight_of(layer), requires_grad=False)
+        linear, weight = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta"), weight_of(layer)
+        if isinstance(weight, NF4):
+            linear = weight
+        else:
+            linear.weight = nn.Parameter(weight, requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     return model
@@ -283,6 +287,8 @@ class Embedder:
                     pooled = (self.model.hidden(tokens).float() * mask[..., None]).sum(1) / lengths[:, None]
                 for i, vector in zip(some, pooled):
                     out[i] = vector
+        if self.model.lockstep:
+            self.model.lockstep.wait()
         return torch.stack(out)
 
     def __call__(self, drafts):
@@ -358,6 +364,50 @@ class Ranks:
             dist.destroy_process_group()
 
 
+class Lockstep:
+    """With weights that are spread over ranks, each pass through the model is made by all of them together. A rank
+    that has no more to do makes the others' passes with them, on nothing."""
+
+    def __init__(self, model, ranks):
+        self.model, self.waiting, self.nothing = model, False, torch.zeros(1, 1, dtype=torch.long, device=ranks.device)
+
+    def agree(self, kind):
+        """The largest of all ranks' numbers."""
+        kind = torch.tensor([kind], device=self.nothing.device)
+        dist.all_reduce(kind, dist.ReduceOp.MAX)
+        return int(kind)
+
+    def __call__(self):
+        """Before each pass: 1 says that it is without gradient, 2 with."""
+        if not self.waiting:
+            self.agree(1 + torch.is_grad_enabled())
+
+    def wait(self):
+        """Returns when all ranks wait: at the end of each piece of work whose number of passes may differ."""
+        self.waiting = True
+        while kind := self.agree(0):
+            with torch.set_grad_enabled(kind == 2):
+                nothing = 0 * self.model.hidden(self.nothing).sum()
+            if kind == 2:
+                nothing.backward()
+        self.waiting = False
+
+
+def shard(model, ranks):
+    """Spread the blocks' frozen weights over the ranks by FSDP2: each holds its part, and a block comes together
+    while it runs. The adapter, embedding and head stay whole on every rank: gradients are summed as ever."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    whole = {p for n, p in model.named_parameters() if ".layers." not in n or "lora_" in n}
+    for p in whole:
+        p.data = p.data.to(ranks.device)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=whole & set(module.parameters()))
+    register_fsdp_forward_method(model, "hidden")
+    model.lockstep = Lockstep(model, ranks)
+
+
 class Tally:
     """Sums and counts of named numbers over micro-batches; `means` adds all ranks' and divides once."""
 
@@ -394,7 +444,7 @@ class Run:
     configuration."""
 
     # same result
-    VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run", "device")
+    VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run", "device", "compile", "no_graphs", "shard")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
@@ -403,7 +453,7 @@ class Run:
         if (self.folder / "config.json").exists():
             old = read_json(self.folder / "config.json")
             for key in sorted(old.keys() | self.config.keys()):
-                if key not in self.VOLATILE and old.get(key) != self.config.get(key):
+                if key not in self.VOLATILE and old.get(key, False) != self.config.get(key, False):
                     raise InputError(f"{self.folder} holds a run with {key} = {old.get(key)!r}, now {self.config.get(key)!r} "
                                      "is asked for: choose another --out, or delete that folder")
             if not (self.done or args.resume):
@@ -552,9 +602,26 @@ class Session:
     def load_model(self):
         a = self.args
         self.tokenizer = data.load_tokenizer(a.model, revision=a.revision)
-        self.model = load_model(a.model, a, self.ranks.device, a.revision)
+        if a.shard and (self.ranks.world == 1 or a.nf4):
+            raise InputError("--shard spreads the weights over several ranks, without --nf4: start it by torchrun --nproc-per-node=N")
+        self.model = load_model(a.model, a, self.ranks.device, a.revision, a.nf4, a.shard)
         self.model.vocab = min(self.model.vocab, self.tokenizer.get_vocab_size())    # rows above are padding
         self.stops = data.stop_ids(self.tokenizer)
+
+    def place(self):
+        """With --shard, once the adapter is on the model: spread it over the ranks."""
+        if self.args.shard:
+            shard(self.model, self.ranks)
+
+    def passes(self, batches):
+        """The batches, for a pass through the model each; then, with --shard, wait for ranks that have more."""
+        yield from batches
+        if self.model.lockstep:
+            self.model.lockstep.wait()
+
+    def rows(self, pairs):
+        """(prompt, drafts) pairs in micro-batches."""
+        return self.passes(data.pack(pairs, self.args.micro_tokens, self.ranks.device))
 
     def deal(self, items):
         """This rank's share. Each rank needs at least one, since all take part in every step."""
@@ -594,18 +661,20 @@ class Session:
             return torch.tensor([[float(bool(self.domain.voices_of(self.posts[i], t))) for t in ts] for i, ts in zip(indices, texts)])
         total, count = torch.zeros(2, sum(map(len, samples.tokens)))
         with torch.no_grad(), adapter(self.model, None):
-            for rows in data.pack(list(zip(prompts, samples.tokens)), self.args.micro_tokens, self.ranks.device):
+            for rows in self.rows(list(zip(prompts, samples.tokens))):
                 logp, _ = token_logprobs(self.model, rows, self.args.temperature)
                 total.index_add_(0, rows.draft.cpu(), logp.cpu())
                 count.index_add_(0, rows.draft.cpu(), torch.ones(len(logp)))
         return (total / count).exp().view(len(indices), -1)
 
 
-def load_model(path, args, device, revision=None):
+def load_model(path, args, device, revision=None, nf4=False, shard=False):
+    """The Qwen3 at `path` as the flags want it; one to be spread over ranks is read into the host's memory."""
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32,
              "bfloat16": torch.bfloat16}[args.dtype]
-    model = Qwen3.from_pretrained(path, revision=revision, device=device, dtype=dtype)
-    model.checkpointing = getattr(args, "checkpointing", False)
+    model = Qwen3.from_pretrained(path, revision=revision, device="cpu" if shard else device, dtype=dtype, nf4=nf4)
+    model.checkpointing, model.compiled = getattr(args, "checkpointing", False), getattr(args, "compile", False)
+    model.graphs = False if getattr(args, "no_graphs", False) else None
     return model
 
 
@@ -621,7 +690,7 @@ def cross_entropy(s, step, indices, reply, tally):
     """
     pairs = [(s.prompt(i), [data.encode_reply(s.tokenizer, reply(i))]) for i in indices]
     count = sum(len(r) for _, (r,) in pairs)
-    for rows in data.pack(pairs[s.ranks.rank::s.ranks.world], s.args.micro_tokens, s.ranks.device):
+    for rows in s.rows(pairs[s.ranks.rank::s.ranks.world]):
         logp, _ = token_logprobs(s.model, rows)
         (-logp.sum() / count).backward()
         tally.add("ce", -logp.sum().detach(), len(logp))
@@ -646,7 +715,7 @@ def diversity_step(s, step, indices, tally):
     quality = s.quality(a.gate, mine, prompts, samples, texts)
     quality = quality if quality is None else quality.to(embeddings.device)
     advantages = a.lam * a.draft_every * diversity_advantages(embeddings, quality, a.gate_floor).flatten()
-    for rows in data.pack(list(zip(prompts, samples.tokens)), a.micro_tokens, s.ranks.device):
+    for rows in s.rows(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(s.model, rows, a.temperature)
         diversity_loss(logp, rows.draft, advantages, len(indices)).backward()
         tally.add("tokens", rows.tokens.numel() + len(logp))
@@ -684,7 +753,10 @@ def run_sft(args):
     if args.gate == "verifier" and args.lam and not s.domain.voices:
         raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood for real posts")
     add_lora(s.model, args.rank, args.alpha, dropout=args.dropout, targets=args.targets.split(","), seed=seed_of(args.seed, "lora"))
+    s.place()
     if args.lam:
+        if args.shard and min(args.draft_posts, args.batch) < s.ranks.world:
+            raise InputError(f"--shard needs a drafting post for each of the {s.ranks.world} ranks: raise --draft-posts and --batch")
         s.load_embedder()
     args.steps = args.steps or math.ceil(len(s.posts) * args.epochs / args.batch)
     params = list(adapter_state(s.model).values())
@@ -737,34 +809,6 @@ def run_base(args):
 # ----------------------------------------------------------------------------------------------------------------
 # Commands
 
-def common_flags(p, *, lr, steps, batch, schedule="cosine"):
-    """Flags that every phase has. Names are the config's keys; units and defaults are in the help."""
-    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    add = p.add_argument
-    add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint ones with `python data.py split`")
-    add("--domain", default="auto", help="how drafts are asked for and scored: auto, pocket, voices or replies")
-    add("--out", required=True, help="run folder to make")
-    add("--resume", action="store_true", help="go on with an unfinished run in --out")
-    add("--seed", type=int, default=1, help="of everything random in this run")
-    add("--steps", type=int, default=steps, help="optimizer steps; 0: as many as --epochs passes over the posts take")
-    add("--epochs", type=float, default=1, help="passes over the posts when --steps is 0")
-    add("--batch", type=int, default=batch, help="posts a step, over all ranks")
-    add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
-    add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
-    add("--warmup", type=int, default=10, help="steps of linear warm-up")
-    add("--schedule", default=schedule, choices=("cosine", "constant"), help="learning rate after the warm-up")
-    add("--clip", type=float, default=1.0, help="largest gradient norm, over all trained parameters and ranks")
-    add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
-    add("--micro-tokens", type=int, default=16384, help="tokens in one forward and backward pass: lower it to save memory")
-    add("--max-rows", type=int, default=256, help="drafts written at a time on each rank: lower it to save memory")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
-    add("--skip-bad-lines", action="store_true", help="skip, count and report unreadable lines of --data instead of stopping")
-    add("--device", default=None, help="cuda, cuda:1, cpu; default: this rank's GPU if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the frozen weights; auto: bfloat16 on a GPU")
-    add("--revision", default=None, help="commit, tag or branch of a model on the hub")
-
-
 def draft_flags(p, k):
     """Flags of the drafts a phase samples and of the diversity among them."""
     add = p.add_argument
@@ -783,7 +827,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sub = p.add_subparsers(dest="command", required=True)
     b = sub.add_parser("base", help="make a small Qwen3 from nothing, for the pocket study")
-    common_flags(b, lr=3e-3, steps=500, batch=64)
+    data.common_flags(b, lr=3e-3, steps=500, batch=64)
     b.add_argument("--noise", type=float, default=0.3, help="share of pretraining replies that belong to another post")
     b.add_argument("--vocab", type=int, default=1024, help="tokens of the BPE vocabulary")
     b.add_argument("--hidden", type=int, default=128, help="width of the model")
@@ -792,7 +836,7 @@ def parser():
     b.set_defaults(run=run_base)
     f = sub.add_parser("sft", help="phase one: LoRA fine-tuning, with --lambda > 0 for diversity")
     f.add_argument("--model", required=True, help="Qwen3 checkpoint: folder or hub name")
-    common_flags(f, lr=2e-4, steps=0, batch=16)
+    data.common_flags(f, lr=2e-4, steps=0, batch=16)
     f.add_argument("--rank", type=int, default=16, help="LoRA rank r")
     f.add_argument("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
     f.add_argument("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
@@ -805,27 +849,11 @@ def parser():
     return p
 
 
-def check_common(a):
-    """Numbers that no phase can work with; NaN is in no interval. (flag, lowest, is that allowed itself,
-    above all allowed)"""
-    inf = math.inf
-    for name, low, closed, high in (
-            ("batch", 1, True, inf), ("steps", 0, True, inf), ("epochs", 0, bool(a.steps), inf), ("save_every", 1, True, inf),
-            ("warmup", 0, True, inf), ("lr", 0, True, inf), ("weight_decay", 0, True, inf), ("beta2", 0, True, 1), ("clip", 0, False, inf),
-            ("micro_tokens", 1, True, inf), ("max_rows", 1, True, inf), ("dropout", 0, True, 1), ("noise", 0, True, 1), ("rank", 1, True, inf),
-            ("alpha", 0, False, inf), ("lam", 0, True, inf), ("max_new_tokens", 1, True, inf), ("temperature", 0, True, inf),
-            ("draft_every", 1, True, inf), ("draft_posts", 1, True, inf), ("gate_floor", 0, True, inf), ("beta", 0, True, inf),
-            ("diversity_weight", 0, True, inf), ("clip_low", 0, True, 1), ("clip_high", 0, True, inf), ("updates", 1, True, inf)):
-        value = getattr(a, name, None)
-        if value is not None and not (low <= value < high if closed else low < value < high):
-            flag = "--lambda" if name == "lam" else f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is {value:g}: it must be {f'{low} or more' if closed else f'above {low}'}"
-                             + (f" and below {high}" if high < inf else " and finite"))
-
-
 def check_base(a):
     """The shape of a model made from nothing."""
-    check_common(a)
+    data.check_common(a)
+    if a.nf4 or a.shard:
+        raise InputError("--nf4 and --shard are for a frozen base: a base is made in full")
     if a.layers < 1 or a.heads < 2 or a.heads % 2 or a.hidden < 1 or a.hidden % (2 * a.heads):
         raise InputError(f"--layers {a.layers}, --heads {a.heads}, --hidden {a.hidden}: a model has at least one layer, an even number "
                          "of heads, and a width that is a multiple of twice that number")
@@ -834,7 +862,7 @@ def check_base(a):
 
 
 def check_sft(a):
-    check_common(a)
+    data.check_common(a)
     if a.lam and a.k < 2:
         raise InputError(f"--lambda {a.lam:g} needs drafts to compare: give --k 2 or more (k is {a.k})")
     if a.lam and a.temperature <= 0:

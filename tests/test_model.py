@@ -6,16 +6,19 @@ Parity with other people's implementations is in test_parity.py.
 """
 
 import math
+import shutil
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 import model as model_py
 from data import pack
-from model import (Config, Decoder, Drafts, InputError, Qwen3, SelectedLogprobs, generate, sample,
-                   selected_logprobs, token_logprobs)
+from model import (Config, Decoder, Drafts, Fused, InputError, Qwen3, SelectedLogprobs, full_attention, generate,
+                   sample, selected_logprobs, token_logprobs, uniforms)
+from polylora import adapter_state, add_lora, lora_layers
 from tiny import tiny_config, tiny_weights
 
 PROMPTS = [[3, 9, 4], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [12, 11], [5, 5, 5, 5], [20, 1, 19, 2, 18], [8, 30],
@@ -99,7 +102,7 @@ def test_first_tokens_of_k_drafts_follow_the_softmax(temperature):
 @pytest.fixture(scope="module")
 def drafts_of_12():
     model = build()
-    want = generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=8)
+    want = generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=13)
     assert {len(d) for d in flat(want.tokens)} == set(range(1, 7))             # early, late and never
     assert len(set(map(tuple, flat(want.tokens)))) > 30
     return model, want
@@ -116,10 +119,10 @@ def test_a_draft_does_not_depend_on_the_batch_it_is_written_in(drafts_of_12, mon
     def watch(cls, name, mark):
         whole = getattr(cls, name)
         monkeypatch.setattr(cls, name, lambda self, *a: (mark(self), whole(self, *a))[1])
-    watch(Drafts, "next_logits", lambda c: seen.update(wraps=c.step // c.ring))
+    watch(Drafts, "step", lambda c: seen.update(wraps=c.steps // c.ring))
     watch(Drafts, "keep", lambda c: seen.update(shrinks=seen["shrinks"] + 1))
     watch(Decoder, "refill", lambda d: seen.update(refills=seen["refills"] + 1))
-    same(generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=8, max_rows=rows,
+    same(generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=13, max_rows=rows,
                   look_every=look), want)
     places = max(1, min(12, rows // 3))
     assert seen["refills"] >= 12 / places and (seen["wraps"] >= 2 or places > 6)
@@ -130,8 +133,8 @@ def test_a_draft_does_not_depend_on_the_batch_it_is_written_in(drafts_of_12, mon
 def test_newcomers_are_written_to_their_end_when_everybody_else_finished_at_once(look):
     """Without stop ids all places fall idle together, the last posts take them: not the end yet."""
     model = build()
-    got = generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=8, max_rows=4, look_every=look)
-    same(got, generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=8))
+    got = generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=13, max_rows=4, look_every=look)
+    same(got, generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=13))
 
 
 def test_a_draft_is_known_by_its_seed_and_number_alone(drafts_of_12):
@@ -141,13 +144,13 @@ def test_a_draft_is_known_by_its_seed_and_number_alone(drafts_of_12):
 
     def write(which, k):
         return generate(model, [PROMPTS[i] for i in which], k=k, max_new_tokens=6, stop_ids=STOPS,
-                        seed=[(8, i) for i in which], max_rows=8)
+                        seed=[(13, i) for i in which], max_rows=8)
     order = [5, 11, 0, 2, 8, 1, 10, 3, 9, 4, 7, 6]
     for which, k in ((order, 3), ([4], 3), (order[:5], 1), ([9, 2], 2)):
         got = write(which, k)
         assert got.tokens == [want.tokens[i][:k] for i in which]
         assert got.finished == [want.finished[i][:k] for i in which]
-    again = generate(model, [PROMPTS[0]] * 2, k=3, max_new_tokens=6, seed=8)
+    again = generate(model, [PROMPTS[0]] * 2, k=3, max_new_tokens=6, seed=13)
     assert again.tokens[0] != again.tokens[1]  # an int seed: the post's place counts
     assert again.tokens != generate(model, [PROMPTS[0]] * 2, k=3, max_new_tokens=6, seed=9).tokens
 
@@ -220,8 +223,8 @@ def test_one_new_token():
     """max_new_tokens=1 never reaches the decoding loop's second half: the prefill's sample is all there
     is."""
     model = build()
-    one = generate(model, PROMPTS, k=3, max_new_tokens=1, stop_ids=STOPS, seed=8, max_rows=7)
-    longer = generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=8)
+    one = generate(model, PROMPTS, k=3, max_new_tokens=1, stop_ids=STOPS, seed=13, max_rows=7)
+    longer = generate(model, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, seed=13)
     assert one.tokens == [[d[:1] for d in drafts] for drafts in longer.tokens]
     assert one.finished == [[d[0] in STOPS for d in drafts] for drafts in one.tokens]
     assert {True, False} == set(flat(one.finished))
@@ -301,6 +304,147 @@ def test_generation_leaves_its_inputs_alone():
     generate(model, prompts, k=2, max_new_tokens=4, stop_ids=STOPS, seed=seeds, max_rows=4)
     sample(logits, torch.rand(3, dtype=torch.float64), 0.8, top_k=4, top_p=0.7, min_p=0.1)
     assert prompts == PROMPTS and seeds == [(1, i) for i in range(12)] and torch.equal(logits, before)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The fast path of decoding against the plain one
+
+def with_lora(dtype=torch.float32, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), **changes):
+    """Some layers with LoRA and some without, B not zero."""
+    model = add_lora(build(**changes).to(dtype), 4, 6, targets=targets)
+    for p in adapter_state(model).values():
+        torch.nn.init.normal_(p, 0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_joined_products_are_the_layers_one_by_one(dtype, tolerance):
+    """q, k, v in one product, gate and up in one, LoRA beside: what is decoded is what is trained. A block-diagonal
+    B laid wrong gives q's update to v."""
+    model, tokens = with_lora(dtype), torch.randint(0, 41, (3, 9))
+    for on in (True, False):
+        for layer in lora_layers(model).values():
+            layer.enabled = on
+        with torch.no_grad():
+            want = model.hidden(tokens)
+            fused = Fused(model)
+            x = fused(model.model.embed_tokens(tokens), torch.arange(9)[None], full_attention())
+            got = model.model.norm(x)
+        assert (got - want).abs().max() < tolerance
+        assert any(p.tensors for block in fused.blocks for p in block[3:]) == on
+        if on:
+            adapted = want
+    assert (want - adapted).abs().max() > 10 * tolerance  # the adapter does matter
+
+
+def test_joined_weights_are_stored_once_and_stay_the_model_s():
+    """The layers' weights become views of one tensor: the same values, trainable, saved as ever."""
+    model = build()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    generate(model, PROMPTS[:2], max_new_tokens=2)
+    monkey = Fused(model)
+    a = model.model.layers[0].self_attn
+    whole = monkey.blocks[0][3].weight
+    assert a.k_proj.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() == a.q_proj.weight.data_ptr()
+    assert torch.equal(whole, torch.cat([before[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"]))
+    again = Fused(model).blocks[0][3].weight
+    assert again.data_ptr() == whole.data_ptr()  # joined once
+    with torch.no_grad():
+        a.k_proj.weight.mul_(2)
+    assert torch.equal(whole[32:48], 2 * before["model.layers.0.self_attn.k_proj.weight"])
+    model.double()  # moved: the views are apart again, and are joined anew
+    whole = Fused(model).blocks[0][3].weight
+    assert whole.dtype == torch.float64 and torch.equal(whole[32:48].float(), 2 * before["model.layers.0.self_attn.k_proj.weight"])
+    model.requires_grad_(True)
+    model(torch.tensor([PROMPTS[0]])).sum().backward()
+    assert a.k_proj.weight.grad.shape == (16, 24)
+
+
+def test_streams_of_random_numbers_are_uniform_and_unrelated():
+    u = uniforms([(8, p) for p in range(300)], 6, 40)
+    assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
+    assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * u.numel())
+    counts = (u.flatten() * 64).long().bincount(minlength=64).double()
+    assert surprise(counts, torch.full((64,), 1 / 64, dtype=torch.float64))[0] < 63 + 5 * math.sqrt(126)
+    noise = 5 / math.sqrt(299)
+    for table in (u[:, 0], u[:, :, 0], torch.cat((u[:-1, 0, :4], u[1:, 0, :4]), 1)):       # over time, drafts, posts
+        assert (torch.corrcoef(table.T) - torch.eye(table.shape[1])).abs().max() < noise
+    assert torch.equal(uniforms([5, -3], 2, 3), torch.cat((uniforms([(5,)], 4, 9)[:, :2, :3], uniforms([-3], 2, 3))))
+    assert len({float(uniforms([s], 1, 1)) for s in (0, 1, 2 ** 63, -1, (0, 0), (0, 1), (1, 0))}) == 7
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph for the CPU: notes operations without doing them, and does them again on the same tensors.
+    Numbers and shapes of Python stay as they were noted, as on a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            self.undo += [(args[i], args[i].clone()) for i, a in enumerate(func._schema.arguments)
+                          if a.alias_info and a.alias_info.is_write]
+        out = func(*args, **kwargs or {})
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
+        self.notes.append((func, args, kwargs or {}, out))
+        return out
+
+    def pool(self):
+        return "pool"
+
+    def __enter__(self):
+        self.notes, self.undo = [], []
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.undo):
+            tensor.copy_(before)
+
+    def replay(self):
+        now = {}
+        new = lambda x: now.get(id(x), x) if isinstance(x, torch.Tensor) else x
+        for func, args, kwargs, out in self.notes:
+            again = func(*tree_map(new, args), **tree_map(new, kwargs))
+            now |= {id(old): fresh for old, fresh in zip(tree_flatten(out)[0], tree_flatten(again)[0])}
+
+
+def test_a_graph_of_the_step_writes_what_the_step_writes(monkeypatch):
+    """A CUDA graph repeats kernels at fixed addresses: a step that reads a number or a list of the host, or
+    an adapter that was copied before it trained, would go on with old values. Over refills, smaller batches
+    and a second rollout after training."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    whole, replays = Tape.replay, []
+    monkeypatch.setattr(Tape, "replay", lambda self: (replays.append(1), whole(self)))
+    eager, graphs = with_lora(), with_lora()
+    graphs.load_state_dict(eager.state_dict())
+    graphs.graphs = True
+    for round in range(3):
+        for seed, rows in ((8, 9), (9, 9), (9, 36)):
+            settings = dict(k=3, max_new_tokens=6, stop_ids=STOPS, seed=seed + round, max_rows=rows)
+            same(generate(graphs, PROMPTS, **settings), generate(eager, PROMPTS, **settings))
+        kept = graphs.drafts[1]
+        for model in (eager, graphs):
+            torch.manual_seed(round)
+            for p in adapter_state(model).values():
+                p.data += 0.1 * torch.randn_like(p)
+    assert len(replays) > 40 and sum(g is not None for g in kept.graphs.values()) >= 2
+    state = graphs.drafts
+    generate(graphs, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, max_rows=36)
+    assert graphs.drafts is state                                              # taken again
+    generate(graphs, PROMPTS, k=3, max_new_tokens=5, stop_ids=STOPS, max_rows=36)
+    assert graphs.drafts is not state                                          # does not fit
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_step_writes_what_the_step_writes():
+    eager, compiled = with_lora(), with_lora()
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compiled = True
+    for seed in (8, 9):
+        settings = dict(k=3, max_new_tokens=6, seed=seed)
+        same(generate(compiled, PROMPTS[:3], **settings), generate(eager, PROMPTS[:3], **settings))
+        for model in (eager, compiled):
+            for p in adapter_state(model).values():
+                p.data *= 0.9
 
 
 # ----------------------------------------------------------------------------------------------------------

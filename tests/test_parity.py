@@ -5,6 +5,7 @@ peers themselves and are skipped where they are not installed. Every comparison 
 twin somewhere in this file that must miss the tolerance: a parity test that cannot fail shows nothing.
 """
 
+import base64
 import json
 import math
 import re
@@ -14,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Config, InputError, Qwen3, RMSNorm, generate
-from tiny import (STOP, fingerprint, sequence, tiny_adapter, tiny_config, tiny_weights, weights_mark,
+from model import NF4, NF4_VALUES, Config, InputError, Qwen3, RMSNorm, generate
+from tiny import (STOP, fingerprint, nf4_weight, sequence, tiny_adapter, tiny_config, tiny_weights, weights_mark,
                   write_adapter, write_checkpoint)
 
 FOLDER = Path(__file__).parent / "golden"
@@ -543,3 +544,37 @@ def test_live_the_golden_files_are_what_the_peers_say(tmp_path):
     with torch.no_grad():
         got = theirs(torch.tensor([want["tokens"]])).logits[0]
     assert gap(got[-2:], want["last_two"]) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# NF4 against bitsandbytes
+
+def test_nf4_is_bitsandbytes_bit_for_bit():
+    """Codes, 8-bit scales, their scales, and the weight that comes back, in both dtypes."""
+    want, ours = json.loads((FOLDER / "nf4.json").read_text()), NF4(nf4_weight())
+    unpack = lambda text: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    assert torch.equal(ours.codes.flatten(), unpack(want["codes"]))
+    assert torch.equal(ours.scales, unpack(want["scales"])) and len(ours.scales) == 625
+    assert ours.outer.view(torch.float32).tolist() == [*want["outer"], want["mean"]]
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = ours.dense(dtype)
+        assert dense.dtype == dtype and dense.flatten()[::997].tolist() == want["dense"][str(dtype)[6:]]
+
+
+def test_the_nf4_values_are_quantiles_of_a_normal_distribution():
+    """QLoRA, appendix E: 7 quantiles below zero, 8 above, and zero itself; the table agrees to four digits."""
+    positive, negative = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8))
+    values = torch.cat((-negative, torch.zeros(1), positive)).sort().values / positive.max()
+    assert gap(values, NF4_VALUES) < 1e-4
+
+
+def test_live_nf4_against_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(256, 768, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.02
+        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        ours = NF4(weight)
+        assert torch.equal(ours.codes.flatten(), codes.flatten())
+        # its CPU code is not always at the nearest of the 256 values; ours is
+        assert (ours.scales != state.absmax).float().mean() < 0.01
+        assert gap(ours.dense(), functional.dequantize_4bit(codes, state).float()) < 0.01 * float(weight.abs().max())

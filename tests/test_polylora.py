@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import polylora
-from model import Config, InputError, Qwen3
+from model import NF4, Config, InputError, Qwen3, generate, quantise
 from polylora import (Embedder, LoRALinear, Ranks, Run, Session, Tally, adapter, adapter_state, add_lora,
                       batch_indices, cross_entropy, diversity, diversity_advantages, diversity_step,
                       drop_lora, frozen_copy, learning_rate, load_adapter, lora_layers, merge_lora,
@@ -283,6 +283,62 @@ def test_lora_layers_take_the_mode_of_the_layer_they_replace(tmp_path):
     model = load_adapter(build(), tmp_path)
     assert not any(m.training for m in model.modules()) and torch.equal(logits(model), logits(model))
     assert all(m.training for m in add_lora(build().train(), 4, 8).modules())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LoRA over NF4
+
+def four_bits():
+    """A model in NF4, and one with the same weights in full."""
+    model = quantise(build())
+    full = build()
+    for name, layer in model.named_modules():
+        if isinstance(layer, NF4):
+            full.get_submodule(name).weight.data = layer.dense()
+    assert sum(isinstance(m, NF4) for m in model.modules()) == 14
+    return model, full
+
+
+def test_an_nf4_base_is_its_dense_weights_and_so_are_lora_s_gradients():
+    """The backward pass makes the weight dense again: another one, or none, and the gradient is wrong. LoRA that
+    is fp32 over it gets all of the gradient, and generation says the same."""
+    grads = []
+    for model in four_bits():
+        shake(add_lora(model, 4, 8, seed=1, targets=("q_proj", "v_proj", "down_proj")))
+        model(TOKENS).log_softmax(-1)[0, :, 3].sum().backward()
+        grads.append((logits(model), generate(model, TOKENS.tolist(), k=3, max_new_tokens=5),
+                      *(p.grad for p in adapter_state(model).values())))
+    (a, drafts, *ours), (b, others, *wants) = grads
+    assert gap(a, b) < 1e-5 and gap(a, logits(build())) > 0.01 and drafts.tokens == others.tokens
+    assert all(gap(x, y) < 1e-5 for x, y in zip(ours, wants, strict=True)) and max(w.abs().max() for w in wants) > 0.1
+
+
+def test_no_dense_weight_is_kept_for_the_backward_pass():
+    model, kept = shake(add_lora(quantise(build(hidden_size=128, intermediate_size=256)), 2, 4)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        model.hidden(TOKENS).sum().backward()
+    assert kept and max(kept) < 128 * 64                                       # the smallest weight is k's, (16, 128) x 2 heads
+
+
+def test_an_nf4_model_is_loaded_layer_by_layer_moved_and_not_saved(tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    model = Qwen3.from_pretrained(tmp_path / "model", nf4=True)
+    assert torch.equal(logits(model), logits(quantise(build())))
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.dense(torch.bfloat16)
+    assert torch.equal(model.bfloat16().model.layers[0].mlp.up_proj.dense(torch.bfloat16), before)
+    assert layer.codes.numel() == 24 * 32 // 2 and not list(layer.parameters())
+    with pytest.raises(InputError, match="NF4 cannot be saved"):
+        model.save_pretrained(tmp_path / "again")
+    add_lora(model, 2, 4)
+    assert drop_lora(model).model.layers[0].mlp.up_proj is layer
+    assert merge_lora(shake(add_lora(model, 2, 4))).model.layers[0].mlp.up_proj.weight.shape == (32, 24)
+
+
+def test_zeros_and_odd_sizes_are_quantised_too():
+    assert torch.equal(NF4(torch.zeros(3, 50)).dense(), torch.zeros(3, 50))
+    weight = torch.randn(7, 13)
+    assert gap(NF4(weight).dense(), weight) < 0.2 * weight.abs().max() and NF4(weight).dense().shape == (7, 13)
 
 
 # ----------------------------------------------------------------------------------------------------------

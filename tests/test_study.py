@@ -136,6 +136,68 @@ def test_lambda_and_seed_change_the_adapter_and_resume_does_not(world):
     assert any(not torch.equal(lam2[n], lam[n]) for n in lam)
 
 
+def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
+    """--nf4 through SFT, GRPO, measuring and drafts: another base than in full, and adapters as usual."""
+    run, full = str(tmp_path / "nf4"), str(tmp_path / "full")
+    for out, flags in ((run, ["--nf4"]), (full, [])):
+        assert polylora.main(sft_args(world, "x", "--lambda", "0.3", "--out", out, *flags)) == 0
+    assert any(not torch.equal(a, b) for a, b in zip(adapter_of(run).values(), adapter_of(full).values()))
+    assert grpo.main(grpo_args(world, "x", "--start", run, "--out", str(tmp_path / "g"), "--nf4", "--beta", "0.1")) == 0
+    assert evaluate.main(["measure", run, "--data", world["eval"], "--n", "10", "--max-new-tokens", "5", "--nf4"]) == 0
+    assert evaluate.main(["drafts", run, "My kettle sings", "--max-new-tokens", "5", "--nf4"]) == 0
+    capsys.readouterr()
+    for flags, word in ((["--shard"], "torchrun"), (["--shard", "--nf4"], "--nf4")):
+        assert polylora.main(sft_args(world, "x", "--out", str(tmp_path / "no"), *flags)) == 2
+        assert word in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert polylora.main(["base", "--data", "pocket", "--out", str(tmp_path / "no"), "--nf4"]) == 2
+
+
+SHARDED = """
+import json, os, sys
+import torch, torch.distributed as dist
+import evaluate, grpo, polylora
+torch.set_num_threads(1)
+world, root = json.loads(sys.argv[1]), sys.argv[2]
+spread = []
+shard = polylora.shard
+polylora.shard = lambda model, ranks: (shard(model, ranks), spread.append(
+    [p.to_local().numel() / p.numel() for n, p in model.named_parameters() if n.endswith("q_proj.weight")]))
+for how in ([], ["--shard", "--checkpointing"]):
+    name = "sharded" if how else "whole"
+    sft, out = f"{root}/{name}-sft", f"{root}/{name}-grpo"
+    few = ["--micro-tokens", "40", "--max-new-tokens", "5", "--steps", "2", "--gate", "likelihood", "--warmup", "0", *how]
+    assert polylora.main(["sft", "--model", world["model"], "--data", world["sft"], "--out", sft, "--batch", "5", "--k", "3",
+                          "--draft-posts", "3", "--rank", "2", "--lambda", "0.3", "--lr", "0.01", *few]) == 0
+    assert grpo.main(["--start", sft, "--data", world["grpo"], "--out", out, "--batch", "3", "--k", "4", "--updates", "2",
+                      "--beta", "0.04", "--diversity-weight", "1", "--lr", "0.01", *few]) == 0
+    assert evaluate.main(["measure", sft, out, "--data", world["eval"], "--n", "10", "--max-new-tokens", "5", *how[:1]]) == 0
+assert len(spread) == 5 and all(0.4 < x < 0.6 for parts in spread for x in parts), spread
+"""
+
+
+def test_weights_that_are_spread_over_ranks_give_the_same_study(world, tmp_path):
+    """FSDP2 over two ranks that have unequal numbers of micro-batches, of decoding steps, of posts: nobody waits
+    for ever, and adapters and drafts are those of whole weights."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    job = [sys.executable, "-c", SHARDED, json.dumps({n: str(p) for n, p in world.items()}), str(tmp_path)]
+    ranks = [subprocess.Popen(job, cwd=ROOT, env=env | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True) for r in "01"]
+    try:
+        said = [p.communicate(timeout=150)[0] for p in ranks]
+    finally:
+        [p.kill() for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    for stage in ("sft", "grpo"):
+        whole, sharded = (adapter_of(tmp_path / f"{how}-{stage}") for how in ("whole", "sharded"))
+        assert max(float((whole[n] - sharded[n]).abs().max()) for n in whole) < 2e-4
+        assert max(float(t.abs().max()) for n, t in whole.items() if "lora_B" in n) > 0.01
+        drafts = [[r["drafts"] for r in json.loads((tmp_path / f"{how}-{stage}" / "evaluation.json").read_text())["records"]]
+                  for how in ("whole", "sharded")]
+        assert drafts[0] == drafts[1]
+
+
 def digest(folder):
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
