@@ -837,13 +837,14 @@ def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
     graphs = model.device.type == "cuda" if model.graphs is None else model.graphs
     if model.lockstep or not (graphs or model.compiled):
         return Drafts(model, places, k, prompt_length, length, sampling, stop_ids)
-    prompt_length, fused = math.ceil(prompt_length / 64) * 64, Fused(model)
+    bucket = 64 if graphs else 16
+    prompt_length, fused = math.ceil(prompt_length / bucket) * bucket, Fused(model)
     frozen = [t.data_ptr() for n, t in (*model.named_parameters(), *model.named_buffers()) if "lora_" not in n]
     key = (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled, frozen,
            [t.shape for t in fused.tensors()])
     if model.drafts is None or model.drafts[0] != key:
         model.drafts = None                                                    # first free, then allocate
-        model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=64, graphs=graphs)
+        model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
     drafts = model.drafts[1]
     for old, new in zip(drafts.fused.tensors(), fused.tensors()):              # the adapter has trained since
         old.copy_(new)
@@ -880,7 +881,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
             elif writing:
                 decoder.advance()
             step += 1
-            if step % look_every == 0 or min(decoder.left) <= 0:
+            if stop_ids and step % look_every == 0 or min(decoder.left) <= 0:
                 writing = decoder.look()
     if model.lockstep:
         model.lockstep.wait()

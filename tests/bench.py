@@ -4,10 +4,10 @@
     python tests/bench.py --device cuda      # all layers in bf16, and the 8B shape: decode-8b, sft-8b
     python tests/bench.py --quick            # tiny shapes in seconds: does everything run?
 
-A case whose peer is not installed is timed alone. The limit is the time that the work must take at this
+A case whose peer is not installed is timed alone. `-compiled`: drafts by torch.compile, the product's --compile. The limit is the time that the work must take at this
 machine's memory bandwidth and matrix-product rate, both measured first. It leaves attention, norms, LoRA and
 sampling out: a share (limit / ours) of 100% is out of reach. MB are the growth of memory during a first step,
-in a process of its own. tokens/s counts written tokens, in SFT all. A missed equality check: exit code 1.
+in a process of its own, and its peak, weights and (on a CPU) libraries included. tokens/s counts written tokens, in SFT all. A missed equality check: exit code 1.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ import torch
 
 import data
 from grpo import group_advantages, policy_loss
-from model import Config, Qwen3, SelectedLogprobs, generate, selected_logprobs, token_logprobs
+from model import Config, Fused, Qwen3, SelectedLogprobs, full_attention, generate, quantise, selected_logprobs, token_logprobs
 from polylora import LINEARS, adapter, adapter_state, add_lora, frozen_copy
 
 # The first fields of Config.
@@ -60,8 +61,8 @@ class Meter:
     def __exit__(self, *_):
         if self.cuda:
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.began
-        self.growth = self.before and self.peak() - self.before
+        self.seconds, self.most = time.perf_counter() - self.began, self.peak()
+        self.growth = self.before and self.most - self.before
 
     def peak(self):
         if self.cuda:
@@ -123,8 +124,8 @@ def make_weights(c, device, dtype=torch.float32, deviation=0.1):
     return {n: t if t.dim() == 1 else t.normal_(0, deviation) for n, t in ones.items()}
 
 
-def make_model(side, c, weights, lora=False):
-    """Ours, or transformers' on the very same tensors; with LoRA (PEFT's) on all linears."""
+def make_model(side, c, weights, lora=False, nf4=False):
+    """Ours, or transformers' on the very same tensors; with LoRA (PEFT's) on all linears; ours over NF4."""
     if side == "peer":
         from transformers import Qwen3Config, Qwen3ForCausalLM
         config = Qwen3Config.from_dict(c.to_dict() | {"attn_implementation": "sdpa"})
@@ -133,6 +134,7 @@ def make_model(side, c, weights, lora=False):
     model.load_state_dict(weights, assign=True, strict=side == "ours")
     model.requires_grad_(False).eval()
     if side == "ours":
+        model = quantise(model, weights["model.norm.weight"].device) if nf4 else model
         return add_lora(model, RANK, RANK) if lora else model
     model.tie_weights()
     rope = model.model.rotary_emb          # its frequencies are no weights: after meta they are made again
@@ -166,6 +168,8 @@ def optimizer_of(model):
 def generation(side, case, weights, device):
     model, (posts, prompt, k, new) = make_model(side, case.config, weights), case.sizes
     tokens = torch.tensor(texts(posts, prompt, case.config), device=device)
+    if side == "ours":
+        model.compiled = case.compiled
 
     def step(meter):
         with meter:
@@ -181,7 +185,7 @@ def generation(side, case, weights, device):
 
 
 def sft(side, case, weights, device):
-    model, (posts, prompt, _, new) = make_model(side, case.config, weights, lora=True), case.sizes
+    model, (posts, prompt, _, new) = make_model(side, case.config, weights, lora=True, nf4=case.nf4), case.sizes
     tokens = torch.tensor(texts(posts, prompt + new, case.config), device=device)
     labels = torch.where(torch.arange(prompt + new, device=device) < prompt, -100, tokens)
     pairs, update = [(t[:prompt], [t[prompt:]]) for t in tokens.tolist()], optimizer_of(model)
@@ -261,14 +265,19 @@ def make_cases(a):
     for name, make, shape, layers, sizes in (              # sizes: posts, tokens of a post, k, new tokens
             ("generate", generation, "0.6b", 28, (1, 256, 8, 32)), ("grpo", grpo, "0.6b", 8, (1, 256, 8, 32)),
             ("sft", sft, "0.6b", 28 if gpu else 8, (4, 192, 1, 64)),
-            ("pocket", generation, "pocket", 2, (16, 24, 8, 16)),
+            ("pocket", generation, "pocket", 2, (1, 24, 8, 16)), ("pocket-16", generation, "pocket", 2, (16, 24, 8, 16)),
+            ("pocket-compiled", generation, "pocket", 2, (1, 24, 8, 16)),
+            ("pocket-16-compiled", generation, "pocket", 2, (16, 24, 8, 16)),
             ("decode-8b", generation, "8b", 36, (8, 256, 8, 64)),
-            ("sft-8b", sft, "8b", 36, (8, 384, 1, 128)))[:6 if gpu else 4]:
+            ("sft-8b", sft, "8b", 36, (8, 384, 1, 128)), ("sft-8b-nf4", sft, "8b", 36, (8, 384, 1, 128)))[:10 if gpu else 7]:
         if a.quick:
             shape, sizes = "tiny", (min(sizes[0], 2), 12, min(sizes[2], 4), 4)
         cases[name] = SimpleNamespace(
-            make=make, needs=set(PEERS[:1 + [generation, sft, grpo].index(make)]), sizes=sizes,
-            config=make_config(shape, a.layers or layers, shape != "8b"), checkpointing=name == "sft-8b")
+            make=make, needs=set(PEERS[:1 + [generation, sft, grpo].index(make)]), sizes=sizes, nf4="nf4" in name,
+            compiled="compiled" in name, config=make_config(shape, a.layers or layers, shape != "8b"),
+            checkpointing=name.startswith("sft-8b"))
+    if not (gpu or shutil.which("g++")):                   # torch.compile needs a C++ compiler on a CPU
+        cases = {n: c for n, c in cases.items() if not c.compiled}
     return cases
 
 
@@ -308,13 +317,37 @@ def chunked(device):
                       for score in (SelectedLogprobs.apply, selected_logprobs)))
 
 
+def joined_products(device):
+    c = make_config("pocket")
+    model, tokens = make_model("ours", c, make_weights(c, device), lora=True), torch.tensor(texts(4, 16, c), device=device)
+    for p in adapter_state(model).values():
+        torch.nn.init.normal_(p, 0, 0.1)
+    with torch.no_grad():
+        x = Fused(model)(model.model.embed_tokens(tokens), torch.arange(16, device=device)[None], full_attention())
+        return relative(model.model.norm(x), model.hidden(tokens))
+
+
+def decoding(device, **way):
+    """Share of sampled ids that differ from plain decoding's, in batches that shrink and are refilled."""
+    c, drafts = make_config("tiny"), []
+    for settings in ({"graphs": False}, way):
+        model = make_model("ours", c, make_weights(c, device), lora=True)
+        vars(model).update(settings)
+        drafts += [[generate(model, texts(6, 12, c), k=4, max_new_tokens=16, stop_ids=range(60), max_rows=12, seed=s).tokens
+                    for s in (1, 2)]]
+    a, b = ([d for seed in x for post in seed for d in post] for x in drafts)
+    return sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
+
+
 def equality(device):
     checks = [("LoRA gradients: shared post == a row per draft", shared_post, 1e-4),
               ("gradients: chunked loss == full logits", chunked, 1e-4),
+              ("hidden states: joined products == blocks", joined_products, 1e-4),
+              *[("sampled ids: CUDA graphs == plain steps", lambda d: decoding(d, graphs=True), 0.0)] * (device.type == "cuda"),
               ("greedy ids == transformers', tiny shape", lambda d: greedy(d, "tiny"), 0.0),
               ("greedy ids == transformers', pocket shape", lambda d: greedy(d, "pocket"), 0.0)]
     results = []
-    for name, check, tolerance in checks if "transformers" in FOUND else checks[:2]:
+    for name, check, tolerance in checks if "transformers" in FOUND else checks[:-2]:
         torch.manual_seed(0)
         figure = check(device)
         passed = figure <= tolerance                       # False for nan
@@ -334,13 +367,14 @@ def first_step(a, name, side):
     """Growth of memory in a fresh process: what one side has cached would hide the other's need."""
     command = [sys.executable, __file__, *a.argv, "--first-step", name, side]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    return json.loads(out.stdout.split()[-1]) if out.returncode == 0 else None
+    return json.loads(out.stdout.split()[-1]) if out.returncode == 0 else (None, None)
 
 
 def run_case(a, name):
     case, meter = a.cases[name], Meter(a.device)
-    sides = ["ours", "peer"] if case.needs <= FOUND.keys() else ["ours"]
-    growth = {s: first_step(a, name, s) for s in sides if name == "sft" or not a.quick and name != "pocket"}
+    sides = ["ours", "peer"] if case.needs <= FOUND.keys() and not case.nf4 else ["ours"]
+    memory = {s: first_step(a, name, s) for s in sides if name == "sft" or not a.quick and "pocket" not in name}
+    (ours_mb, ours_peak), (peer_mb, peer_peak) = (memory.get(s, (None, None)) for s in ("ours", "peer"))
     weights, seconds = make_weights(case.config, a.device, a.dtype, 0.02), {s: [] for s in sides}
     steps = {s: build(a, name, s, weights) for s in sides}
     for i in range(a.repeats + 1):                         # the first pair warms up
@@ -351,7 +385,7 @@ def run_case(a, name):
     (posts, prompt, k, new), limit = case.sizes, limit_of(a, case)
     return {"case": name, "ours s": ours, "peer s": peer, "peer/ours": peer and peer / ours,
             "tokens/s": posts * (k * new + prompt * (case.make is sft)) / ours, "limit s": limit,
-            "share": limit / ours, "ours MB": growth.get("ours"), "peer MB": growth.get("peer"),
+            "share": limit / ours, "ours MB": ours_mb, "peer MB": peer_mb, "ours peak MB": ours_peak, "peer peak MB": peer_peak,
             "seconds": seconds, "layers": case.config.num_hidden_layers, "sizes": case.sizes}
 
 
@@ -360,7 +394,7 @@ def table(results):
     cell = lambda n, x: "-" if x is None else f"{x / 1e6:.1f}" if "MB" in n else format(x, form.get(n, ".4f"))
     names = [n for n in results[0] if n not in ("seconds", "layers", "sizes")]
     rows = [names] + [[cell(n, r[n]) for n in names] for r in results]
-    return "\n".join(f"{r[0]:<10}" + "".join(f"{x:>11}" for x in r[1:]) for r in rows)
+    return "\n".join(f"{r[0]:<19}" + "".join(f"{x:>13}" for x in r[1:]) for r in rows)
 
 
 def parse(argv):
@@ -371,7 +405,8 @@ def parse(argv):
     add("--threads", type=int, default=2, help="of the CPU")
     add("--layers", type=int, help="layers of every shape, to cut it")
     add("--repeats", type=int, default=5, help="timed pairs after one uncounted; medians are printed")
-    add("--only", help="cases, comma-separated: generate, grpo, sft, pocket; on a GPU decode-8b, sft-8b too")
+    add("--only", help="cases, comma-separated: generate, grpo, sft, pocket, pocket-16, both with -compiled; on a GPU decode-8b, "
+                      "sft-8b, sft-8b-nf4 too")
     add("--json", help="file for the settings, every single time, and the checks")
     add("--quick", action="store_true", help="tiny shapes, one pair, one thread: the figures mean nothing")
     add("--first-step", nargs=2, help=argparse.SUPPRESS)
@@ -394,7 +429,7 @@ def main(argv):
     if a.first_step:
         meter = Meter(a.device)
         build(a, *a.first_step)(meter)
-        print("\n" + json.dumps(meter.growth))
+        print("\n" + json.dumps([meter.growth, meter.most], separators=(",", ":")))
         return 0
     if len(FOUND) < len(PEERS):
         absent = ", ".join(p for p in PEERS if p not in FOUND)

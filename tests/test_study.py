@@ -165,7 +165,7 @@ polylora.shard = lambda model, ranks: (shard(model, ranks), spread.append(
 for how in ([], ["--shard", "--checkpointing"]):
     name = "sharded" if how else "whole"
     sft, out = f"{root}/{name}-sft", f"{root}/{name}-grpo"
-    few = ["--micro-tokens", "40", "--max-new-tokens", "5", "--steps", "2", "--gate", "likelihood", "--warmup", "0", *how]
+    few = ["--micro-tokens", "40", "--max-rows", "4", "--max-new-tokens", "5", "--steps", "2", "--gate", "likelihood", "--warmup", "0", *how]
     assert polylora.main(["sft", "--model", world["model"], "--data", world["sft"], "--out", sft, "--batch", "5", "--k", "3",
                           "--draft-posts", "3", "--rank", "2", "--lambda", "0.3", "--lr", "0.01", *few]) == 0
     assert grpo.main(["--start", sft, "--data", world["grpo"], "--out", out, "--batch", "3", "--k", "4", "--updates", "2",
