@@ -578,7 +578,7 @@ class Product:
 
     def __init__(self, layers, dtype):
         on = [getattr(layer, "enabled", False) for layer in layers]            # polylora.LoRALinear
-        self.nf4, self.tensors = [x.weight for x in layers if isinstance(x.weight, NF4)], []
+        self.nf4, self.tensors, self.scale = [x.weight for x in layers if isinstance(x.weight, NF4)], [], None
         self.weight = None if self.nf4 else joined([x.weight for x in layers])
         if any(on):
             self.scale = next(x.scale for x, lora in zip(layers, on) if lora)
@@ -644,7 +644,7 @@ class Drafts:
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1, graphs=False):
         c = model.config
         if model.compiled and not model.lockstep:
-            self.step = torch.compile(self.step)
+            self.step = torch.compile(self.step, options={"cpp_wrapper": model.device.type == "cpu"})
         self.model, self.ring, self.sampling, self.window = model, length, sampling, window
         self.graphs, self.pool, self.fused = {} if graphs else None, None, None if model.lockstep else Fused(model)
         new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
@@ -663,7 +663,7 @@ class Drafts:
         self.steps = 0
         self.clock.zero_()
         self.resize(places, k)
-        self.slot.copy_(self.columns.new_tensor(range(places * k)).view(places, k))
+        torch.arange(places * k, out=self.slot.view(-1))
 
     def resize(self, places, k):
         """Take the first of the memory for `places` posts of k drafts."""
@@ -841,7 +841,7 @@ def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
     prompt_length, fused = math.ceil(prompt_length / bucket) * bucket, Fused(model)
     frozen = [t.data_ptr() for n, t in (*model.named_parameters(), *model.named_buffers()) if "lora_" not in n]
     key = (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled, frozen,
-           [t.shape for t in fused.tensors()])
+           [t.shape for t in fused.tensors()], [p.scale for block in fused.blocks for p in block[3:]])
     if model.drafts is None or model.drafts[0] != key:
         model.drafts = None                                                    # first free, then allocate
         model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
@@ -867,7 +867,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     check_generation(model, prompts, k, max_new_tokens, **sampling)
     if not prompts:
         return Samples([], [], [])
-    seeds = [(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if hasattr(seed, "__len__") else [(seed, p) for p in range(len(prompts))]
     look_every = look_every or (16 if model.device.type == "cuda" else 1)
     places = max(1, min(len(prompts), max_rows // k))
     drafts = drafts_for(model, places, k, max(map(len, prompts)), max_new_tokens, sampling, stop_ids)

@@ -23,6 +23,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --reward NAME      reward of GRPO with --model: auto, relevance, model, judge (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
   --embedder NAME    what embeds drafts for D: base, or a Qwen3-Embedding folder or hub name (default: base)
+  --nf4              with --model: the frozen weights in 4 bits, a third of the memory
+  --shard            with --model: the frozen weights spread over the ranks, for models larger than a GPU
   --jobs N           seeds worked on side by side without --model (default: one a core)
 
 A stage that is done is not done again; an interrupted one goes on from its last checkpoint.
@@ -31,7 +33,7 @@ END
 
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
-model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" reward=auto reward_model="" embedder=base jobs="" base_steps=""
+model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" reward=auto reward_model="" embedder=base jobs="" base_steps="" held=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -39,10 +41,12 @@ while [[ $# -gt 0 ]]; do
     --model|--data|--out|--seeds|--lambda|--weight|--posts|--steps|--base-steps|--reward|--reward-model|--embedder|--jobs)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       flag="${1#--}"; printf -v "${flag//-/_}" '%s' "$2"; shift 2 ;;
+    --nf4|--shard) held+=("$1"); shift ;;
     *) fail "unknown argument $1: see --help" ;;
   esac
 done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
+[[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
 [[ -z "$data" || -f "$data" ]] || fail "there is no file $data: give --data a file of posts"
 [[ -n "${RANK:-}" ]] || exec torchrun --standalone --nproc-per-node="${NPROC:-1}" "$here/train.sh" ${given[@]+"${given[@]}"}
 
@@ -86,15 +90,15 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 arms="lora poly lora-grpo lora-passk poly-grpo"
 study() {  # every arm of one seed, then the drafts of each for the held-out posts
   local to="$out/seed$1" seed="$1"
-  local first=(--model "$base" --data "$out/data/sft.jsonl" --seed "$seed" --resume "${adapter[@]}" "${sft[@]}")
-  local second=(--model "$base" --data "$out/data/grpo.jsonl" --seed "$seed" --resume "${grpo[@]}")
+  local first=(--model "$base" --data "$out/data/sft.jsonl" --seed "$seed" --resume "${adapter[@]}" "${sft[@]}" ${held[@]+"${held[@]}"})
+  local second=(--model "$base" --data "$out/data/grpo.jsonl" --seed "$seed" --resume "${grpo[@]}" ${held[@]+"${held[@]}"})
   run polylora sft "${first[@]}" --out "$to/lora"
   run polylora sft "${first[@]}" --out "$to/poly" --lambda "$lambda" "${poly[@]}"
   run grpo "${second[@]}" --start "$to/lora" --out "$to/lora-grpo"
   run grpo "${second[@]}" --start "$to/lora" --out "$to/lora-passk" --advantage "$passk" --set-size 4
   run grpo "${second[@]}" --start "$to/poly" --out "$to/poly-grpo" --diversity-weight "$weight" --gate "$gate" --gate-floor "$floor"
   run evaluate measure --model "$base" --data "$out/data/eval.jsonl" --bare "$to/base" --seed "$seed" "${judge[@]}" \
-    --max-new-tokens "$length" $(for arm in $arms; do echo "$to/$arm"; done)
+    ${held[@]+"${held[@]}"} --max-new-tokens "$length" $(for arm in $arms; do echo "$to/$arm"; done)
 }
 
 for seed in $seeds; do                    # `jobs` seeds at a time, side by side

@@ -427,6 +427,12 @@ def test_a_graph_of_the_step_writes_what_the_step_writes(monkeypatch):
             for p in adapter_state(model).values():
                 p.data += 0.1 * torch.randn_like(p)
     assert len(replays) > 40 and sum(g is not None for g in kept.graphs.values()) >= 2
+    state, settings = graphs.drafts, dict(k=3, max_new_tokens=6, stop_ids=STOPS, max_rows=36)
+    for model in (eager, graphs):
+        for layer in lora_layers(model).values():
+            layer.scale *= 1.5                                                 # an adapter of another alpha
+    same(generate(graphs, PROMPTS, **settings), generate(eager, PROMPTS, **settings))
+    assert graphs.drafts is not state
     state = graphs.drafts
     generate(graphs, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, max_rows=36)
     assert graphs.drafts is state                                              # taken again

@@ -162,6 +162,13 @@ spread = []
 shard = polylora.shard
 polylora.shard = lambda model, ranks: (shard(model, ranks), spread.append(
     [p.to_local().numel() / p.numel() for n, p in model.named_parameters() if n.endswith("q_proj.weight")]))
+generate = polylora.generate
+def together(model, *a, **k):
+    samples, ranks = generate(model, *a, **k), torch.ones(1)
+    dist.all_reduce(ranks)                       # whatever is done in common next
+    assert ranks == 2
+    return samples
+polylora.generate = together
 for how in ([], ["--shard", "--checkpointing"]):
     name = "sharded" if how else "whole"
     sft, out = f"{root}/{name}-sft", f"{root}/{name}-grpo"
@@ -293,7 +300,7 @@ def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp
 
 
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
-                                             (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value")])
+                                             (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
