@@ -654,7 +654,8 @@ def parser():
     m.add_argument("runs", nargs="*", metavar="RUN", help="finished runs of polylora.py sft or grpo.py, all on one base model")
     m.add_argument("--data", required=True, help="held-out posts, JSON lines")
     m.add_argument("--bare", metavar="FOLDER", help="also measure the base model without adapter, as a run in this folder")
-    m.add_argument("--n", type=int, default=20, help="drafts for each post: at least 10, for Pass@10")
+    m.add_argument("--n", "--samples", type=int, default=20, help="drafts for each post: at least 10, for Pass@10 (after torchrun write "
+                                                                  "--samples: it takes --n for an option of its own)")
     m.add_argument("--seed", type=int, default=1, help="of --bare's drafts; a run's drafts use the run's own seed")
     m.add_argument("--reward", default="auto", choices=REWARDS, help="what a draft earns, in domains without a verifier")
     m.add_argument("--reward-model", help="Qwen3 folder or hub name for --reward model or judge")

@@ -372,7 +372,8 @@ def check_grpo(a):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = p.add_argument
-    add("--start", required=True, help="finished SFT run, or an adapter folder in PEFT's layout, to start from")
+    add("--start", "--from", required=True, help="finished SFT run, or an adapter folder in PEFT's layout, to start from (after torchrun "
+                                                 "write --from: it takes --start for an option of its own)")
     add("--model", default=None, help="Qwen3 checkpoint under the adapter; default: the one its config names")
     data.common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
     draft_flags(p, 8)

@@ -299,6 +299,21 @@ def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp
     assert again.stdout.count("done already") == 6 and digest(tmp_path / "study" / "seed7") == before
 
 
+def test_torchrun_leaves_the_programs_flags_alone():
+    """torchrun reads the whole command line for its own options and their beginnings, the program's part too."""
+    from torch.distributed.run import get_args_parser
+    parsers = [polylora.parser(), grpo.parser(), evaluate.parser()]
+    subs = [p for parser in parsers for a in parser._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+    flags = {f for p in (*parsers, *subs) for a in p._actions for f in a.option_strings if f.startswith("--")}
+    assert {"--from", "--samples", "--lambda", "--shard"} <= flags
+    for flag in flags - {"--start", "--n"}:
+        args = get_args_parser().parse_args(["--nproc-per-node=1", "program.py", "command", flag, "1"])
+        assert args.training_script_args == ["command", flag, "1"]
+    for flag in ("--start", "--n"):                                            # or the other names are not needed
+        with pytest.raises(SystemExit):
+            get_args_parser().parse_args(["program.py", flag, "1"])
+
+
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
                                              (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
