@@ -600,16 +600,14 @@ class Fused:
 
     def __init__(self, model):
         self.config, self.blocks = model.config, []
-        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
         for a, m, block in ((b.self_attn, b.mlp, b) for b in model.model.layers):
-            weight = torch.cat([n.weight.expand(h, -1) for n, h in zip((a.q_norm, a.k_norm), heads)])
             products = [Product(layers, model.dtype) for layers in (
                 (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))]
-            self.blocks.append((block.input_layernorm, weight, block.post_attention_layernorm, *products))
+            self.blocks.append((block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm, *products))
 
     def tensors(self):
-        """What was computed from norms and adapter: to be refreshed before each rollout."""
-        return [t for block in self.blocks for t in (block[1], *(t for p in block[3:] for t in p.tensors))]
+        """What was computed from the adapter: to be refreshed before each rollout."""
+        return [t for block in self.blocks for p in block[4:] for t in p.tensors]
 
     def __call__(self, x, positions, attend):
         """x (B, T, hidden) after the last block, before the final norm."""
@@ -617,8 +615,9 @@ class Fused:
         heads, kv = c.num_attention_heads, c.num_key_value_heads
         cos, sin = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        for i, (norm, weight, mlp_norm, qkv, out, gate_up, down) in enumerate(self.blocks):
+        for i, (norm, q_norm, k_norm, mlp_norm, qkv, out, gate_up, down) in enumerate(self.blocks):
             qkv = qkv(norm(x)).unflatten(-1, (-1, c.head_dim))                 # (B, T, H + 2 KV, D)
+            weight = torch.cat((q_norm.weight.expand(heads, -1), k_norm.weight.expand(kv, -1)))
             qk = rms_norm(qkv[..., :heads + kv, :], weight, c.rms_norm_eps)
             qk = qk * cos + qk.roll(c.head_dim // 2, -1) * sin                 # rotate(), on both halves at once
             x = x + out(attend(i, qk[..., :heads, :], qk[..., heads:, :], qkv[..., heads + kv:, :]).flatten(2))
@@ -644,7 +643,8 @@ class Drafts:
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1, graphs=False):
         c = model.config
         if model.compiled and not model.lockstep:
-            self.step = torch.compile(self.step, options={"cpp_wrapper": model.device.type == "cpu"})
+            how = {"cpp_wrapper": model.device.type == "cpu", "size_asserts": False}     # a fifth of a small model's time
+            self.step, self.prefill = (torch.compile(f, options=how) for f in (self.step, self.prefill))
         self.model, self.ring, self.sampling, self.window = model, length, sampling, window
         self.graphs, self.pool, self.fused = {} if graphs else None, None, None if model.lockstep else Fused(model)
         new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
@@ -659,7 +659,7 @@ class Drafts:
         self.restart(places, k)
 
     def restart(self, places, k):
-        """An empty batch of the full size, with the adapter as it is now."""
+        """An empty batch of the full size."""
         self.steps = 0
         self.clock.zero_()
         self.resize(places, k)
@@ -682,21 +682,26 @@ class Drafts:
         """Posts `prompts` (id lists) take the places `places` (a list): one prefill for the k drafts of each, whose
         first tokens come from its last logits. noise (posts, k, length) from `uniforms`."""
         device, longest = self.clock.device, max(map(len, prompts))
-        tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-        lengths, places = (torch.tensor(x, device=device) for x in ([len(p) for p in prompts], places))
-        positions, causal, size = self.columns[None, :longest], full_attention(), max(1, 2 ** 14 // longest)
-        slots = self.slot[places].flatten()
+        rows = [[*p, *[0] * (longest - len(p))] for p in prompts]
+        tokens, lengths, places = (torch.tensor(x, device=device) for x in (rows, [len(p) for p in prompts], places))
+        slots, size = self.slot[places].flatten(), max(1, 2 ** 14 // longest)  # prefills batch well, to a limit
         self.noise[slots, :-1], self.stopped[slots] = noise.flatten(0, 1).to(device), False
         self.lengths[places], self.age[places] = lengths, 0
-        for some in (slice(i, i + size) for i in range(0, len(prompts), size)):          # prefills batch well, to a limit
-            def attend(layer, q, k, v):
-                for cache, new in zip(self.caches[layer], (k, v)):
-                    cache[places[some], :, :longest] = new.transpose(1, 2)
-                return causal(layer, q, k, v)
-            hidden = self.hidden(tokens[some], positions, attend)
-            last = hidden[torch.arange(len(hidden), device=device), lengths[some] - 1]
-            logits = linear(last, self.model.head_weight()).float()
-            self.record(logits[:, None].expand(-1, self.slot.shape[1], -1), places[some])
+        for some in (slice(i, i + size) for i in range(0, len(prompts), size)):
+            self.prefill(tokens[some], lengths[some], places[some])
+
+    def prefill(self, tokens, lengths, places):
+        """Read posts (n, T) of the given lengths (n,) into the places (n,); sample the first token of each draft."""
+        causal = full_attention()
+
+        def attend(layer, q, k, v):
+            for cache, new in zip(self.caches[layer], (k, v)):
+                cache[places, :, :tokens.shape[1]] = new.transpose(1, 2)
+            return causal(layer, q, k, v)
+        hidden = self.hidden(tokens, self.columns[None, :tokens.shape[1]], attend)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        logits = linear(last, self.model.head_weight()).float()
+        self.record(logits[:, None].expand(-1, self.slot.shape[1], -1), places)
 
     def record(self, logits, rows):
         """Sample one token for each draft of the places `rows` from logits (rows, k, V) and note it."""
@@ -738,8 +743,8 @@ class Drafts:
 
     def advance(self):
         """`step`, from the second time in the same shape on as a CUDA graph: no launch costs."""
-        self.used = min(self.ring, math.ceil((self.steps + 1) / self.window) * self.window)
         self.steps += 1
+        self.used = min(self.ring, math.ceil(self.steps / self.window) * self.window)
         shape = (*self.slot.shape, self.used)
         if self.graphs is None or shape not in self.graphs:                    # the first time kernels are loaded
             self.graphs = self.graphs if self.graphs is None else self.graphs | {shape: None}
@@ -793,16 +798,14 @@ class Decoder:
         self.left = [n - 1 for n in self.left]
 
     def look(self):
-        """Find the places whose drafts are all finished and read those; with nobody waiting, drop them and the
-        finished rows. Returns whether anybody still writes."""
+        """Read the places whose drafts are all finished; with nobody waiting, drop them. -> does anybody write?"""
         d, left = self.drafts, np.array(self.left)
         writing = ~d.stopped[d.slot].cpu().numpy() & (left > 0)[:, None]       # (P, k)
         writing[self.idle] = False
         finished = [p for p in (~writing.any(1)).nonzero()[0].tolist() if left[p] < math.inf]
         self.read(finished)
         self.idle = sorted(self.idle + finished)
-        for place in finished:
-            self.left[place] = math.inf                                        # never due for a look
+        self.left = [math.inf if p in self.idle else n for p, n in enumerate(self.left)]  # idle: never due for a look
         rows, widest = writing.any(1).nonzero()[0].tolist(), int(writing.sum(1).max())
         if not self.waiting and 0 < 2 * len(rows) * widest <= writing.size:
             # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished first.
@@ -832,21 +835,20 @@ class Decoder:
 
 
 def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
-    """A Drafts of this size. With CUDA graphs or torch.compile the last one is kept with the model and taken again
-    when it fits, so that they outlive the rollout."""
+    """A Drafts of this size. With CUDA graphs or torch.compile the last one is kept with the model for the next."""
     graphs = model.device.type == "cuda" if model.graphs is None else model.graphs
     if model.lockstep or not (graphs or model.compiled):
         return Drafts(model, places, k, prompt_length, length, sampling, stop_ids)
     bucket = 64 if graphs else 16
-    prompt_length, fused = math.ceil(prompt_length / bucket) * bucket, Fused(model)
+    prompt_length, lora = math.ceil(prompt_length / bucket) * bucket, [m for m in model.modules() if "lora_A" in m._modules]
     frozen = [t.data_ptr() for n, t in (*model.named_parameters(), *model.named_buffers()) if "lora_" not in n]
     key = (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled, frozen,
-           [t.shape for t in fused.tensors()], [p.scale for block in fused.blocks for p in block[3:]])
+           [(m.enabled, m.scale, m.lora_A.weight.shape) for m in lora])
     if model.drafts is None or model.drafts[0] != key:
         model.drafts = None                                                    # first free, then allocate
         model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
     drafts = model.drafts[1]
-    for old, new in zip(drafts.fused.tensors(), fused.tensors()):              # the adapter has trained since
+    for old, new in zip(drafts.fused.tensors(), Fused(model).tensors() if lora else ()):  # the adapter has trained since
         old.copy_(new)
     drafts.restart(places, k)
     return drafts
@@ -883,8 +885,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
             step += 1
             if stop_ids and step % look_every == 0 or min(decoder.left) <= 0:
                 writing = decoder.look()
-    if model.lockstep:
-        model.lockstep.wait()
+    model.lockstep and model.lockstep.wait()
     return decoder.samples(stop_ids)
 
 
