@@ -16,6 +16,7 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -383,6 +384,15 @@ def nearest(x, values):
     return torch.bucketize(x, (values[:-1] + values[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
+@cache
+@torch.inference_mode(False)
+def nf4_tables(device):
+    """(256, 2), the two values that each byte of NF4 stands for, and scale_values, on `device`: made once, since a CUDA
+    graph cannot bring them from the host."""
+    values = torch.tensor(NF4_VALUES, device=device)
+    return torch.cartesian_prod(values, values), scale_values(device)
+
+
 class NF4(nn.Module):
     """A frozen linear layer with 4.127 bits a weight: NF4 with double quantisation (QLoRA), equal to bitsandbytes'.
 
@@ -410,27 +420,17 @@ class NF4(nn.Module):
 
     def dense(self, dtype=torch.float32):
         """The weight (out, in), computed in fp32 and rounded to `dtype`."""
-        outer, values = self.outer.view(torch.float32), torch.tensor(NF4_VALUES, device=self.device)
-        scales = scale_values(self.device)[self.scales.int()] * outer[:-1].repeat_interleave(256)[:len(self.scales)] + outer[-1]
-        pairs = torch.cartesian_prod(values, values)                           # (256, 2): what each byte stands for
+        outer, (pairs, scales) = self.outer.view(torch.float32), nf4_tables(self.device)
+        scales = scales[self.scales.int()] * outer[:-1].repeat_interleave(256)[:len(self.scales)] + outer[-1]
         weight = (F.embedding(self.codes.int(), pairs).flatten(1) * scales[:, None]).to(dtype)
         return weight.flatten()[:math.prod(self.shape)].view(self.shape)
 
     def forward(self, x):
-        return NF4Product.apply(x, self)
-
-
-class NF4Product(torch.autograd.Function):
-    """x W^T, W made dense in the forward and again in the backward pass: kept, it would undo what NF4 saves."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return F.linear(x, weight.dense(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.weight.dense(grad.dtype), None
+        """x W^T, W made dense again in the backward pass: kept, it would undo what NF4 saves."""
+        product = lambda x: F.linear(x, self.dense(x.dtype))
+        if not torch.is_grad_enabled():
+            return product(x)
+        return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def quantise(model, device=None):
@@ -509,13 +509,36 @@ class Samples:
     finished: list
 
 
+def inverse(mass, target):
+    """The first index (R, 1) whose cumulative weight in mass (R, N) is above target (R, 1), whatever rounding did to
+    that: never one of weight zero, which low-precision multinomials have hit."""
+    target = target.clamp(min=0).minimum(mass[:, -1:] * (1 - 2 ** -50))
+    return torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[-1] - 1)     # of nan: the last
+
+
+def draw(p, uniform, size=128):
+    """Ids (R, 1) drawn from the weights p (R, V) and the weights' sums (R, 1): the inverse of the cumulative distribution,
+    in float64, at uniform (R,) in [0, 1). Of a large vocabulary the block of `size` ids comes first, and then the id
+    in it: a cumulative sum of all takes a CPU 30 times as long."""
+    whole = p.shape[-1] // size * size
+    if p.numel() <= 2 ** 16 or not whole:
+        mass = p.cumsum(-1, dtype=torch.float64)
+        return inverse(mass, uniform[:, None] * mass[:, -1:]), mass[:, -1:]
+    sums = torch.cat((p[:, :whole].unflatten(-1, (-1, size)).sum(-1), p[:, whole:].sum(-1, keepdim=True)), -1)
+    mass = sums.cumsum(-1, dtype=torch.float64)
+    target = uniform[:, None] * mass[:, -1:]
+    block = inverse(mass, target)
+    ids, last = block * size + torch.arange(size, device=p.device), p.shape[-1] - 1
+    inside = p.gather(1, ids.clamp(max=last)).cumsum(-1, dtype=torch.float64)              # beyond the last: it again
+    return (block * size + inverse(inside, target - (mass - sums).gather(1, block))).clamp_(max=last), mass[:, -1:]
+
+
 def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """One token per row: ids and log-probs (R,), from fp32 logits (R, V) and uniform numbers (R,) in [0, 1).
 
     Temperature first, then top-k, top-p, min-p, each on what the former kept (Hugging Face's order); the
     log-prob is of the renormalised rest. Temperature 0 takes the largest logit; its log-prob is the model's
-    own, at T = 1. The draw inverts the cumulative distribution in float64: one random number a token, and no
-    id of probability zero can be hit, which low-precision multinomials have done.
+    own, at T = 1.
     """
     if temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
@@ -529,9 +552,7 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
         p = torch.empty_like(p).scatter_(-1, index, ordered.masked_fill(before >= top_p, 0))
     if min_p:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
-    mass = p.cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:]
-    token = torch.searchsorted(mass, uniform[:, None] * total, right=True).clamp_(max=p.shape[-1] - 1)
+    token, total = draw(p, uniform)
     return token.squeeze(-1), (p.gather(-1, token) / total).log().float().squeeze(-1)
 
 
@@ -752,7 +773,8 @@ class Drafts:
         if self.graphs[shape] is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self.pool):                  # notes the kernels, runs none
+                # notes the kernels, runs none; other threads (NCCL's) may use the device meanwhile
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     self.step()
             except RuntimeError as e:
                 raise InputError(f"the decoding step could not be made a CUDA graph ({e}): add --no-graphs") from e

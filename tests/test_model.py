@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import model as model_py
 from data import pack
-from model import (Config, Decoder, Drafts, Fused, InputError, Qwen3, SelectedLogprobs, full_attention, generate,
-                   sample, selected_logprobs, token_logprobs, uniforms)
+from model import (Config, Decoder, Drafts, Fused, InputError, Qwen3, SelectedLogprobs, draw, full_attention, generate,
+                   inverse, quantise, sample, selected_logprobs, token_logprobs, uniforms)
 from polylora import adapter_state, add_lora, lora_layers
 from tiny import tiny_config, tiny_weights
 
@@ -280,6 +280,41 @@ def test_a_token_of_probability_zero_is_never_drawn():
     assert len(set(token.tolist())) == 3
 
 
+@pytest.mark.parametrize("rows, vocab", [(5, 300), (3, 40_003), (2, 256 * 128), (700, 100), (9, 8000)])
+def test_a_draw_inverts_the_cumulative_distribution(rows, vocab):
+    """One random number a token, small vocabularies at once, large ones in two steps: the share of [0, 1) that draws an
+    id is its probability, also at the borders of blocks and in the last, shorter one."""
+    p = torch.rand(rows, vocab) ** 8 * (torch.rand(rows, vocab) < 0.1)
+    p[0, : vocab // 2], p[-1, vocab // 2:] = 0, 0
+    mass = p.double().cumsum(-1)
+    for uniform in (torch.rand(20, rows, dtype=torch.float64), torch.tensor([[0.0], [1 - 2.0 ** -53]]).double().expand(2, rows)):
+        for u in uniform:
+            token, total = draw(p, u)
+            assert (p.gather(1, token) > 0).all() and (total - mass[:, -1:]).abs().max() < 1e-5 * total.max()
+            upper, share = mass.gather(1, token) / total, u[:, None]
+            lower = upper - p.gather(1, token) / total
+            assert (lower < share + 1e-6).all() and (share < upper + 1e-6).all()
+    edges = mass / mass[:, -1:]                                # the middle of every id's share draws that id
+    for i in p[0].nonzero()[::7].flatten().tolist():
+        if p[0, i] / p[0].sum() > 1e-5:
+            u = edges[:, i] - 0.5 * p[:, i] / p.sum(-1)
+            assert draw(p, u)[0][0] == i
+
+
+def test_rounding_at_a_border_hits_no_id_of_weight_zero():
+    """In the second step what is left of the random number may be a rounding below 0 or above the block's sum."""
+    mass = torch.tensor([[0.0, 0.0, 0.3, 0.3, 0.7, 0.7, 0.7]], dtype=torch.float64)
+    for target, index in ((-1e-9, 2), (0.0, 2), (0.3, 4), (0.7, 4), (0.7 + 1e-9, 4)):
+        assert inverse(mass, torch.tensor([[target]], dtype=torch.float64)).tolist() == [[index]]
+
+
+@pytest.mark.parametrize("vocab", [100, 2 ** 16 + 128, 2 ** 16 + 130])
+def test_a_model_that_gives_nan_draws_real_ids(vocab):
+    """An id beyond the table would end a GPU's process; nan goes on as a nan log-prob, which the training loop refuses."""
+    token, logp = sample(torch.full((2, vocab), math.nan), torch.rand(2, dtype=torch.float64), 1.0)
+    assert 0 <= token.min() and token.max() < vocab and logp.isnan().all()
+
+
 @pytest.mark.parametrize("wrong", [
     dict(k=0), dict(max_new_tokens=0), dict(temperature=-0.1), dict(temperature=math.nan), dict(top_p=0.0),
     dict(top_p=1.1), dict(top_k=-1), dict(min_p=1.0), dict(min_p=-0.1), dict(prompts=[[1], []]),
@@ -309,9 +344,10 @@ def test_generation_leaves_its_inputs_alone():
 # ----------------------------------------------------------------------------------------------------------
 # The fast path of decoding against the plain one
 
-def with_lora(dtype=torch.float32, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), **changes):
+def with_lora(dtype=torch.float32, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), nf4=False, **changes):
     """Some layers with LoRA and some without, B not zero."""
-    model = add_lora(build(**changes).to(dtype), 4, 6, targets=targets)
+    model = build(**changes).to(dtype)
+    model = add_lora(quantise(model) if nf4 else model, 4, 6, targets=targets)
     for p in adapter_state(model).values():
         torch.nn.init.normal_(p, 0, 0.3)
     return model
@@ -383,6 +419,7 @@ class Tape(TorchDispatchMode):
                           if a.alias_info and a.alias_info.is_write]
         out = func(*args, **kwargs or {})
         assert func is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
+        assert func is not torch.ops.aten.lift_fresh.default, "the step brings numbers from the host"
         self.notes.append((func, args, kwargs or {}, out))
         return out
 
@@ -406,15 +443,16 @@ class Tape(TorchDispatchMode):
             now |= {id(old): fresh for old, fresh in zip(tree_flatten(out)[0], tree_flatten(again)[0])}
 
 
-def test_a_graph_of_the_step_writes_what_the_step_writes(monkeypatch):
+@pytest.mark.parametrize("nf4", [False, True])
+def test_a_graph_of_the_step_writes_what_the_step_writes(monkeypatch, nf4):
     """A CUDA graph repeats kernels at fixed addresses: a step that reads a number or a list of the host, or
     an adapter that was copied before it trained, would go on with old values. Over refills, smaller batches
     and a second rollout after training."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     whole, replays = Tape.replay, []
     monkeypatch.setattr(Tape, "replay", lambda self: (replays.append(1), whole(self)))
-    eager, graphs = with_lora(), with_lora()
+    eager, graphs = with_lora(nf4=nf4), with_lora(nf4=nf4)
     graphs.load_state_dict(eager.state_dict())
     graphs.graphs = True
     for round in range(3):
