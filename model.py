@@ -574,13 +574,27 @@ def uniforms(seeds, k, length):
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0 ** -53)
 
 
-def linear(x, weight):
-    """x W^T without gradient. On a CPU large fp32 weights go to oneDNN: 1.4 to 2.9 times faster than the BLAS
-    behind F.linear (AMD EPYC, 2 threads, 1 to 256 rows); small ones are not worth its set-up."""
-    if (x.dtype != torch.float32 or x.device.type != "cpu" or weight.numel() < 2 ** 17 or torch.compiler.is_compiling()
-            or not hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return F.linear(x, weight)
+def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+# torch.compile would only take that product with a weight packed for it, a copy.
+compiled_onednn = torch.library.custom_op("polylora::onednn", onednn, mutates_args=())
+compiled_onednn.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
+
+
+def linear(x, weight):
+    """x W^T without gradient. On a CPU large fp32 products go to oneDNN, 1.4 to 2.9 times faster than the BLAS behind
+    F.linear (AMD EPYC, 2 threads, 1 to 256 rows), and compiled small ones to it as four: a fifth off a step of 8 rows."""
+    compiling, (outs, width) = torch.compiler.is_compiling(), weight.shape
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return F.linear(x, weight)
+    if x.numel() * outs >= 2 ** 21:
+        return (compiled_onednn if compiling else onednn)(x, weight)
+    if not compiling or outs % 4:
+        return F.linear(x, weight)
+    parts = torch.bmm(x.flatten(0, -2).expand(4, -1, -1), weight.view(4, -1, width).transpose(1, 2))
+    return parts.transpose(0, 1).reshape(*x.shape[:-1], outs)
 
 
 def joined(weights):
@@ -619,8 +633,11 @@ class Fused:
     """The blocks for decoding, without gradient: one product for q, k and v, one for gate and up; q and k normed and
     rotated together. A step has few rows, so the number of operations decides its time."""
 
-    def __init__(self, model):
-        self.config, self.blocks = model.config, []
+    def __init__(self, model, length):
+        c = model.config
+        cos, sin = rotary(torch.arange(length, device=model.device), c.head_dim, c.rope_theta, model.dtype)
+        self.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)      # (length, 1, D) each
+        self.config, self.blocks = c, []
         for a, m, block in ((b.self_attn, b.mlp, b) for b in model.model.layers):
             products = [Product(layers, model.dtype) for layers in (
                 (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))]
@@ -634,8 +651,7 @@ class Fused:
         """x (B, T, hidden) after the last block, before the final norm."""
         c = self.config
         heads, kv = c.num_attention_heads, c.num_key_value_heads
-        cos, sin = rotary(positions, c.head_dim, c.rope_theta, x.dtype)
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        cos, sin = (table[positions.clamp(max=len(table) - 1)] for table in self.rope)        # idle drafts age on
         for i, (norm, q_norm, k_norm, mlp_norm, qkv, out, gate_up, down) in enumerate(self.blocks):
             qkv = qkv(norm(x)).unflatten(-1, (-1, c.head_dim))                 # (B, T, H + 2 KV, D)
             weight = torch.cat((q_norm.weight.expand(heads, -1), k_norm.weight.expand(kv, -1)))
@@ -667,7 +683,7 @@ class Drafts:
             how = {"cpp_wrapper": model.device.type == "cpu", "size_asserts": False}     # a fifth of a small model's time
             self.step, self.prefill = (torch.compile(f, options=how) for f in (self.step, self.prefill))
         self.model, self.ring, self.sampling, self.window = model, length, sampling, window
-        self.graphs, self.pool, self.fused = {} if graphs else None, None, None if model.lockstep else Fused(model)
+        self.graphs, self.pool, self.fused = {} if graphs else None, None, None if model.lockstep else Fused(model, prompt_length + length)
         new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
         self.prompt_cache = torch.zeros(layers, 2, places, kv, prompt_length, c.head_dim, **new, dtype=model.dtype)
         self.own_cache = torch.zeros(layers, 2, places * kv * k * length * c.head_dim, **new, dtype=model.dtype)
@@ -756,10 +772,13 @@ class Drafts:
         own_k, own_v = own_k[..., :self.used, :], own_v[..., :self.used, :]
         q = q.view(places, drafts, kv, -1, dim).transpose(1, 2).contiguous()   # (P, KV, k, G, D)
         shared = q.flatten(2, 3) @ prompt_k.transpose(-1, -2)                  # all drafts against the one copy
-        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), q @ own_k.transpose(-1, -2)), -1)
+        small = torch.compiler.is_compiling() and q.device.type == "cpu"
+        tail = (q.unsqueeze(-2) * own_k.unsqueeze(3)).sum(-1) if small else q @ own_k.transpose(-1, -2)
+        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), tail), -1)
         p = torch.add(self.bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
         shared, own = p.split((prompt_k.shape[2], self.used), -1)
-        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
+        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + (
+            (own.unsqueeze(-1) * own_v.unsqueeze(3)).sum(-2) if small else own @ own_v)
         return out.transpose(1, 2).reshape(places * drafts, 1, -1, dim)
 
     def advance(self):
@@ -862,15 +881,17 @@ def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
     if model.lockstep or not (graphs or model.compiled):
         return Drafts(model, places, k, prompt_length, length, sampling, stop_ids)
     bucket = 64 if graphs else 16
-    prompt_length, lora = math.ceil(prompt_length / bucket) * bucket, [m for m in model.modules() if "lora_A" in m._modules]
-    frozen = [t.data_ptr() for n, t in (*model.named_parameters(), *model.named_buffers()) if "lora_" not in n]
+    prompt_length, modules = math.ceil(prompt_length / bucket) * bucket, list(model.modules())
+    lora = [m for m in modules if "lora_A" in m._modules]
+    adapters = {id(x) for m in lora for x in (m.lora_A, m.lora_B)}
+    frozen = [t.data_ptr() for m in modules if id(m) not in adapters for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     key = (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled, frozen,
            [(m.enabled, m.scale, m.lora_A.weight.shape) for m in lora])
     if model.drafts is None or model.drafts[0] != key:
         model.drafts = None                                                    # first free, then allocate
         model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
     drafts = model.drafts[1]
-    for old, new in zip(drafts.fused.tensors(), Fused(model).tensors() if lora else ()):  # the adapter has trained since
+    for old, new in zip(drafts.fused.tensors(), Fused(model, 0).tensors() if lora else ()):  # the adapter has trained since
         old.copy_(new)
     drafts.restart(places, k)
     return drafts

@@ -323,7 +323,7 @@ def joined_products(device):
     for p in adapter_state(model).values():
         torch.nn.init.normal_(p, 0, 0.1)
     with torch.no_grad():
-        x = Fused(model)(model.model.embed_tokens(tokens), torch.arange(16, device=device)[None], full_attention())
+        x = Fused(model, 16)(model.model.embed_tokens(tokens), torch.arange(16, device=device)[None], full_attention())
         return relative(model.model.norm(x), model.hidden(tokens))
 
 

@@ -363,7 +363,7 @@ def test_joined_products_are_the_layers_one_by_one(dtype, tolerance):
             layer.enabled = on
         with torch.no_grad():
             want = model.hidden(tokens)
-            fused = Fused(model)
+            fused = Fused(model, 16)
             x = fused(model.model.embed_tokens(tokens), torch.arange(9)[None], full_attention())
             got = model.model.norm(x)
         assert (got - want).abs().max() < tolerance
@@ -378,18 +378,18 @@ def test_joined_weights_are_stored_once_and_stay_the_model_s():
     model = build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     generate(model, PROMPTS[:2], max_new_tokens=2)
-    monkey = Fused(model)
+    monkey = Fused(model, 16)
     a = model.model.layers[0].self_attn
     whole = monkey.blocks[0][4].weight
     assert a.k_proj.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() == a.q_proj.weight.data_ptr()
     assert torch.equal(whole, torch.cat([before[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"]))
-    again = Fused(model).blocks[0][4].weight
+    again = Fused(model, 16).blocks[0][4].weight
     assert again.data_ptr() == whole.data_ptr()  # joined once
     with torch.no_grad():
         a.k_proj.weight.mul_(2)
     assert torch.equal(whole[32:48], 2 * before["model.layers.0.self_attn.k_proj.weight"])
     model.double()  # moved: the views are apart again, and are joined anew
-    whole = Fused(model).blocks[0][4].weight
+    whole = Fused(model, 16).blocks[0][4].weight
     assert whole.dtype == torch.float64 and torch.equal(whole[32:48].float(), 2 * before["model.layers.0.self_attn.k_proj.weight"])
     model.requires_grad_(True)
     model(torch.tensor([PROMPTS[0]])).sum().backward()
