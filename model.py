@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -49,8 +50,7 @@ class Config:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
     dtype: str = "float32"            # of the stored weights
-    # everything else in config.json, written back by save_pretrained
-    extra: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)         # all else in config.json, written back by save_pretrained
 
     @classmethod
     def from_dict(cls, d):
@@ -60,11 +60,9 @@ class Config:
         if d.get("model_type", "qwen3") != "qwen3":
             raise InputError(f"config.json describes a {d['model_type']!r} model: give a Qwen3 one")
         for key, fine in (("attention_bias", False), ("use_sliding_window", False), ("hidden_act", "silu"),
-                          ("rope_scaling", None)):
-            if (d.get(key) or fine) != fine:
-                raise InputError(f"config.json sets {key} to {d[key]!r}: only {fine!r} is implemented")
-        if rope.get("rope_type", "default") != "default":
-            raise InputError(f"config.json sets rope_type to {rope['rope_type']!r}: only 'default' is implemented")
+                          ("rope_scaling", None), ("rope_type", "default")):
+            if ((rope | d).get(key) or fine) != fine:
+                raise InputError(f"config.json sets {key} to {(rope | d)[key]!r}: only {fine!r} is implemented")
         # nothing that shapes the network is guessed: a wrong head_dim or rope_theta still loads, and babbles
         try:
             values = {k: d[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -107,11 +105,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta, dtype):
-    """cos and sin, each positions.shape + (1, head_dim / 2): the 1 is the heads'.
-
-    Made afresh in fp32 on every forward: a buffer would be rounded by model.to(bfloat16), and an inverse
-    frequency in bf16 is off by radians at position 4,000.
-    """
+    """cos and sin, each positions.shape + (1, head_dim / 2): the 1 is the heads'. Made in fp32, never a buffer, which
+    model.to(bfloat16) would round: an inverse frequency in bf16 is off by radians at position 4,000."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions.unsqueeze(-1).float() * inverse
     return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
@@ -187,12 +182,9 @@ class Backbone(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """A dense Qwen3 with the heads its checkpoint has: token logits (lm_head, or the tied embedding), a
-    scalar `score` (reward models), or none (embedders).
-
-    `vocab` is the number of token ids that are real: the rows above it pad the matrix and are never sampled
-    or scored (Qwen3 has 151,936 rows for 151,669 tokens).
-    """
+    """A dense Qwen3 with the heads its checkpoint has: token logits (lm_head, or the tied embedding), a scalar `score`
+    (reward models), or none (embedders). `vocab` is the number of token ids that are real: the rows above it pad the
+    matrix and are never sampled or scored (Qwen3 has 151,936 rows for 151,669 tokens)."""
 
     def __init__(self, config, *, lm_head=True, score_head=False):
         super().__init__()
@@ -204,8 +196,7 @@ class Qwen3(nn.Module):
             self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)        # the name is the method's
         # Recompute blocks in the backward pass instead of keeping activations; ranks that share the weights
         # (polylora.Lockstep); decode by CUDA graphs (None: on a GPU), by torch.compile; what the next rollout reuses.
-        self.checkpointing, self.lockstep = False, None
-        self.graphs, self.compiled, self.drafts = None, False, None
+        self.checkpointing, self.lockstep, self.graphs, self.compiled, self.drafts = False, None, None, False, None
 
     device = property(lambda self: self.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.model.norm.weight.dtype)
@@ -219,8 +210,7 @@ class Qwen3(nn.Module):
 
     def hidden(self, tokens, positions=None, attend=None):
         """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by default 0..T-1."""
-        if self.lockstep:
-            self.lockstep()
+        self.lockstep and self.lockstep()
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         attend, x = attend or full_attention(), self.model.embed_tokens(tokens)
@@ -254,11 +244,9 @@ class Qwen3(nn.Module):
     @classmethod
     def from_pretrained(cls, path, *, revision=None, device=None, dtype=None, nf4=False):
         """A model from a folder or a hub name. dtype None keeps the stored one. nf4: the blocks' linear layers in
-        4 bits, made on the device one by one, so that it never holds more than one layer in full.
-
-        Built on meta and loaded strictly: a missing, unknown or wrong-shaped tensor raises InputError with
-        its name. Qwen3-Embedding's tensors lack the leading `model.`; both spellings are read.
-        """
+        4 bits, made on the device one by one, so that it never holds more than one layer in full. Built on meta
+        and loaded strictly: a missing, unknown or wrong-shaped tensor raises InputError with its name.
+        Qwen3-Embedding's tensors lack the leading `model.`; both spellings are read."""
         model = load_checkpoint(cls, fetch(path, revision), "cpu" if nf4 else device, dtype)
         return quantise(model, device) if nf4 else model
 
@@ -269,22 +257,13 @@ class Qwen3(nn.Module):
             raise InputError("a model in NF4 cannot be saved: save its adapter, and load the checkpoint in full to merge")
         folder.mkdir(parents=True, exist_ok=True)
         self.config.dtype = str(self.dtype).removeprefix("torch.")
-        shards, size = [{}], 0
         bare = not self.has_logits and not self.has_score  # an embedder: its names lack `model.`
-        for name, tensor in self.state_dict().items():
-            name = name.removeprefix("model.") if bare else name
-            if size and size + tensor.nbytes > shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor.contiguous()
-            size += tensor.nbytes
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        names = names if len(shards) > 1 else ["model.safetensors"]
-        for file, shard in zip(names, shards):
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
-                     "weight_map": {n: file for file, shard in zip(names, shards) for n in shard}}
+        tensors = {n.removeprefix("model.") if bare else n: t for n, t in self.state_dict().items()}
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)     # keeps joined layers together
+        for file, names in plan.filename_to_tensors.items():
+            save_file({n: tensors[n].contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
@@ -298,7 +277,6 @@ def fetch(path, revision=None):
         return Path(path)
     if os.path.exists(path) or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise InputError(f"no model folder at {str(path)!r}: give a folder with config.json, or a hub name (owner/name)")
-    from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as e:  # the hub client's errors are many: offline, no such repository, no such revision, no access
@@ -364,19 +342,22 @@ def load_checkpoint(cls, folder, device=None, dtype=None):
 # ----------------------------------------------------------------------------------------------------------------
 # Four-bit weights
 
-# The 16 values of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact zero (QLoRA,
-# arXiv 2305.14314, appendix E).
+# Quantiles of a normal distribution scaled to [-1, 1], with an exact zero (QLoRA, arXiv 2305.14314, appendix E).
 NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
               -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
               0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-def scale_values(device=None):
-    """The 256 values that code NF4's scales (dynamic data type, arXiv 1511.04561, as bitsandbytes has it): 0, 1 and
-    +-10^-i times the middles of 2^(6-i) equal parts of [0.1, 1]."""
-    edges = [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
+@cache
+@torch.inference_mode(False)
+def nf4_tables(device):
+    """(256, 2), the two values that each byte stands for; and the 256 values that code scales (dynamic data type, arXiv
+    1511.04561, as bitsandbytes has it): 0, 1 and +-10^-i times the middles of 2^(6-i) equal parts of [0.1, 1]. Made
+    once a device: a CUDA graph cannot bring them from the host."""
+    values, edges = torch.tensor(NF4_VALUES), [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
     positive = torch.cat([(e[:-1] + e[1:]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
-    return torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values.to(device)
+    scales = torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values
+    return torch.cartesian_prod(values, values).to(device), scales.to(device)
 
 
 def nearest(x, values):
@@ -384,21 +365,10 @@ def nearest(x, values):
     return torch.bucketize(x, (values[:-1] + values[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-@cache
-@torch.inference_mode(False)
-def nf4_tables(device):
-    """(256, 2), the two values that each byte of NF4 stands for, and scale_values, on `device`: made once, since a CUDA
-    graph cannot bring them from the host."""
-    values = torch.tensor(NF4_VALUES, device=device)
-    return torch.cartesian_prod(values, values), scale_values(device)
-
-
 class NF4(nn.Module):
     """A frozen linear layer with 4.127 bits a weight: NF4 with double quantisation (QLoRA), equal to bitsandbytes'.
-
     Each 64 values in a row share a scale, their largest magnitude; the scales less their mean are coded in 8 bits
-    that share a scale in their turn for each 256.
-    """
+    that share a scale in their turn for each 256."""
 
     def __init__(self, weight):
         super().__init__()
@@ -409,10 +379,9 @@ class NF4(nn.Module):
         mean = largest.mean()
         scales = F.pad(largest - mean, (0, -len(largest) % 256)).view(-1, 256)
         outer = scales.abs().amax(1).clamp_min(1e-30)
-        # The first of two values lies in the upper half of the byte. fp32 numbers are kept as the integers of
-        # their bits: model.to(bfloat16) would round them.
+        # The first of two values lies in the upper half of a byte. fp32 is kept as its bits: model.to(bfloat16) would round it.
         self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])                # (blocks, 32)
-        self.register_buffer("scales", nearest(scales / outer[:, None], scale_values(weight.device)).flatten()[:len(largest)])
+        self.register_buffer("scales", nearest(scales / outer[:, None], nf4_tables(weight.device)[1]).flatten()[:len(largest)])
         self.register_buffer("outer", torch.cat((outer, mean[None])).view(torch.int32))
 
     device = property(lambda self: self.codes.device)
@@ -428,18 +397,16 @@ class NF4(nn.Module):
     def forward(self, x):
         """x W^T, W made dense again in the backward pass: kept, it would undo what NF4 saves."""
         product = lambda x: F.linear(x, self.dense(x.dtype))
-        if not torch.is_grad_enabled():
-            return product(x)
-        return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
+        again = torch.is_grad_enabled()
+        return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False) if again else product(x)
 
 
 def quantise(model, device=None):
     """The linear layers of the blocks as NF4, in place, one by one on `device`; embedding, head and norms keep
     their dtype. Returns the model, on `device`."""
-    for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, linear in [(n, m) for n, m in part.named_children() if isinstance(m, nn.Linear)]:
-                setattr(part, name, NF4(linear.weight.to(device)))
+    for part in (part for block in model.model.layers for part in (block.self_attn, block.mlp)):
+        for name, linear in [(n, m) for n, m in part.named_children() if isinstance(m, nn.Linear)]:
+            setattr(part, name, NF4(linear.weight.to(device)))
     return model.to(device)
 
 
@@ -453,11 +420,9 @@ def chunk_size(vocab, device):
 
 class SelectedLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target] and the entropy of that softmax, for a frozen W, in chunks of tokens.
-
     A token's log-probability depends on its own hidden state alone, so its gradient is one vector, (W[target]
     - softmax . W) / T. Forward computes it while the chunk's softmax is at hand; backward only scales it: exact
-    for every loss of log-probabilities, without a second projection, and (N, hidden) is kept, not (N, vocab).
-    """
+    for every loss of log-probabilities, without a second projection, and (N, hidden) is kept, not (N, vocab)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
@@ -517,29 +482,27 @@ def inverse(mass, target):
 
 
 def draw(p, uniform, size=128):
-    """Ids (R, 1) drawn from the weights p (R, V) and the weights' sums (R, 1): the inverse of the cumulative distribution,
-    in float64, at uniform (R,) in [0, 1). Of a large vocabulary the block of `size` ids comes first, and then the id
-    in it: a cumulative sum of all takes a CPU 30 times as long."""
-    whole = p.shape[-1] // size * size
-    if p.numel() <= 2 ** 16 or not whole:
-        mass = p.cumsum(-1, dtype=torch.float64)
-        return inverse(mass, uniform[:, None] * mass[:, -1:]), mass[:, -1:]
-    sums = torch.cat((p[:, :whole].unflatten(-1, (-1, size)).sum(-1), p[:, whole:].sum(-1, keepdim=True)), -1)
+    """Ids (R, 1) of weights p (R, V) and the weights' sums (R, 1): the inverse of the cumulative distribution, in
+    float64, at uniform (R,) in [0, 1). Of a large vocabulary first the block of `size` ids is drawn and then the id in
+    it: on a CPU 30 times faster than a cumulative sum of all."""
+    sums = p
+    if p.numel() > 2 ** 16 and p.shape[-1] >= size:
+        whole = p.shape[-1] // size * size
+        sums = torch.cat((p[:, :whole].unflatten(-1, (-1, size)).sum(-1), p[:, whole:].sum(-1, keepdim=True)), -1)
     mass = sums.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * mass[:, -1:]
-    block = inverse(mass, target)
-    ids, last = block * size + torch.arange(size, device=p.device), p.shape[-1] - 1
-    inside = p.gather(1, ids.clamp(max=last)).cumsum(-1, dtype=torch.float64)              # beyond the last: it again
-    return (block * size + inverse(inside, target - (mass - sums).gather(1, block))).clamp_(max=last), mass[:, -1:]
+    index = inverse(mass, target)
+    if sums is not p:
+        ids = (index * size + torch.arange(size, device=p.device)).clamp_(max=p.shape[-1] - 1)
+        inside = p.gather(1, ids).cumsum(-1, dtype=torch.float64)
+        index = ids.gather(1, inverse(inside, target - (mass - sums).gather(1, index)))
+    return index, mass[:, -1:]
 
 
 def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """One token per row: ids and log-probs (R,), from fp32 logits (R, V) and uniform numbers (R,) in [0, 1).
-
-    Temperature first, then top-k, top-p, min-p, each on what the former kept (Hugging Face's order); the
-    log-prob is of the renormalised rest. Temperature 0 takes the largest logit; its log-prob is the model's
-    own, at T = 1.
-    """
+    Temperature first, then top-k, top-p, min-p, each on what the former kept (Hugging Face's order); the log-prob
+    is of the renormalised rest. Temperature 0 takes the largest logit; its log-prob is the model's own, at T = 1."""
     if temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
         return token, logp
@@ -557,9 +520,9 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def uniforms(seeds, k, length):
-    """(prompts, k, length) float64 numbers in [0, 1): draft d of a prompt with seed s reads the stream of (s,
-    d), whatever rank or batch it is in. SplitMix64 (Steele, Lea and Flood 2014): number t of a stream is a
-    hash of its start + t times the golden ratio's bits, so that all are made at once."""
+    """(prompts, k, length) float64 numbers in [0, 1): draft d of a prompt with seed s reads the stream of (s, d), whatever
+    rank or batch it is in. SplitMix64 (Steele, Lea and Flood 2014): number t of a stream is a hash of its start + t
+    times the golden ratio's bits, so that all are made at once."""
     def mix(z):
         z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -578,23 +541,21 @@ def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-# torch.compile would only take that product with a weight packed for it, a copy.
-compiled_onednn = torch.library.custom_op("polylora::onednn", onednn, mutates_args=())
+compiled_onednn = torch.library.custom_op("polylora::onednn", onednn, mutates_args=())    # else it would want a packed copy
 compiled_onednn.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 def linear(x, weight):
     """x W^T without gradient. On a CPU large fp32 products go to oneDNN, 1.4 to 2.9 times faster than the BLAS behind
     F.linear (AMD EPYC, 2 threads, 1 to 256 rows), and compiled small ones to it as four: a fifth off a step of 8 rows."""
-    compiling, (outs, width) = torch.compiler.is_compiling(), weight.shape
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return F.linear(x, weight)
-    if x.numel() * outs >= 2 ** 21:
+    compiling, outs = torch.compiler.is_compiling(), len(weight)
+    onednn_has_it = x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if onednn_has_it and x.numel() * outs >= 2 ** 21:
         return (compiled_onednn if compiling else onednn)(x, weight)
-    if not compiling or outs % 4:
-        return F.linear(x, weight)
-    parts = torch.bmm(x.flatten(0, -2).expand(4, -1, -1), weight.view(4, -1, width).transpose(1, 2))
-    return parts.transpose(0, 1).reshape(*x.shape[:-1], outs)
+    if onednn_has_it and compiling and outs % 64 == 0:
+        parts = torch.bmm(x.flatten(0, -2).expand(4, -1, -1), weight.view(4, -1, weight.shape[1]).transpose(1, 2))
+        return parts.transpose(0, 1).reshape(*x.shape[:-1], outs)
+    return F.linear(x, weight)
 
 
 def joined(weights):
@@ -666,16 +627,15 @@ class Fused:
 class Drafts:
     """A batch of drafts on the device: P places for posts, k drafts each; as `attend` it is the KV cache.
 
-    A post's keys and values are stored once, (P, KV, L, D), and shared by its k drafts; the drafts' own are a
-    ring (P, KV, k, M, D) in which step s of the whole batch writes column s mod M for every row. A post that
-    entered `age` steps ago sees the last `age` columns, so a newcomer takes a finished post's place without
-    moving anything: softmax does not mind the order of columns, rotary positions are in k already.
+    A post's keys and values are stored once, (P, KV, L, D), and shared by its k drafts; the drafts' own are a ring (P, KV,
+    k, M, D) in which step s of the whole batch writes column s mod M for every row. A post that entered `age` steps ago
+    sees the last `age` columns, so a newcomer takes a finished post's place without moving anything: softmax does not
+    mind the order of columns, rotary positions are in k already.
 
-    What was written lies in tables with a line for each draft that the batch began with, whose last column is a
-    waste bin for idle places; `slot` says which line a row writes. All state is tensors that stay where they
-    are, smaller batches are prefixes of the same memory, and `step` reads nothing of the host: a CUDA graph of
-    it can be replayed. It looks at the ring in multiples of `window` columns, each a graph of its own.
-    """
+    What was written lies in tables with a line for each draft that the batch began with, whose last column is a waste bin
+    for idle places; `slot` says which line a row writes. All state is tensors that stay where they are, smaller batches
+    are prefixes of the same memory, and `step` reads nothing of the host: a CUDA graph of it can be replayed. It looks at
+    the ring in multiples of `window` columns, each a graph of its own."""
 
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1, graphs=False):
         c = model.config
@@ -765,20 +725,19 @@ class Drafts:
 
     def __call__(self, layer, q, k, v):
         """Attention of one new token per draft over [the post's cache, the draft's own]. q (P k, 1, H, D)."""
-        prompt_k, prompt_v, own_k, own_v = self.caches[layer]
+        (prompt_k, prompt_v, own_k, own_v), small = self.caches[layer], torch.compiler.is_compiling() and not q.is_cuda
         places, kv, drafts, _, dim = own_k.shape
         for cache, new in ((own_k, k), (own_v, v)):
             cache.index_copy_(3, self.column, new.view(places, drafts, kv, 1, dim).transpose(1, 2))
         own_k, own_v = own_k[..., :self.used, :], own_v[..., :self.used, :]
         q = q.view(places, drafts, kv, -1, dim).transpose(1, 2).contiguous()   # (P, KV, k, G, D)
         shared = q.flatten(2, 3) @ prompt_k.transpose(-1, -2)                  # all drafts against the one copy
-        small = torch.compiler.is_compiling() and q.device.type == "cpu"
         tail = (q.unsqueeze(-2) * own_k.unsqueeze(3)).sum(-1) if small else q @ own_k.transpose(-1, -2)
         scores = torch.cat((shared.unflatten(2, q.shape[2:4]), tail), -1)
         p = torch.add(self.bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
         shared, own = p.split((prompt_k.shape[2], self.used), -1)
-        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + (
-            (own.unsqueeze(-1) * own_v.unsqueeze(3)).sum(-2) if small else own @ own_v)
+        tail = (own.unsqueeze(-1) * own_v.unsqueeze(3)).sum(-2) if small else own @ own_v      # small: torch.compile fuses it
+        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + tail
         return out.transpose(1, 2).reshape(places * drafts, 1, -1, dim)
 
     def advance(self):
@@ -792,7 +751,7 @@ class Drafts:
         if self.graphs[shape] is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                # notes the kernels, runs none; other threads (NCCL's) may use the device meanwhile
+                # notes the kernels, runs none; other threads (NCCL's) may go on
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     self.step()
             except RuntimeError as e:
@@ -819,8 +778,7 @@ class Decoder:
 
     def __init__(self, drafts, prompts, k, length, seeds):
         self.drafts, self.prompts, self.k, self.length, self.seeds = drafts, prompts, k, length, seeds
-        places = len(drafts.slot)
-        self.waiting, self.idle = list(range(len(prompts))), list(range(places))
+        self.waiting, self.idle, places = list(range(len(prompts))), list(range(len(drafts.slot))), len(drafts.slot)
         self.post, self.block = [None] * places, list(range(places))           # the prompt of a place; its part of the tables
         self.left = [math.inf] * places      # tokens each place may still write: on the host, so nobody waits for it
         self.written = [None] * len(prompts)                                   # (tokens, logprobs), each (k, length)
@@ -880,16 +838,16 @@ def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
     graphs = model.device.type == "cuda" if model.graphs is None else model.graphs
     if model.lockstep or not (graphs or model.compiled):
         return Drafts(model, places, k, prompt_length, length, sampling, stop_ids)
-    bucket = 64 if graphs else 16
-    prompt_length, modules = math.ceil(prompt_length / bucket) * bucket, list(model.modules())
-    lora = [m for m in modules if "lora_A" in m._modules]
-    adapters = {id(x) for m in lora for x in (m.lora_A, m.lora_B)}
-    frozen = [t.data_ptr() for m in modules if id(m) not in adapters for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    key = (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled, frozen,
-           [(m.enabled, m.scale, m.lora_A.weight.shape) for m in lora])
-    if model.drafts is None or model.drafts[0] != key:
+    bucket, modules = 64 if graphs else 16, list(model.modules())
+    prompt_length, lora = math.ceil(prompt_length / bucket) * bucket, [m for m in modules if "lora_A" in m._modules]
+    frozen = set(modules).difference(x for m in lora for x in (m.lora_A, m.lora_B))
+    key = lambda: (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled,
+                   [(m.enabled, m.scale, m.lora_A.weight.shape) for m in lora],
+                   [t.data_ptr() for m in modules if m in frozen for t in (*m._parameters.values(), *m._buffers.values()) if t is not None])
+    if model.drafts is None or model.drafts[0] != key():
         model.drafts = None                                                    # first free, then allocate
-        model.drafts = key, Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
+        drafts = Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
+        model.drafts = key(), drafts                                           # it has joined, and moved, weights
     drafts = model.drafts[1]
     for old, new in zip(drafts.fused.tensors(), Fused(model, 0).tensors() if lora else ()):  # the adapter has trained since
         old.copy_(new)
@@ -901,13 +859,11 @@ def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
 def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), seed=0,
              max_rows=256, look_every=None, progress=None):
     """k drafts for each prompt (a list of ids) -> Samples.
-
-    At most `max_rows` drafts are written at a time: while prompts wait, one takes the place of each whose k
-    drafts are finished; when none wait, the batch shrinks to what is unfinished. `seed`: an int (prompt p then
-    draws from (seed, p)) or one int or tuple per prompt; draft d of a prompt with seed s depends on (s, d) alone.
-    Finished drafts are looked for every `look_every` tokens: by default 1 on a CPU, 16 on a GPU, where looking
-    waits for the device. `progress(n)` is told of the n prompts that have been taken up.
-    """
+    At most `max_rows` drafts are written at a time: while prompts wait, one takes the place of each whose k drafts are
+    finished; when none wait, the batch shrinks to what is unfinished. `seed`: an int (prompt p then draws from (seed, p))
+    or one int or tuple per prompt; draft d of a prompt with seed s depends on (s, d) alone. Finished drafts are looked
+    for every `look_every` tokens: by default 1 on a CPU, 16 on a GPU, where looking waits for the device.
+    `progress(n)` is told of the n prompts that have been taken up."""
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_generation(model, prompts, k, max_new_tokens, **sampling)
     if not prompts:

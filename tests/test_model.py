@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import model as model_py
 from data import pack
 from model import (Config, Decoder, Drafts, Fused, InputError, Qwen3, SelectedLogprobs, draw, full_attention, generate,
-                   inverse, quantise, sample, selected_logprobs, token_logprobs, uniforms)
+                   inverse, linear, quantise, read_json, sample, selected_logprobs, token_logprobs, uniforms)
 from polylora import adapter_state, add_lora, lora_layers
 from tiny import tiny_config, tiny_weights
 
@@ -135,6 +135,16 @@ def test_newcomers_are_written_to_their_end_when_everybody_else_finished_at_once
     model = build()
     got = generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=13, max_rows=4, look_every=look)
     same(got, generate(model, PROMPTS[:4], k=2, max_new_tokens=3, seed=13))
+
+
+def test_an_idle_place_ages_on(monkeypatch):
+    """It goes on with the others, to positions that no draft is written at: a table of angles ends before, and on a GPU to
+    read behind it ends the process."""
+    model, prompts, position, whole = build(), [[p] for p in range(1, 21)], [], Drafts.step
+    monkeypatch.setattr(Drafts, "step", lambda d: (position.append(int((d.lengths + d.age).max())), whole(d))[1])
+    settings = dict(max_new_tokens=6, stop_ids=STOPS, seed=0)
+    same(generate(model, prompts, **settings, max_rows=8), generate(model, prompts, **settings))
+    assert max(position) > len(prompts[0]) + 6
 
 
 def test_a_draft_is_known_by_its_seed_and_number_alone(drafts_of_12):
@@ -373,7 +383,7 @@ def test_joined_products_are_the_layers_one_by_one(dtype, tolerance):
     assert (want - adapted).abs().max() > 10 * tolerance  # the adapter does matter
 
 
-def test_joined_weights_are_stored_once_and_stay_the_model_s():
+def test_joined_weights_are_stored_once_and_stay_the_model_s(tmp_path):
     """The layers' weights become views of one tensor: the same values, trainable, saved as ever."""
     model = build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -388,6 +398,12 @@ def test_joined_weights_are_stored_once_and_stay_the_model_s():
     with torch.no_grad():
         a.k_proj.weight.mul_(2)
     assert torch.equal(whole[32:48], 2 * before["model.layers.0.self_attn.k_proj.weight"])
+    model.save_pretrained(tmp_path, shard_bytes=3000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 10
+    kept = Qwen3.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in kept.values()) and index["weight_map"].keys() == kept.keys()
     model.double()  # moved: the views are apart again, and are joined anew
     whole = Fused(model, 16).blocks[0][4].weight
     assert whole.dtype == torch.float64 and torch.equal(whole[32:48].float(), 2 * before["model.layers.0.self_attn.k_proj.weight"])
@@ -455,10 +471,13 @@ def test_a_graph_of_the_step_writes_what_the_step_writes(monkeypatch, nf4):
     eager, graphs = with_lora(nf4=nf4), with_lora(nf4=nf4)
     graphs.load_state_dict(eager.state_dict())
     graphs.graphs = True
+    generate(graphs, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, max_rows=9)
+    first = graphs.drafts
     for round in range(3):
         for seed, rows in ((8, 9), (9, 9), (9, 36)):
             settings = dict(k=3, max_new_tokens=6, stop_ids=STOPS, seed=seed + round, max_rows=rows)
             same(generate(graphs, PROMPTS, **settings), generate(eager, PROMPTS, **settings))
+            assert graphs.drafts is first or round or rows > 9                 # joining the weights has moved them
         kept = graphs.drafts[1]
         for model in (eager, graphs):
             torch.manual_seed(round)
@@ -478,7 +497,22 @@ def test_a_graph_of_the_step_writes_what_the_step_writes(monkeypatch, nf4):
     assert graphs.drafts is not state                                          # does not fit
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+
+
+@needs_compiler
+@torch.no_grad()
+def test_every_way_of_a_product_is_the_product():
+    """oneDNN for large ones, four parts for compiled small ones: parts laid side by side in the wrong order are the right
+    numbers in the wrong places."""
+    compiled = torch.compile(lambda x, weight: 1 + linear(x, weight), options={"cpp_wrapper": True})
+    for shape, outs in (((3, 1, 24), 128), ((3, 1, 24), 41), ((2, 2, 700), 1024), ((5, 24), 192), ((2, 1, 24), 16)):
+        x, weight = torch.randn(shape), torch.randn(outs, shape[-1])
+        want = (x.double() @ weight.double().t()).float()
+        assert (linear(x, weight) - want).abs().max() < 1e-4 > (compiled(x, weight) - 1 - want).abs().max()
+
+
+@needs_compiler
 def test_a_compiled_step_writes_what_the_step_writes():
     eager, compiled = with_lora(), with_lora()
     compiled.load_state_dict(eager.state_dict())
