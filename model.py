@@ -16,7 +16,7 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -489,12 +489,12 @@ def draw(p, uniform, size=128):
     if p.numel() > 2 ** 16 and p.shape[-1] >= size:
         whole = p.shape[-1] // size * size
         sums = torch.cat((p[:, :whole].unflatten(-1, (-1, size)).sum(-1), p[:, whole:].sum(-1, keepdim=True)), -1)
-    mass = sums.cumsum(-1, dtype=torch.float64)
+    mass = sums.double().cumsum(-1)
     target = uniform[:, None] * mass[:, -1:]
     index = inverse(mass, target)
     if sums is not p:
         ids = (index * size + torch.arange(size, device=p.device)).clamp_(max=p.shape[-1] - 1)
-        inside = p.gather(1, ids).cumsum(-1, dtype=torch.float64)
+        inside = p.gather(1, ids).double().cumsum(-1)
         index = ids.gather(1, inverse(inside, target - (mass - sums).gather(1, index)))
     return index, mass[:, -1:]
 
@@ -541,7 +541,7 @@ def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-compiled_onednn = torch.library.custom_op("polylora::onednn", onednn, mutates_args=())    # else it would want a packed copy
+compiled_onednn = torch.library.custom_op("polylora::onednnc1", onednn, mutates_args=())    # else it would want a packed copy
 compiled_onednn.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
 
 
@@ -714,27 +714,27 @@ class Drafts:
         prompt = self.columns[:self.prompt_cache.shape[-2]] < self.lengths[:, None]
         own = (self.clock - self.columns[:self.used]) % self.ring <= self.age[:, None]
         unseen = ~torch.cat((prompt, own), 1)                                  # (P, L + used)
-        self.bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -math.inf)[:, None, None, None]
-        self.column = self.clock % self.ring
+        bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -math.inf)[:, None, None, None]
         positions = (self.lengths + self.age)[:, None].expand_as(self.newest).reshape(-1, 1)
-        hidden = self.hidden(self.newest.reshape(-1, 1), positions, self)[:, 0]
-        self.clock += 1
-        self.age += 1
+        hidden = self.hidden(self.newest.reshape(-1, 1), positions, partial(self, bias, self.clock % self.ring))[:, 0]
+        self.clock.add_(1)                                                     # not +=: a compiled step pays for each attribute set
+        self.age.add_(1)
         logits = linear(hidden, self.model.head_weight()).float()
         self.record(logits.view(*self.slot.shape, -1), slice(None))
 
-    def __call__(self, layer, q, k, v):
-        """Attention of one new token per draft over [the post's cache, the draft's own]. q (P k, 1, H, D)."""
+    def __call__(self, bias, column, layer, q, k, v):
+        """Attention of one new token per draft over [the post's cache, the draft's own], to which bias (P, 1, 1, 1, L +
+        used) says who sees what and column (1,) where the new k and v go. q (P k, 1, H, D)."""
         (prompt_k, prompt_v, own_k, own_v), small = self.caches[layer], torch.compiler.is_compiling() and not q.is_cuda
         places, kv, drafts, _, dim = own_k.shape
         for cache, new in ((own_k, k), (own_v, v)):
-            cache.index_copy_(3, self.column, new.view(places, drafts, kv, 1, dim).transpose(1, 2))
+            cache.index_copy_(3, column, new.view(places, drafts, kv, 1, dim).transpose(1, 2))
         own_k, own_v = own_k[..., :self.used, :], own_v[..., :self.used, :]
         q = q.view(places, drafts, kv, -1, dim).transpose(1, 2).contiguous()   # (P, KV, k, G, D)
         shared = q.flatten(2, 3) @ prompt_k.transpose(-1, -2)                  # all drafts against the one copy
         tail = (q.unsqueeze(-2) * own_k.unsqueeze(3)).sum(-1) if small else q @ own_k.transpose(-1, -2)
         scores = torch.cat((shared.unflatten(2, q.shape[2:4]), tail), -1)
-        p = torch.add(self.bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
+        p = torch.add(bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
         shared, own = p.split((prompt_k.shape[2], self.used), -1)
         tail = (own.unsqueeze(-1) * own_v.unsqueeze(3)).sum(-2) if small else own @ own_v      # small: torch.compile fuses it
         out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + tail
