@@ -28,8 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from model import InputError, fetch
 
-# ----------------------------------------------------------------------------------------------------------------
-# Files of posts
+# ---- Files of posts --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,7 @@ def split_posts(posts, sizes, seed):
     return [unique[a:b] for a, b in zip(ends, ends[1:])]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The chat format and tokens
+# ---- The chat format and tokens --------------------------------------------------------------------------------
 
 def render_chat(messages, *, add_generation_prompt, thinking=False):
     """Qwen3's ChatML for system, user and assistant turns, character for character as its own template.
@@ -226,8 +224,7 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Rows:
@@ -308,8 +305,7 @@ def _rows(parts, device):
                 shared=any(len(drafts) > 1 for _, drafts, _ in parts))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The pocket world: scenes (theme / event / thing), a grammar of posts for each, a grammar of right replies
+# ---- The pocket world: scenes (theme / event / thing), a grammar of posts for each, a grammar of right replies -
 # for each voice
 #
 # One description serves to write and to judge. {a|b} is a choice, nested at will and possibly empty; [n] is
@@ -502,8 +498,7 @@ def pocket_posts(count, seed=0):
     return list(posts.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Domains
+# ---- Domains ---------------------------------------------------------------------------------------------------
 
 def long_tail(voices, exponent):
     """{voice: share}, falling as (rank + 1) ** -exponent."""
@@ -606,8 +601,7 @@ def make_domain(name, posts):
     return DOMAINS[name](posts)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What the commands of all files share
+# ---- What the commands of all files share ----------------------------------------------------------------------
 
 def common_flags(p, *, lr, steps, batch, schedule="cosine"):
     """Flags that every phase has. Names are the config's keys; units and defaults are in the help."""
@@ -677,8 +671,7 @@ def command(parser, argv=None):
         return 2
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands --------------------------------------------------------------------------------------------------
 
 def check(a):
     """Read a file as the phases will, and say what is in it."""

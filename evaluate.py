@@ -34,8 +34,7 @@ from polylora import Session, diversity, drop_lora, load_adapter, peak_bytes
 KS = (1, 3, 5, 10)  # the k of Pass@k in every table and picture
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Metrics of one post
+# ---- Metrics of one post -----------------------------------------------------------------------------------
 
 def pass_at_k(n, c, k):
     """Chance that k of n drafts, drawn without replacement, hold one of the c right: 1 - C(n-c, k) / C(n, k).
@@ -187,8 +186,7 @@ def post_metrics(record, tastes, ks=KS):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Intervals over posts
+# ---- Intervals over posts ----------------------------------------------------------------------------------
 
 def bootstrap_interval(values, *, seed=0, draws=2000, level=0.95):
     """(low, high): percentile bootstrap interval of the mean of values, one a post; fixed by its seed.
@@ -215,8 +213,7 @@ def paired_interval(a, b, *, seed=0, draws=2000, level=0.95):
     return bootstrap_interval(a - b, seed=seed, draws=draws, level=level)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Runs and their summary
+# ---- Runs and their summary --------------------------------------------------------------------------------
 
 def read_object(path, text=None):
     """The JSON object in a file, or in one line of it; NaN reads as null, which no metric accepts."""
@@ -383,8 +380,7 @@ def write_tables(summary):
     return "\n".join(text + notes) + "\n", "\n".join(page + [f"- {note}" for note in notes]) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures: plain SVG, 720 x 440, so that the report needs no plotting package
+# ---- Pictures: plain SVG, 720 x 440, so that the report needs no plotting package --------------------------
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
 LEFT, TOP, BOTTOM = 64, 62, 384  # the plotting area, in pixels
@@ -500,8 +496,7 @@ def draw_quality_diversity(summary):
                     "share of valid drafts", x_grid, y_grid, 700, marks)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Measuring runs: n drafts for each held-out post, scored
+# ---- Measuring runs: n drafts for each held-out post, scored -----------------------------------------------
 
 def measure(a):
     """Write evaluation.json into each run folder. A run measured already with the same settings is not
@@ -613,8 +608,7 @@ def show_drafts(a):
     s.ranks.close()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands ----------------------------------------------------------------------------------------------
 
 def write_files(folder, files):
     """{name: text} into a folder, made if need be; all are written beside their places, then moved there."""

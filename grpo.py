@@ -28,8 +28,7 @@ from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_in
                       save_adapter, seed_of, train)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Advantages. Rewards (P, k) -> advantages (P, k), each group on its own.
+# ---- Advantages. Rewards (P, k) -> advantages (P, k), each group on its own. -----------------------------------
 
 def group_advantages(rewards, *, normalise=True):
     """GRPO: (r - mean) / (std + 1e-4) in the group, population std; normalise=False is Dr. GRPO, r - mean.
@@ -109,8 +108,7 @@ def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
     return set_advantages(rewards[:, sets].mean(-1) * spread, member)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss --------------------------------------------------------------------------------------------------
 
 def policy_loss(logp, old_logp, advantages, *, denominator, clip_low=0.2, clip_high=0.2, reference=None, beta=0.0):
     """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided by
@@ -133,8 +131,7 @@ def policy_loss(logp, old_logp, advantages, *, denominator, clip_low=0.2, clip_h
     return loss.sum() / denominator, outside, kl.detach().sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Rewards: called with P posts and, for each, a list of texts -> for each a list of floats
+# ---- Rewards: called with P posts and, for each, a list of texts -> for each a list of floats ------------------
 
 class ReaderReward:
     """1 when the draft is right in the voice of this post's reader, who is drawn by popularity anew at every
@@ -238,8 +235,7 @@ def make_reward(name, s):
     return {"model": ModelReward, "judge": JudgeReward}[name](model, data.load_tokenizer(s.args.reward_model), s.domain)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The step
+# ---- The step --------------------------------------------------------------------------------------------------
 
 def advantages_of(a, rewards, embeddings, quality):
     """The flags' advantages (P, k): an objective on the reward, plus --diversity-weight times the gradient of

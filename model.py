@@ -33,8 +33,7 @@ class InputError(ValueError):
     """Wrong input from the user: one clear sentence with the place and the mend. A command's exit code 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -83,8 +82,7 @@ class Config:
                 "max_position_embeddings": 40960, "attention_bias": False} | self.extra | d | {"torch_dtype": self.dtype}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Layers
+# ---- Layers ----------------------------------------------------------------------------------------------------
 
 def rms_norm(x, weight, eps):
     """x over its root mean square along the last dimension, times weight (D,) or (heads, D)."""
@@ -170,8 +168,7 @@ def full_attention(mask=None):
     return attend
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The model and its heads
+# ---- The model and its heads -----------------------------------------------------------------------------------
 
 class Backbone(nn.Module):
     def __init__(self, c):
@@ -268,8 +265,7 @@ class Qwen3(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Loading
+# ---- Loading ---------------------------------------------------------------------------------------------------
 
 def fetch(path, revision=None):
     """The local folder of a checkpoint: `path` itself, or a snapshot of that name on the Hugging Face hub."""
@@ -339,8 +335,7 @@ def load_checkpoint(cls, folder, device=None, dtype=None):
     return model.requires_grad_(False).eval()  # frozen: a phase says what it trains
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Four-bit weights
+# ---- Four-bit weights ------------------------------------------------------------------------------------------
 
 # Quantiles of a normal distribution scaled to [-1, 1], with an exact zero (QLoRA, arXiv 2305.14314, appendix E).
 NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -410,8 +405,7 @@ def quantise(model, device=None):
     return model.to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Scoring: log-probabilities of given tokens
+# ---- Scoring: log-probabilities of given tokens ----------------------------------------------------------------
 
 def chunk_size(vocab, device):
     """Tokens whose fp32 logits fill 64 MiB (CPU) or 256 MiB (GPU): enough to keep a matrix product busy."""
@@ -462,8 +456,7 @@ def token_logprobs(model, rows, temperature=1.0):
     return score(hidden, weight, rows.target, temperature)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Samples:

@@ -38,8 +38,7 @@ from model import NF4, Config, InputError, Qwen3, fetch, generate, read_json, re
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# LoRA
+# ---- LoRA ------------------------------------------------------------------------------------------------------
 #
 # x ──> W (frozen, any dtype) ─────────────> + ──> y          A (r, in): random, B (out, r): zero, so that the
 # └──> A ──> (.., r) ──> B ──> * alpha/r ────┘                first forward is the base model's, bit for bit
@@ -209,8 +208,7 @@ def merge_lora(model, dtype=torch.float32):
     return drop_lora(model, LoRALinear.merged_weight).to(dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Diversity
+# ---- Diversity -------------------------------------------------------------------------------------------------
 
 def pair_distances(embeddings, quality=None, floor=0.0):
     """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal. (P, k, dim) ->
@@ -299,8 +297,7 @@ class Embedder:
         return F.normalize(flat, dim=-1).view(len(drafts), -1, flat.shape[-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What both phases share: ranks, the run folder, the loop
+# ---- What both phases share: ranks, the run folder, the loop ---------------------------------------------------
 
 class Ranks:
     """This process among those of the launch; alone when not under torchrun. The only place that reads RANK
@@ -570,8 +567,7 @@ def batch_indices(count, size, step, seed):
     return [orders[p // count][p % count] for p in places]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Drafts and their quality, for both phases
+# ---- Drafts and their quality, for both phases -----------------------------------------------------------------
 
 class Session:
     """What a phase works with: args, ranks, run, stage, model, tokenizer, posts, domain, embedder."""
@@ -678,8 +674,7 @@ def load_model(path, args, device, revision=None, nf4=False, shard=False):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Phase one
+# ---- Phase one -------------------------------------------------------------------------------------------------
 
 def cross_entropy(s, step, indices, reply, tally):
     """Adds the gradient of the mean token cross-entropy of the step's replies. `reply(index)` gives the
@@ -806,8 +801,7 @@ def run_base(args):
     s.ranks.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands --------------------------------------------------------------------------------------------------
 
 def draft_flags(p, k):
     """Flags of the drafts a phase samples and of the diversity among them."""

@@ -32,8 +32,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Group advantages
+# ---- Group advantages ------------------------------------------------------------------------------------
 
 def test_group_advantages_by_hand():
     """Within each post's own group, population deviation, and the 1e-4 inside the quotient."""
@@ -64,8 +63,7 @@ def test_equal_rewards_have_advantage_exactly_zero(value):
     assert max(careless) > 0.3
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Objectives on sets
+# ---- Objectives on sets ----------------------------------------------------------------------------------
 
 def by_subsets(rewards, k, score):
     """For one group, by the book: each draft's mean over the k-subsets that hold it of score(list of subset
@@ -230,8 +228,7 @@ def test_the_flag_chooses_the_objective():
         assert sum(torch.allclose(value, other) for other in want.values()) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss --------------------------------------------------------------------------------------------
 
 def loss_and_slope(ratio, advantage, **options):
     """Of one token: loss, its derivative by logp, and whether the clip was active."""
@@ -312,8 +309,7 @@ def test_beta_zero_needs_no_reference_and_k3_is_never_negative():
         assert float(kl) == pytest.approx(2 * (math.exp(gap_) - 1 - gap_), abs=1e-6) and float(kl) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Rewards
+# ---- Rewards ---------------------------------------------------------------------------------------------
 
 def test_the_reader_is_drawn_by_popularity_anew_at_every_step():
     """One fixed reader a post would teach the model to guess him; drafts of other voices earn nothing."""
@@ -344,8 +340,7 @@ def test_relevance_pays_neither_copies_nor_repetition_nor_a_single_word():
     assert RelevanceReward(embed)([Post("1", post, ("r",))], [drafts]) == [pytest.approx([1, 0.5, 0])]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The step, on a real session around a tiny model
+# ---- The step, on a real session around a tiny model -----------------------------------------------------
 
 def rl(parts, *more, ranks=None):
     """A Session in the GRPO phase: 4 drafts each for 6 posts, a reward that differs from draft to draft."""

@@ -59,8 +59,7 @@ def same(a, b):
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_cached_greedy_text_is_that_of_a_full_forward(tied):
@@ -351,8 +350,7 @@ def test_generation_leaves_its_inputs_alone():
     assert prompts == PROMPTS and seeds == [(1, i) for i in range(12)] and torch.equal(logits, before)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The fast path of decoding against the plain one
+# ---- The fast path of decoding against the plain one -----------------------------------------------------
 
 def with_lora(dtype=torch.float32, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), nf4=False, **changes):
     """Some layers with LoRA and some without, B not zero."""
@@ -525,8 +523,7 @@ def test_a_compiled_step_writes_what_the_step_writes():
                 p.data *= 0.9
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Scoring
+# ---- Scoring ---------------------------------------------------------------------------------------------
 
 GROUPS = [(p, [[(7 * i + 3 * j + t) % 41 for t in range(1 + (i + 2 * j) % 5)] for j in range(3)])
           for i, p in enumerate(PROMPTS[:5])]

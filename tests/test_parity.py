@@ -55,8 +55,7 @@ def right_padded(sequences, pad):
     return tokens, torch.tensor([len(s) for s in sequences])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Logits
+# ---- Logits ----------------------------------------------------------------------------------------------
 
 @TIED
 def test_the_tiny_weights_are_those_of_the_golden_files(tied):
@@ -122,8 +121,7 @@ def test_a_broken_variant_would_be_seen(tmp_path, broken):
     assert gap(logits_of(model, want["tokens"])[-2:], want["last_two"]) > 0.1  # 1000 times the tolerance
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Generation and log-probabilities
+# ---- Generation and log-probabilities --------------------------------------------------------------------
 
 def cut(ids, stops):
     return next((ids[:i + 1] for i, t in enumerate(ids) if t in stops), ids)
@@ -200,8 +198,7 @@ def test_live_logprobs_of_truncated_samples(tmp_path):
             assert gap(scores.log_softmax(-1)[torch.arange(len(draft)), torch.tensor(draft)], logprob) < 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Configuration and files
+# ---- Configuration and files -----------------------------------------------------------------------------
 
 # No value here is a default of ours: a reader that misses the key cannot be right by luck.
 ODD = dict(rope_theta=500000.0, rms_norm_eps=1e-5, head_dim=24)
@@ -312,8 +309,7 @@ def test_a_saved_model_loads_again(tmp_path, tied, head, prefix):
         assert getattr(again.config, key) == getattr(model.config, key)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Embeddings and scores
+# ---- Embeddings and scores -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prefix", ["", "model."])
 @TIED
@@ -347,8 +343,7 @@ def test_heads_that_a_checkpoint_lacks_are_refused(tmp_path):
         build(tmp_path / "b", False, head="score")(torch.tensor([[7, 8]]))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# bfloat16
+# ---- bfloat16 --------------------------------------------------------------------------------------------
 
 def test_rms_norm_in_bf16_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
@@ -393,8 +388,7 @@ def test_rotary_angles_stay_exact_in_a_bf16_model(tmp_path):
     assert gap(rotated(seen["before"], positions, exact.bfloat16()), seen["after"]) > 0.5 * size
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Adapters
+# ---- Adapters --------------------------------------------------------------------------------------------
 
 @TIED
 def test_adapter_logits(tmp_path, tied):
@@ -460,8 +454,7 @@ def test_live_adapter_to_peft(tmp_path, recwarn):
     assert gap(merged, logits_of(model, tokens)) < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------
-# transformers itself
+# ---- transformers itself ---------------------------------------------------------------------------------
 
 def peer(name, folder, **options):
     """A transformers model that found each tensor it wanted, and no other."""
@@ -546,8 +539,7 @@ def test_live_the_golden_files_are_what_the_peers_say(tmp_path):
     assert gap(got[-2:], want["last_two"]) < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------
-# NF4 against bitsandbytes
+# ---- NF4 against bitsandbytes ----------------------------------------------------------------------------
 
 def test_nf4_is_bitsandbytes_bit_for_bit():
     """Codes, 8-bit scales, their scales, and the weight that comes back, in both dtypes."""

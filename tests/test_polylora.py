@@ -66,8 +66,7 @@ def gap(a, b):
     return (a.double() - b.double()).abs().max().item()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# LoRA
+# ---- LoRA ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_adapter_is_the_base_bit_for_bit(dtype):
@@ -285,8 +284,7 @@ def test_lora_layers_take_the_mode_of_the_layer_they_replace(tmp_path):
     assert all(m.training for m in add_lora(build().train(), 4, 8).modules())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# LoRA over NF4
+# ---- LoRA over NF4 ---------------------------------------------------------------------------------------
 
 def four_bits():
     """A model in NF4, and one with the same weights in full."""
@@ -341,8 +339,7 @@ def test_zeros_and_odd_sizes_are_quantised_too():
     assert gap(NF4(weight).dense(), weight) < 0.2 * weight.abs().max() and NF4(weight).dense().shape == (7, 13)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Diversity
+# ---- Diversity -------------------------------------------------------------------------------------------
 
 OUTCOMES = F.normalize(torch.tensor(
     [[1.0, 0.2, 0.0], [0.9, 0.5, 0.1], [-0.3, 1.0, 0.4], [0.1, -0.2, -1.0]]).double(), dim=-1)
@@ -455,8 +452,7 @@ def test_a_detached_d_has_no_gradient_and_ours_does():
     assert gap(moved, plain) > 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The SFT step, on a real session around a tiny model
+# ---- The SFT step, on a real session around a tiny model -------------------------------------------------
 
 class Share:
     """Rank `rank` of `world`, simulated: a sum over ranks is `total` where that is given, else this rank's
@@ -651,8 +647,7 @@ def test_likelihood_gate_is_the_frozen_base_s_geometric_mean_probability(parts):
     assert s.quality("verifier", [0, 5], prompts, samples, right).tolist() == [[1, 0], [0, 1]]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What both phases share
+# ---- What both phases share ------------------------------------------------------------------------------
 
 def test_batches_visit_every_post_once_an_epoch_in_a_new_order():
     """Sampling with replacement leaves a third of the posts out of an epoch; a batch may straddle two
@@ -742,8 +737,7 @@ def test_a_device_without_an_index_is_this_rank_s(monkeypatch):
     assert chosen == [1, 1, 3] and Ranks("x", "cpu").device.type == "cpu"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run folder and the loop
+# ---- The run folder and the loop -------------------------------------------------------------------------
 
 def run_args(folder, **changes):
     settings = dict(out=str(folder), resume=False, seed=1, steps=10, lr=0.1, beta2=0.99, weight_decay=0.01,
@@ -849,8 +843,7 @@ def test_a_run_folder_is_one_configuration(tmp_path, capsys):
     assert not Run(run_args(tmp_path / "empty"), ranks).done
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def files(parts, tmp_path_factory):
