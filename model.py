@@ -198,12 +198,12 @@ class Qwen3(nn.Module):
     device = property(lambda self: self.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.model.norm.weight.dtype)
 
-    def head_weight(self):
-        """(vocab, hidden): the rows of the output matrix that stand for real tokens."""
+    def head_weight(self, rows=None):
+        """(vocab, hidden): the rows of the output matrix that stand for real tokens, or its first `rows`."""
         if not self.has_logits:
             raise InputError("this checkpoint has no token head (an embedder or a reward model): it cannot write text")
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return weight[:self.vocab]
+        return weight[:rows or self.vocab]
 
     def hidden(self, tokens, positions=None, attend=None):
         """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by default 0..T-1."""
@@ -219,9 +219,7 @@ class Qwen3(nn.Module):
 
     def forward(self, tokens):
         """Logits (B, T, V), padding rows included. For study and tests: training never holds this tensor."""
-        self.head_weight()
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(self.hidden(tokens), weight)
+        return F.linear(self.hidden(tokens), self.head_weight(self.config.vocab_size))
 
     def last_hidden(self, tokens, lengths):
         hidden = self.hidden(tokens)  # padded on the right: causal is enough
@@ -240,10 +238,9 @@ class Qwen3(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, *, revision=None, device=None, dtype=None, nf4=False):
-        """A model from a folder or a hub name. dtype None keeps the stored one. nf4: the blocks' linear layers in
-        4 bits, made on the device one by one, so that it never holds more than one layer in full. Built on meta
-        and loaded strictly: a missing, unknown or wrong-shaped tensor raises InputError with its name.
-        Qwen3-Embedding's tensors lack the leading `model.`; both spellings are read."""
+        """A model from a folder or a hub name, in `dtype` or as stored. nf4: the blocks' linear layers in 4 bits, made on
+        the device one by one: it holds no two in full. Built on meta and loaded strictly: a missing, unknown or wrong-
+        shaped tensor raises InputError with its name. Names without `model.`, as Qwen3-Embedding's, are read too."""
         model = load_checkpoint(cls, fetch(path, revision), "cpu" if nf4 else device, dtype)
         return quantise(model, device) if nf4 else model
 
@@ -617,6 +614,17 @@ class Fused:
         return x
 
 
+def recording(graph, inputs):
+    """A backend of torch.compile for what is always called on the same tensors: its last call is in `recording.last`, to
+    be made again without the checks of torch.compile, a fifth of a small model's time."""
+    cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    run = torch._dynamo.lookup_backend("inductor")(graph, inputs, config_patches={"cpp_wrapper": cpu, "size_asserts": False})
+    def call(*args):
+        recording.last = partial(run, *args)
+        return recording.last()
+    return call
+
+
 class Drafts:
     """A batch of drafts on the device: P places for posts, k drafts each; as `attend` it is the KV cache.
 
@@ -626,17 +634,16 @@ class Drafts:
     mind the order of columns, rotary positions are in k already.
 
     What was written lies in tables with a line for each draft that the batch began with, whose last column is a waste bin
-    for idle places; `slot` says which line a row writes. All state is tensors that stay where they are, smaller batches
-    are prefixes of the same memory, and `step` reads nothing of the host: a CUDA graph of it can be replayed. It looks at
-    the ring in multiples of `window` columns, each a graph of its own."""
+    for idle places; `slot` says which line a row writes. All state is tensors that stay where they are, a smaller batch a
+    prefix of the same memory; `step` reads nothing of the host: one CUDA graph serves for `window` columns of the ring."""
 
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1, graphs=False):
         c = model.config
         if model.compiled and not model.lockstep:
-            how = {"cpp_wrapper": model.device.type == "cpu", "size_asserts": False}     # a fifth of a small model's time
-            self.step, self.prefill = (torch.compile(f, options=how) for f in (self.step, self.prefill))
+            self.prefill = torch.compile(self.prefill, options={"cpp_wrapper": model.device.type == "cpu", "size_asserts": False})
+            self.step = torch.compile(self.step, backend=recording, fullgraph=True)
         self.model, self.ring, self.sampling, self.window = model, length, sampling, window
-        self.graphs, self.pool, self.fused = {} if graphs else None, None, None if model.lockstep else Fused(model, prompt_length + length)
+        self.graphs, self.pool, self.again, self.fused = graphs, None, {}, None if model.lockstep else Fused(model, prompt_length + length)
         new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
         self.prompt_cache = torch.zeros(layers, 2, places, kv, prompt_length, c.head_dim, **new, dtype=model.dtype)
         self.own_cache = torch.zeros(layers, 2, places * kv * k * length * c.head_dim, **new, dtype=model.dtype)
@@ -683,7 +690,6 @@ class Drafts:
     def prefill(self, tokens, lengths, places):
         """Read posts (n, T) of the given lengths (n,) into the places (n,); sample the first token of each draft."""
         causal = full_attention()
-
         def attend(layer, q, k, v):
             for cache, new in zip(self.caches[layer], (k, v)):
                 cache[places, :, :tokens.shape[1]] = new.transpose(1, 2)
@@ -734,32 +740,34 @@ class Drafts:
         return out.transpose(1, 2).reshape(places * drafts, 1, -1, dim)
 
     def advance(self):
-        """`step`, from the second time in the same shape on as a CUDA graph: no launch costs."""
+        """`step`, from the second time in the same shape on as a CUDA graph (no launch costs), or as torch.compile left it."""
         self.steps += 1
         self.used = min(self.ring, math.ceil(self.steps / self.window) * self.window)
         shape = (*self.slot.shape, self.used)
-        if self.graphs is None or shape not in self.graphs:                    # the first time kernels are loaded
-            self.graphs = self.graphs if self.graphs is None else self.graphs | {shape: None}
-            return self.step()
-        if self.graphs[shape] is None:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # notes the kernels, runs none; other threads (NCCL's) may go on
+        if shape in self.again:
+            return self.again[shape]()
+        recording.last = None
+        with torch._dynamo.config.patch(recompile_limit=1000) if self.model.compiled else nullcontext():
+            self.step()                                                        # the first time kernels are loaded, code is made
+        again, recording.last = recording.last, None
+        if self.graphs:
+            graph = torch.cuda.CUDAGraph()                                     # notes the kernels, runs none
+            try:                                                               # other threads (NCCL's) may go on meanwhile
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     self.step()
             except RuntimeError as e:
                 raise InputError(f"the decoding step could not be made a CUDA graph ({e}): add --no-graphs") from e
-            self.graphs[shape], self.pool = graph, graph.pool()                # one memory pool for all of them
-        self.graphs[shape].replay()
+            again, self.pool = graph.replay, graph.pool()                      # one memory pool for all of them
+        if again:
+            self.again[shape] = again
 
     def keep(self, places, drafts):
         """Shrink to the given places (P',) and, in each, the given drafts (P', k')."""
-        old, size = self.caches, drafts.shape
-        lengths, age = self.lengths[places], self.age[places]
-        slot, newest = self.slot[places].gather(1, drafts), self.newest[places].gather(1, drafts)
+        old, rows = self.caches, (self.slot[places].gather(1, drafts), self.newest[places].gather(1, drafts))
+        now = (self.lengths[places], self.age[places], *rows)
         own = drafts[:, None, :, None, None].expand(-1, old[0][2].shape[1], -1, *old[0][2].shape[3:])
-        self.resize(*size)
-        for mine, new in zip((self.lengths, self.age, self.slot, self.newest), (lengths, age, slot, newest)):
+        self.resize(*drafts.shape)
+        for mine, new in zip((self.lengths, self.age, self.slot, self.newest), now):
             mine.copy_(new)
         for before, after in zip(old, self.caches):
             for i, cache in enumerate(before):
