@@ -531,7 +531,7 @@ def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-compiled_onednn = torch.library.custom_op("polylora::onednnc1", onednn, mutates_args=())    # else it would want a packed copy
+compiled_onednn = torch.library.custom_op("polylora::onednn", onednn, mutates_args=())    # else it would want a packed copy
 compiled_onednn.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
 
 
@@ -540,7 +540,7 @@ def linear(x, weight):
     F.linear (AMD EPYC, 2 threads, 1 to 256 rows), and compiled small ones to it as four: a fifth off a step of 8 rows."""
     compiling, outs = torch.compiler.is_compiling(), len(weight)
     onednn_has_it = x.dtype == torch.float32 and x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if onednn_has_it and x.numel() * outs >= 2 ** 21:
+    if onednn_has_it and x.numel() * outs >= 2 ** (23 if compiling else 21):     # a custom operator costs 20 us
         return (compiled_onednn if compiling else onednn)(x, weight)
     if onednn_has_it and compiling and outs % 64 == 0:
         parts = torch.bmm(x.flatten(0, -2).expand(4, -1, -1), weight.view(4, -1, weight.shape[1]).transpose(1, 2))
@@ -642,7 +642,7 @@ class Drafts:
         if model.compiled and not model.lockstep:
             self.prefill = torch.compile(self.prefill, options={"cpp_wrapper": model.device.type == "cpu", "size_asserts": False})
             self.step = torch.compile(self.step, backend=recording, fullgraph=True)
-        self.model, self.ring, self.sampling, self.window = model, length, sampling, window
+        self.model, self.ring, self.sampling, self.window, self.slot = model, length, sampling, window, None
         self.graphs, self.pool, self.again, self.fused = graphs, None, {}, None if model.lockstep else Fused(model, prompt_length + length)
         new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
         self.prompt_cache = torch.zeros(layers, 2, places, kv, prompt_length, c.head_dim, **new, dtype=model.dtype)
@@ -659,8 +659,9 @@ class Drafts:
         """An empty batch of the full size."""
         self.steps = 0
         self.clock.zero_()
-        self.resize(places, k)
-        torch.arange(places * k, out=self.slot.view(-1))
+        if self.slot is None or self.slot.shape != (places, k):                # new, or the last rollout shrank it
+            self.resize(places, k)
+            torch.arange(places * k, out=self.slot.view(-1))
 
     def resize(self, places, k):
         """Take the first of the memory for `places` posts of k drafts."""
@@ -808,8 +809,7 @@ class Decoder:
         self.left = [math.inf if p in self.idle else n for p, n in enumerate(self.left)]  # idle: never due for a look
         rows, widest = writing.any(1).nonzero()[0].tolist(), int(writing.sum(1).max())
         if not self.waiting and 0 < 2 * len(rows) * widest <= writing.size:
-            # Rows stay rectangular, for the shared prompt: each place keeps `widest` drafts, unfinished first.
-            order = np.argsort(~writing[rows], axis=1, kind="stable")[:, :widest]
+            order = np.argsort(~writing[rows], axis=1, kind="stable")[:, :widest]          # rows stay rectangular: the unfinished first
             self.left, self.post, self.block = ([x[i] for i in rows] for x in (self.left, self.post, self.block))
             self.idle = []
             d.keep(*(torch.as_tensor(x, device=d.clock.device) for x in (rows, order)))
@@ -839,12 +839,13 @@ def drafts_for(model, places, k, prompt_length, length, sampling, stop_ids):
     graphs = model.device.type == "cuda" if model.graphs is None else model.graphs
     if model.lockstep or not (graphs or model.compiled):
         return Drafts(model, places, k, prompt_length, length, sampling, stop_ids)
-    bucket, modules = 64 if graphs else 16, list(model.modules())
-    prompt_length, lora = math.ceil(prompt_length / bucket) * bucket, [m for m in modules if "lora_A" in m._modules]
-    frozen = set(modules).difference(x for m in lora for x in (m.lora_A, m.lora_B))
+    bucket = 64 if graphs else 16
+    prompt_length = math.ceil(prompt_length / bucket) * bucket
+    layers = [x for b in model.model.layers for part in b._modules.values() for x in (*part._modules.values(),) or (part,)]
+    weights = [model.head_weight(), *(x.weight for x in (model.model.embed_tokens, model.model.norm, *layers))]
+    lora = [x for x in layers if "lora_A" in x._modules]
     key = lambda: (places, k, prompt_length, length, sampling, tuple(stop_ids), model.vocab, graphs, model.compiled,
-                   [(m.enabled, m.scale, m.lora_A.weight.shape) for m in lora],
-                   [t.data_ptr() for m in modules if m in frozen for t in (*m._parameters.values(), *m._buffers.values()) if t is not None])
+                   [(x.enabled, x.scale, x.lora_A.weight.shape) for x in lora], [getattr(w, "codes", w).data_ptr() for w in weights])
     if model.drafts is None or model.drafts[0] != key():
         model.drafts = None                                                    # first free, then allocate
         drafts = Drafts(model, places, k, prompt_length, length, sampling, stop_ids, window=bucket, graphs=graphs)
@@ -874,8 +875,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     places = max(1, min(len(prompts), max_rows // k))
     drafts = drafts_for(model, places, k, max(map(len, prompts)), max_new_tokens, sampling, stop_ids)
     decoder, writing, step = Decoder(drafts, prompts, k, max_new_tokens, seeds), True, 0
-    # inference mode's operations cost less, but FSDP does not work in it
-    with nullcontext() if model.lockstep else torch.inference_mode():
+    with nullcontext() if model.lockstep else torch.inference_mode():          # its operations cost less; FSDP does not work in it
         while writing or decoder.waiting:
             if decoder.waiting and len(decoder.idle) >= max(1, places // 4):   # a few at a time: prefills batch well
                 taken, writing = decoder.refill(), True                        # the newcomers, if nobody else
