@@ -625,6 +625,12 @@ def recording(graph, inputs):
     return call
 
 
+def matmul(a, b):
+    """a @ b. On a CPU torch.compile fuses small or thin ones, as sums of products, with what is around them."""
+    fused = torch.compiler.is_compiling() and not a.is_cuda and (a.shape[-2] < 8 or a.numel() * b.shape[-1] < 2 ** 18)
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2) if fused else a @ b
+
+
 class Drafts:
     """A batch of drafts on the device: P places for posts, k drafts each; as `attend` it is the KV cache.
 
@@ -649,9 +655,8 @@ class Drafts:
         self.own_cache = torch.zeros(layers, 2, places * kv * k * length * c.head_dim, **new, dtype=model.dtype)
         self.columns, self.clock = torch.arange(max(prompt_length, length), **new), torch.zeros(1, dtype=torch.long, **new)
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, **new)
-        self.tokens = torch.zeros(places * k, length + 1, dtype=torch.long, **new)
+        self.tokens, self.noise = (torch.zeros(places * k, length + 1, dtype=t, **new) for t in (torch.long, torch.float64))
         self.logprobs, self.stopped = torch.zeros(places * k, length + 1, **new), torch.zeros(places * k, dtype=torch.bool, **new)
-        self.noise = torch.zeros(places * k, length + 1, dtype=torch.float64, **new)
         self.all_places, self.all_rows = (torch.zeros(2, n, dtype=torch.long, **new) for n in (places, places * k))
         self.restart(places, k)
 
@@ -725,19 +730,17 @@ class Drafts:
     def __call__(self, bias, column, layer, q, k, v):
         """Attention of one new token per draft over [the post's cache, the draft's own], to which bias (P, 1, 1, 1, L +
         used) says who sees what and column (1,) where the new k and v go. q (P k, 1, H, D)."""
-        (prompt_k, prompt_v, own_k, own_v), small = self.caches[layer], torch.compiler.is_compiling() and not q.is_cuda
+        prompt_k, prompt_v, own_k, own_v = self.caches[layer]
         places, kv, drafts, _, dim = own_k.shape
         for cache, new in ((own_k, k), (own_v, v)):
             cache.index_copy_(3, column, new.view(places, drafts, kv, 1, dim).transpose(1, 2))
         own_k, own_v = own_k[..., :self.used, :], own_v[..., :self.used, :]
         q = q.view(places, drafts, kv, -1, dim).transpose(1, 2).contiguous()   # (P, KV, k, G, D)
-        shared = q.flatten(2, 3) @ prompt_k.transpose(-1, -2)                  # all drafts against the one copy
-        tail = (q.unsqueeze(-2) * own_k.unsqueeze(3)).sum(-1) if small else q @ own_k.transpose(-1, -2)
-        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), tail), -1)
+        shared = matmul(q.flatten(2, 3), prompt_k.transpose(-1, -2))          # all drafts against the one copy
+        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), matmul(q, own_k.transpose(-1, -2))), -1)
         p = torch.add(bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
         shared, own = p.split((prompt_k.shape[2], self.used), -1)
-        tail = (own.unsqueeze(-1) * own_v.unsqueeze(3)).sum(-2) if small else own @ own_v      # small: torch.compile fuses it
-        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + tail
+        out = matmul(shared.flatten(2, 3), prompt_v).unflatten(2, q.shape[2:4]) + matmul(own, own_v)
         return out.transpose(1, 2).reshape(places * drafts, 1, -1, dim)
 
     def advance(self):
@@ -793,10 +796,6 @@ class Decoder:
         for place, post in zip(places, taken):
             self.post[place], self.left[place] = post, self.length - 1
         return len(taken)
-
-    def advance(self):
-        self.drafts.advance()
-        self.left = [n - 1 for n in self.left]
 
     def look(self):
         """Read the places whose drafts are all finished; with nobody waiting, drop them. -> does anybody write?"""
@@ -881,7 +880,8 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
                 taken, writing = decoder.refill(), True                        # the newcomers, if nobody else
                 progress(taken) if progress else None
             elif writing:
-                decoder.advance()
+                drafts.advance()
+                decoder.left = [n - 1 for n in decoder.left]
             step += 1
             if stop_ids and step % look_every == 0 or min(decoder.left) <= 0:
                 writing = decoder.look()
