@@ -16,7 +16,7 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -340,16 +340,12 @@ NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098144
               0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-@cache
-@torch.inference_mode(False)
-def nf4_tables(device):
+def nf4_tables():
     """(256, 2), the two values that each byte stands for; and the 256 values that code scales (dynamic data type, arXiv
-    1511.04561, as bitsandbytes has it): 0, 1 and +-10^-i times the middles of 2^(6-i) equal parts of [0.1, 1]. Made
-    once a device: a CUDA graph cannot bring them from the host."""
+    1511.04561, as bitsandbytes has it): 0, 1 and +-10^-i times the middles of 2^(6-i) equal parts of [0.1, 1]."""
     values, edges = torch.tensor(NF4_VALUES), [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
     positive = torch.cat([(e[:-1] + e[1:]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
-    scales = torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values
-    return torch.cartesian_prod(values, values).to(device), scales.to(device)
+    return torch.cartesian_prod(values, values), torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values
 
 
 def nearest(x, values):
@@ -373,17 +369,19 @@ class NF4(nn.Module):
         outer = scales.abs().amax(1).clamp_min(1e-30)
         # The first of two values lies in the upper half of a byte. fp32 is kept as its bits: model.to(bfloat16) would round it.
         self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])                # (blocks, 32)
-        self.register_buffer("scales", nearest(scales / outer[:, None], nf4_tables(weight.device)[1]).flatten()[:len(largest)])
+        pairs, dynamic = (t.to(weight.device) for t in nf4_tables())
+        self.register_buffer("scales", nearest(scales / outer[:, None], dynamic).flatten()[:len(largest)])
         self.register_buffer("outer", torch.cat((outer, mean[None])).view(torch.int32))
+        self.register_buffer("tables", torch.cat((pairs.flatten(), dynamic)).view(torch.int32), persistent=False)
 
     device = property(lambda self: self.codes.device)
     weight = property(lambda self: self)  # what LoRA takes over from a linear layer
 
     def dense(self, dtype=torch.float32):
         """The weight (out, in), computed in fp32 and rounded to `dtype`."""
-        outer, (pairs, scales) = self.outer.view(torch.float32), nf4_tables(self.device)
-        scales = scales[self.scales.int()] * outer[:-1].repeat_interleave(256)[:len(self.scales)] + outer[-1]
-        weight = (F.embedding(self.codes.int(), pairs).flatten(1) * scales[:, None]).to(dtype)
+        outer, tables = self.outer.view(torch.float32), self.tables.view(torch.float32)
+        scales = tables[512:][self.scales.int()] * outer[:-1].repeat_interleave(256)[:len(self.scales)] + outer[-1]
+        weight = (F.embedding(self.codes.int(), tables[:512].view(256, 2)).flatten(1) * scales[:, None]).to(dtype)
         return weight.flatten()[:math.prod(self.shape)].view(self.shape)
 
     def forward(self, x):
@@ -394,8 +392,7 @@ class NF4(nn.Module):
 
 
 def quantise(model, device=None):
-    """The linear layers of the blocks as NF4, in place, one by one on `device`; embedding, head and norms keep
-    their dtype. Returns the model, on `device`."""
+    """The blocks' linear layers as NF4, in place, one by one on `device`; all else keeps its dtype. The model, on `device`."""
     for part in (part for block in model.model.layers for part in (block.self_attn, block.mlp)):
         for name, linear in [(n, m) for n, m in part.named_children() if isinstance(m, nn.Linear)]:
             setattr(part, name, NF4(linear.weight.to(device)))
@@ -646,8 +643,7 @@ class Drafts:
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1, graphs=False):
         c = model.config
         if model.compiled and not model.lockstep:
-            self.prefill = torch.compile(self.prefill, options={"cpp_wrapper": model.device.type == "cpu", "size_asserts": False})
-            self.step = torch.compile(self.step, backend=recording, fullgraph=True)
+            self.step, self.prefill = (torch.compile(f, backend=recording, fullgraph=True) for f in (self.step, self.prefill))
         self.model, self.ring, self.sampling, self.window, self.slot = model, length, sampling, window, None
         self.graphs, self.pool, self.again, self.fused = graphs, None, {}, None if model.lockstep else Fused(model, prompt_length + length)
         new, layers, kv = dict(device=model.device), c.num_hidden_layers, c.num_key_value_heads
@@ -691,15 +687,14 @@ class Drafts:
         self.noise[slots, :-1], self.stopped[slots] = noise.flatten(0, 1).to(device), False
         self.lengths[places], self.age[places] = lengths, 0
         for some in (slice(i, i + size) for i in range(0, len(prompts), size)):
-            self.prefill(tokens[some], lengths[some], places[some])
+            self.run((*self.slot.shape, tokens[some].shape), self.prefill, tokens[some], lengths[some], places[some])
 
     def prefill(self, tokens, lengths, places):
         """Read posts (n, T) of the given lengths (n,) into the places (n,); sample the first token of each draft."""
-        causal = full_attention()
         def attend(layer, q, k, v):
             for cache, new in zip(self.caches[layer], (k, v)):
                 cache[places, :, :tokens.shape[1]] = new.transpose(1, 2)
-            return causal(layer, q, k, v)
+            return full_attention()(layer, q, k, v)
         hidden = self.hidden(tokens, self.columns[None, :tokens.shape[1]], attend)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         logits = linear(last, self.model.head_weight()).float()
@@ -724,8 +719,7 @@ class Drafts:
         hidden = self.hidden(self.newest.reshape(-1, 1), positions, partial(self, bias, self.clock % self.ring))[:, 0]
         self.clock.add_(1)                                                     # not +=: a compiled step pays for each attribute set
         self.age.add_(1)
-        logits = linear(hidden, self.model.head_weight()).float()
-        self.record(logits.view(*self.slot.shape, -1), slice(None))
+        self.record(linear(hidden, self.model.head_weight()).float().view(*self.slot.shape, -1), slice(None))
 
     def __call__(self, bias, column, layer, q, k, v):
         """Attention of one new token per draft over [the post's cache, the draft's own], to which bias (P, 1, 1, 1, L +
@@ -736,7 +730,7 @@ class Drafts:
             cache.index_copy_(3, column, new.view(places, drafts, kv, 1, dim).transpose(1, 2))
         own_k, own_v = own_k[..., :self.used, :], own_v[..., :self.used, :]
         q = q.view(places, drafts, kv, -1, dim).transpose(1, 2).contiguous()   # (P, KV, k, G, D)
-        shared = matmul(q.flatten(2, 3), prompt_k.transpose(-1, -2))          # all drafts against the one copy
+        shared = matmul(q.flatten(2, 3), prompt_k.transpose(-1, -2))           # all drafts against the one copy
         scores = torch.cat((shared.unflatten(2, q.shape[2:4]), matmul(q, own_k.transpose(-1, -2))), -1)
         p = torch.add(bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
         shared, own = p.split((prompt_k.shape[2], self.used), -1)
@@ -744,26 +738,32 @@ class Drafts:
         return out.transpose(1, 2).reshape(places * drafts, 1, -1, dim)
 
     def advance(self):
-        """`step`, from the second time in the same shape on as a CUDA graph (no launch costs), or as torch.compile left it."""
         self.steps += 1
         self.used = min(self.ring, math.ceil(self.steps / self.window) * self.window)
-        shape = (*self.slot.shape, self.used)
+        self.run((*self.slot.shape, self.used), self.step)
+
+    def run(self, shape, work, *inputs):
+        """work(*inputs). From the second time in this shape on what was recorded is repeated, with the new inputs in the
+        place of the old: what torch.compile made, or a CUDA graph of `step`, which has no inputs (no launch costs)."""
         if shape in self.again:
-            return self.again[shape]()
+            again, held = self.again[shape]
+            for old, new in zip(held, inputs):
+                old.copy_(new)
+            return again()
         recording.last = None
         with torch._dynamo.config.patch(recompile_limit=1000) if self.model.compiled else nullcontext():
-            self.step()                                                        # the first time kernels are loaded, code is made
+            work(*inputs)                                                      # the first time kernels are loaded, code is made
         again, recording.last = recording.last, None
-        if self.graphs:
+        if self.graphs and not inputs:
             graph = torch.cuda.CUDAGraph()                                     # notes the kernels, runs none
             try:                                                               # other threads (NCCL's) may go on meanwhile
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                    self.step()
+                    work()
             except RuntimeError as e:
                 raise InputError(f"the decoding step could not be made a CUDA graph ({e}): add --no-graphs") from e
             again, self.pool = graph.replay, graph.pool()                      # one memory pool for all of them
         if again:
-            self.again[shape] = again
+            self.again[shape] = again, inputs
 
     def keep(self, places, drafts):
         """Shrink to the given places (P',) and, in each, the given drafts (P', k')."""
