@@ -359,6 +359,8 @@ class Ranks:
     def close(self):
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            # FSDP keeps the group: a thread of gloo that frees its last tensors while Python ends would abort the process
+            time.sleep(0.1)
 
 
 class Lockstep:
