@@ -691,10 +691,10 @@ class Drafts:
 
     def prefill(self, tokens, lengths, places):
         """Read posts (n, T) of the given lengths (n,) into the places (n,); sample the first token of each draft."""
-        def attend(layer, q, k, v):
+        def attend(layer, q, k, v, causal=full_attention()):
             for cache, new in zip(self.caches[layer], (k, v)):
                 cache[places, :, :tokens.shape[1]] = new.transpose(1, 2)
-            return full_attention()(layer, q, k, v)
+            return causal(layer, q, k, v)
         hidden = self.hidden(tokens, self.columns[None, :tokens.shape[1]], attend)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         logits = linear(last, self.model.head_weight()).float()
@@ -767,8 +767,8 @@ class Drafts:
 
     def keep(self, places, drafts):
         """Shrink to the given places (P',) and, in each, the given drafts (P', k')."""
-        old, rows = self.caches, (self.slot[places].gather(1, drafts), self.newest[places].gather(1, drafts))
-        now = (self.lengths[places], self.age[places], *rows)
+        old = self.caches
+        now = (self.lengths[places], self.age[places], self.slot[places].gather(1, drafts), self.newest[places].gather(1, drafts))
         own = drafts[:, None, :, None, None].expand(-1, old[0][2].shape[1], -1, *old[0][2].shape[3:])
         self.resize(*drafts.shape)
         for mine, new in zip((self.lengths, self.age, self.slot, self.newest), now):

@@ -506,7 +506,7 @@ def test_every_way_of_a_product_is_the_product():
     """oneDNN for large ones, four parts for compiled small ones: parts laid side by side in the wrong order are the right
     numbers in the wrong places."""
     compiled = torch.compile(lambda x, weight: 1 + linear(x, weight), options={"cpp_wrapper": True})
-    for shape, outs in (((3, 1, 24), 128), ((3, 1, 24), 41), ((2, 2, 700), 1024), ((5, 24), 192), ((2, 1, 24), 16)):
+    for shape, outs in (((3, 1, 24), 128), ((3, 1, 24), 41), ((2, 2, 700), 1024), ((4, 5, 256), 2048), ((5, 24), 192), ((2, 1, 24), 16)):
         x, weight = torch.randn(shape), torch.randn(outs, shape[-1])
         want = (x.double() @ weight.double().t()).float()
         assert (linear(x, weight) - want).abs().max() < 1e-4 > (compiled(x, weight) - 1 - want).abs().max()
