@@ -1,67 +1,77 @@
 """Phase two: GRPO on posts that phase one has not seen, from an SFT adapter.
 
     python grpo.py --start runs/poly --data grpo.jsonl --out runs/poly-grpo --diversity-weight 1
-    torchrun --nproc-per-node=8 grpo.py ...                                # the same step, spread over 8 GPUs
+    torchrun --nproc-per-node=8 grpo.py --from runs/poly ...       # the same step, over 8 GPUs
 
-One step: k drafts for each post, a reward for each draft, advantages within each post's group, one clipped
-policy-gradient step. As in DAPO the loss is a mean over tokens, and unlike the first GRPO beta (the KL
-weight) is 0 by default. The reference of the KL is a frozen copy of the adapter that the phase starts from,
-not the bare base model.
+One step: k drafts for each post, a reward for each draft, advantages within each post's group, one
+clipped policy-gradient step. As in DAPO the loss is a mean over tokens, and unlike the first GRPO
+beta (the KL weight) is 0 by default. The reference of the KL is a frozen copy of the adapter that
+the phase starts from, not the bare base model.
 
-Advantages are pure functions of rewards (P, k) and embeddings (P, k, dim). In order: advantages, the loss,
-rewards, the step.
-"""
+Advantages are pure functions of rewards (P, k) and embeddings (P, k, dim); the table OBJECTIVES
+names them for --advantage, REWARDS those of --reward. In order: advantages, the loss, rewards, the
+step (run_grpo -> grpo_step -> rollout -> policy_loss), the command. """
 
 import argparse
+import dataclasses
 import math
 import random
 import sys
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import data
-from model import InputError, read_json, token_logprobs
-from polylora import (Embedder, Session, Tally, adapter, adapter_state, batch_indices, diversity,
-                      diversity_advantages, draft_flags, frozen_copy, load_adapter, load_model, pair_distances,
-                      save_adapter, seed_of, train)
+from data import InputError, command
+from model import token_logprobs
+from polylora import (Gate, adapter, adapter_state, diversity, diversity_advantages, draft_flags,
+                      finish_adapter, frozen_copy, load_adapter, load_embedder, pair_distances,
+                      read_adapter_config)
+from trainer import (Session, Tally, Visit, batch_visits, check_common, common_flags, load_model,
+                     seed_of, train)
 
+# ---- Advantages. Rewards (P, k) -> advantages (P, k), each group on its own. ---------------------
 
-# ---- Advantages. Rewards (P, k) -> advantages (P, k), each group on its own. -----------------------------------
 
 def group_advantages(rewards, *, normalise=True):
-    """GRPO: (r - mean) / (std + 1e-4) in the group, population std; normalise=False is Dr. GRPO, r - mean.
+    """GRPO (arXiv 2402.03300): (r - mean) / (std + 1e-4) in the group, population std;
+    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean.
 
-    A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the mean of equal
-    numbers divided by a tiny std would give advantages of order one.
-    """
+    A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the
+    mean of equal numbers divided by a tiny std would give advantages of order one. """
     centred = rewards - rewards.mean(-1, keepdim=True)
     if normalise:
         centred = centred / (rewards.std(-1, keepdim=True, correction=0) + 1e-4)
-    return torch.where(rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True), 0.0, centred)
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
+    return torch.where(equal, 0.0, centred)
 
 
 def passk_advantages(rewards, k):
-    """Pass@k training (arXiv 2508.10751, eq. 11-15) for rewards 0 or 1 and N = rewards.shape[1] rollouts, N >
-    k.
+    """Pass@k training (arXiv 2508.10751, eq. 11-15) for rewards 0 or 1 and N = rewards.shape[1]
+    rollouts, N > k.
 
-    R = 1 - C(neg,k)/C(N,k), s = sqrt(R(1-R)); right: (1-R)/s, wrong: (1 - R - C(neg-1,k-1)/C(N-1,k-1))/s. It
-    is each draft's mean, over the k-subsets that hold it, of the standardised subset reward. Zero where s is
-    (all or none pass).
+    R = 1 - C(neg,k)/C(N,k), s = sqrt(R(1-R)); right: (1-R)/s, wrong: (1 - R -
+    C(neg-1,k-1)/C(N-1,k-1))/s. It is each draft's mean, over the k-subsets that hold it, of the
+    standardised subset reward. Zero where s is (all or none pass).
     """
     n = rewards.shape[-1]
     if not 1 <= k < n:
-        raise InputError(f"Pass@k training needs k below the number of drafts: k is {k}, drafts are {n} (n = k gives no gradient)")
+        raise InputError(f"Pass@k training needs k below the number of drafts: k is {k}, drafts "
+                         f"are {n} (n = k gives no gradient)")
     if not bool(((rewards == 0) | (rewards == 1)).all()):
-        raise InputError("Pass@k training needs rewards of 0 or 1: use --advantage maxk for real-valued ones")
+        raise InputError("Pass@k training needs rewards of 0 or 1: use --advantage maxk for "
+                         "real-valued ones")
     out = torch.zeros_like(rewards)
     for i, row in enumerate(rewards.tolist()):
         neg = row.count(0.0)
         rate = 1 - math.comb(neg, k) / math.comb(n, k)
         if 0 < rate < 1:
             sigma = math.sqrt(rate * (1 - rate))
-            wrong = (1 - rate - math.comb(neg - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma
+            beside = math.comb(neg - 1, k - 1) / math.comb(n - 1, k - 1)
+            wrong = (1 - rate - beside) / sigma
             out[i] = torch.tensor([wrong if r == 0 else (1 - rate) / sigma for r in row])
     return out
 
@@ -73,121 +83,243 @@ def subsets(n, size):
 
 
 def set_advantages(values, member):
-    """The one equation of all set objectives. values (P, sets): f of every n-subset of N drafts; member
-    (sets, N).
+    """The one equation of all set objectives. values (P, sets): f of every n-subset of N drafts;
+    member (sets, N).
 
-    A_i = mean of f over the subsets that hold i, minus its mean over all. Then E[sum_i A_i grad log pi(y_i)]
-    = (N/n - 1) grad E[f], exactly: n = N gives no gradient. (Poly-EPO, arXiv 2604.17654, Prop. 3.1, in its
-    mean form.)
-    """
+    A_i = mean of f over the subsets that hold i, minus its mean over all. Then E[sum_i A_i grad log
+    pi(y_i)] = (N/n - 1) grad E[f], exactly: n = N gives no gradient. (Poly-EPO, arXiv 2604.17654,
+    Prop. 3.1, in its mean form.) """
     return values @ member / member.sum(0) - values.mean(-1, keepdim=True)
 
 
 def maxk_advantages(rewards, k):
-    """Max@k: f = the largest reward of the subset, for real rewards (P, N), N > k; sums to zero in the group.
-    On 0/1 rewards it is passk_advantages times its sigma. (Same gradient, up to N/k - 1, as PKPO's
-    leave-one-out forms, arXiv 2505.15201.)"""
+    """Max@k: f = the largest reward of the subset, for real rewards (P, N), N > k; sums to zero in
+    the group. On 0/1 rewards it is passk_advantages times its sigma. (Same gradient, up to N/k - 1,
+    as PKPO's leave-one-out forms, arXiv 2505.15201.)"""
     n = rewards.shape[-1]
     if not 1 <= k < n:
-        raise InputError(f"max@k training needs k below the number of drafts: k is {k}, drafts are {n} (n = k gives no gradient)")
+        raise InputError(f"max@k training needs k below the number of drafts: k is {k}, drafts are "
+                         f"{n} (n = k gives no gradient)")
     sets, member = subsets(n, k)
     return set_advantages(rewards[:, sets].amax(-1), member.to(rewards))
 
 
 def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
-    """The polychromic set objective (arXiv 2509.25424 eq. 7; for language models arXiv 2604.17654): f = mean
-    reward of the set times its diversity D (gated by quality (P, N) if given), over n-subsets of the N
-    drafts, 2 <= n < N. rewards (P, N), embeddings (P, N, dim)."""
+    """The polychromic set objective (arXiv 2509.25424 eq. 7; for language models arXiv 2604.17654):
+    f = mean reward of the set times its diversity D (gated by quality (P, N) if given), over
+    n-subsets of the N drafts, 2 <= n < N. rewards (P, N), embeddings (P, N, dim)."""
     total = rewards.shape[-1]
     if not 2 <= n < total:
-        raise InputError(f"the polychromic set size must be at least 2 and below the number of drafts: it is {n} of {total}")
+        raise InputError(f"the polychromic set size must be at least 2 and below the number of "
+                         f"drafts: it is {n} of {total}")
     sets, member = subsets(total, n)
     member = member.to(rewards)
-    within = torch.einsum("si,pij,sj->ps", member, pair_distances(embeddings, quality, floor).to(rewards), member)
+    pairs = pair_distances(embeddings, quality, floor).to(rewards)
+    within = torch.einsum("si,pij,sj->ps", member, pairs, member)
     spread = within / (n * (n - 1))  # ordered pairs; the diagonal is zero
     return set_advantages(rewards[:, sets].mean(-1) * spread, member)
 
 
-# ---- The loss --------------------------------------------------------------------------------------------------
+def coverage_advantages(right, shares, n):
+    """Pass@k training with the reader averaged out: f = sum over voices of its readers' share where
+    any draft of the set is right in that voice. right (P, N, V) 0 or 1, shares (P, V), 1 <= n < N.
+    It asks the verifier for all voices, where Pass@k training hears of one reader."""
+    total = right.shape[1]
+    if not 1 <= n < total:
+        raise InputError(f"the coverage objective's set size must be below the number of drafts: "
+                         f"it is {n} of {total}")
+    sets, member = subsets(total, n)
+    covered = right[:, sets].amax(2)                                           # (P, sets, V)
+    return set_advantages((covered * shares[:, None]).sum(-1), member.to(right))
 
-def policy_loss(logp, old_logp, advantages, *, denominator, clip_low=0.2, clip_high=0.2, reference=None, beta=0.0):
-    """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided by
-    `denominator`, the number of tokens of the whole step over all ranks and micro-batches. All (N,), fp32;
-    gradient through `logp` alone.
 
-    ratio = exp(logp - old_logp). k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected
-    gradient is that of KL(policy || reference) on policy, which k1's (zero) and k3's own are not. Returns
-    (loss, clipped share, KL) with the last two summed over tokens.
+@dataclasses.dataclass
+class Group:
+    """What an objective may look at: k drafts for each of P posts."""
+    rewards: torch.Tensor                     # (P, k)
+    embeddings: torch.Tensor | None = None    # (P, k, dim), unit length
+    quality: torch.Tensor | None = None       # (P, k) in [0, 1], the gate's
+    right: torch.Tensor | None = None         # (P, k, V): is the draft right in that voice
+    shares: torch.Tensor | None = None        # (P, V): the readers' shares of the voices
+    set_size: int = 4
+    floor: float = 0.0
+
+    k = property(lambda self: self.rewards.shape[1])
+    set_weight = property(lambda self: self.k / self.set_size - 1)
+
+
+class Objective(NamedTuple):
+    """A line of OBJECTIVES. The expected policy gradient of `advantages` is weight(group) times the
+    gradient of what it maximises: what D beside it is multiplied with, so that --diversity-weight
+    means the same for every objective and k."""
+    advantages: Callable                      # Group -> (P, k)
+    weight: Callable                          # Group -> float
+    about: str
+    needs: tuple = ()                         # of "set", "embeddings", "voices"
+
+
+OBJECTIVES = {
+    "group": Objective(lambda g: group_advantages(g.rewards), lambda g: g.k - 1,
+                       "GRPO, r less the group's mean over its std (arXiv 2402.03300)"),
+    "drgrpo": Objective(lambda g: group_advantages(g.rewards, normalise=False), lambda g: g.k - 1,
+                        "Dr. GRPO, without the std (arXiv 2503.20783)"),
+    "passk": Objective(lambda g: passk_advantages(g.rewards, g.set_size), lambda g: g.set_weight,
+                       "Pass@k training, analytic (arXiv 2508.10751)", ("set",)),
+    "maxk": Objective(lambda g: maxk_advantages(g.rewards, g.set_size), lambda g: g.set_weight,
+                      "best of k for real rewards (PKPO, arXiv 2505.15201)", ("set",)),
+    "polychromic": Objective(lambda g: polychromic_advantages(g.rewards, g.embeddings, g.set_size,
+                                                              g.quality, g.floor),
+                             lambda g: g.set_weight,
+                             "mean reward of a set times its D (arXiv 2509.25424, 2604.17654)",
+                             ("set", "embeddings")),
+    "coverage": Objective(lambda g: coverage_advantages(g.right, g.shares, g.set_size),
+                          lambda g: g.set_weight,
+                          "readers pleased by a set, all voices asked of the verifier",
+                          ("set", "voices")),
+}
+
+
+def advantages_of(objective, group, diversity_weight=0.0):
+    """The advantages (P, k) of an Objective, plus diversity_weight times the gradient of D.
+
+    E[sum_i a_i grad log pi(y_i)] is grad E[D] for D's own a_i, and `weight` times the gradient of
+    what the objective maximises: so D is multiplied by that weight too.
     """
-    ratio = (logp - old_logp.detach()).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    out = objective.advantages(group)
+    if diversity_weight:
+        spread = diversity_advantages(group.embeddings, group.quality, group.floor)
+        out = out + diversity_weight * objective.weight(group) * spread
+    return out
+
+
+# ---- The loss ------------------------------------------------------------------------------------
+
+def draft_means(values, draft):
+    """The mean of values (N,) over each draft's tokens, at every token (N,); draft (N,) says which
+    draft a token is of."""
+    size = int(draft.max()) + 1
+    total = values.new_zeros(size).index_add_(0, draft, values)
+    count = values.new_zeros(size).index_add_(0, draft, torch.ones_like(values))
+    return (total / count.clamp(min=1))[draft]
+
+
+def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence_ratio=False,
+                clip_low=0.2, clip_high=0.2, reference=None, beta=0.0):
+    """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided
+    by `denominator`, the number of tokens of the whole step over all ranks and micro-batches. All
+    (N,), fp32; gradient through `logp` alone; draft (N,): which draft each token is of.
+
+    ratio = exp(logp - old_logp). With sequence_ratio it is that of the whole draft, the geometric
+    mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
+    k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that of
+    KL(policy || reference) on policy, which k1's (zero) and k3's own are not. Returns (loss,
+    clipped share, KL) with the last two summed over tokens. """
+    gap = logp - old_logp.detach()
+    ratio = gap.exp()
     kl = torch.zeros_like(logp)
+    penalty = kl
     if beta:
-        gap = reference.detach() - logp
-        kl = gap.exp() - 1 - gap
-        loss = loss + beta * ratio * kl
+        beyond = reference.detach() - logp
+        kl = beyond.exp() - 1 - beyond
+        penalty = beta * ratio * kl
+    if sequence_ratio:
+        mean = draft_means(gap.detach(), draft)
+        ratio = (mean + gap - gap.detach()).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages) + penalty
     outside = (clipped * advantages < ratio * advantages).float().sum()
     return loss.sum() / denominator, outside, kl.detach().sum()
 
 
-# ---- Rewards: called with P posts and, for each, a list of texts -> for each a list of floats ------------------
+# ---- Rewards: called with P posts, for each a list of texts, and the step's random streams -------
 
-class ReaderReward:
-    """1 when the draft is right in the voice of this post's reader, who is drawn by popularity anew at every
-    step."""
+class VerifierReward:
+    """1 when the draft is right in the voice of this post's reader, drawn anew at every visit by
+    the readers' shares; or, with any_voice, when it is right in any voice.
 
-    def __init__(self, domain, seed):
-        self.domain, self.seed = domain, seed
+    valid_weight adds that much for being right in any voice; flip is the share of verdicts that are
+    turned round, for studies of a noisy verifier.
+    """
 
-    def __call__(self, posts, drafts, step):
-        readers = [self.domain.reader(p, random.Random(seed_of(self.seed, "reader", step, p.id))) for p in posts]
-        return [[float(v in self.domain.voices_of(p, t)) for t in ts] for p, v, ts in zip(posts, readers, drafts)]
+    def __init__(self, domain, *, any_voice=False, valid_weight=0.0, flip=0.0):
+        if not domain.voices:
+            raise InputError("--reward reader and valid need replies by voice: use agreement, "
+                             "relevance, model or judge for posts like these")
+        self.domain, self.any_voice = domain, any_voice
+        self.valid_weight, self.flip = valid_weight, flip
+
+    def __call__(self, posts, drafts, streams):
+        return [self.of_post(*each) for each in zip(posts, drafts, streams)]
+
+    def of_post(self, post, texts, stream):
+        rng = random.Random(stream)
+        reader, out = self.domain.reader(post, rng), []
+        for text in texts:
+            voices = self.domain.voices_of(post, text)
+            right = bool(voices) if self.any_voice else reader in voices
+            turned = self.flip and rng.random() < self.flip
+            out.append(float(right != turned) + self.valid_weight * bool(voices))
+        return out
 
 
 class RelevanceReward:
-    """For posts without a verifier, in [0, 1]: (1 + cosine of draft and post) / 2, times three shares that
-    are 1 for an ordinary reply: length (3 to 60 words), words not copied (1 - share of the draft's word
-    trigrams that stand in the post), and no repetition (share of distinct word bigrams). Cheap, and easy to
-    game: for a study of people use a reward model or judge."""
+    """For posts without a verifier, in [0, 1]: (1 + cosine of draft and post) / 2, times the
+    domain's `form` (length, words not copied, no repetition). The cheapest reward, and easy to
+    game: for a study of people use agreement, a reward model or a judge."""
 
-    def __init__(self, embedder):
+    def __init__(self, embedder, domain):
+        self.embedder, self.domain = embedder, domain
+
+    def __call__(self, posts, drafts, streams=None):
+        groups = [[post.post, *texts] for post, texts in zip(posts, drafts)]
+        flat = self.embedder([[t for group in groups for t in group]])[0]
+        rewards = []
+        for vectors, (said, *texts) in zip(flat.split([len(g) for g in groups]), groups):
+            cosines = (vectors[1:] @ vectors[0]).tolist()
+            rewards.append([(1 + cosine) / 2 * self.domain.form(said, text)
+                            for cosine, text in zip(cosines, texts)])
+        return rewards
+
+
+class AgreementReward:
+    """For posts with people's replies, in [-1, 1]: the largest cosine between the draft and any of
+    the post's replies, by a frozen embedder: does the draft say what some person said?"""
+
+    def __init__(self, embedder, domain=None):
         self.embedder = embedder
 
-    def __call__(self, posts, drafts, step=0):
-        groups = [[post.post, *texts] for post, texts in zip(posts, drafts)]
-        vectors = self.embedder([[t for group in groups for t in group]])[0].split([len(g) for g in groups])
-        return [[float((1 + e @ vector[0]) / 2) * self.form(post, t) for e, t in zip(vector[1:], texts)]
-                for vector, (post, *texts) in zip(vectors, groups)]
-
-    @staticmethod
-    def form(post, text):
-        said, words = post.lower().split(), text.lower().split()
-        grams = lambda w, n: [tuple(w[i:i + n]) for i in range(len(w) - n + 1)]
-        length = min(1.0, len(words) / 3, 60 / max(len(words), 1))
-        trigrams, bigrams = grams(words, 3), grams(words, 2)
-        copied = sum(g in set(grams(said, 3)) for g in trigrams) / max(len(trigrams), 1)
-        return length * (1 - copied) * len(set(bigrams)) / max(len(bigrams), 1) if words else 0.0
+    def __call__(self, posts, drafts, streams=None):
+        groups = [[*post.replies, *texts] for post, texts in zip(posts, drafts)]
+        flat = self.embedder([[t for group in groups for t in group]])[0]
+        rewards = []
+        for vectors, post in zip(flat.split([len(g) for g in groups]), posts):
+            people, own = vectors[:len(post.replies)], vectors[len(post.replies):]
+            rewards.append((own @ people.T).amax(1).tolist())
+        return rewards
 
 
 class ModelReward:
-    """A Qwen3 reward model's scalar (Qwen3ForSequenceClassification) for the chat of post and draft, without
-    a system turn."""
+    """A Qwen3 reward model's scalar (Qwen3ForSequenceClassification) for the chat of post and
+    draft, without a system turn. Control strings in post and draft are broken: a draft that spells
+    <|im_end|> must not end its turn."""
 
     def __init__(self, model, tokenizer, domain, batch=32):
-        self.model, self.tokenizer, self.domain, self.batch = model, tokenizer, domain, batch
+        self.model, self.tokenizer = model, tokenizer
+        self.domain, self.batch = domain, batch
 
-    def rendered(self, post, text):
-        return data.render_chat([*self.domain.messages(post), {"role": "assistant", "content": text}], add_generation_prompt=False)
+    def chat(self, post, text):
+        turns = [*self.domain.messages(post), {"role": "assistant", "content": text}]
+        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=False)
 
     @torch.no_grad()
-    def __call__(self, posts, drafts, step=0):
-        ids = [self.tokenizer.encode(self.rendered(p, t), add_special_tokens=False).ids for p, ts in zip(posts, drafts) for t in ts]
-        scores = []
+    def __call__(self, posts, drafts, streams=None):
+        ids = [self.chat(p, t) for p, ts in zip(posts, drafts) for t in ts]
+        scores, device = [], self.model.device
         for some in (ids[i:i + self.batch] for i in range(0, len(ids), self.batch)):
             lengths = torch.tensor([len(x) for x in some])
-            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in some], batch_first=True)
-            scores += self.values(tokens.to(self.model.device), lengths.to(self.model.device)).tolist()
+            rows = [torch.tensor(x) for x in some]
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            scores += self.values(tokens.to(device), lengths.to(device)).tolist()
         flat = iter(scores)
         return [[next(flat) for _ in ts] for ts in drafts]
 
@@ -196,199 +328,363 @@ class ModelReward:
 
 
 class JudgeReward(ModelReward):
-    """A Qwen3 chat model's probability of "yes" against "no" when asked whether the draft is a good reply, in
-    [0, 1]."""
+    """A Qwen3 chat model's probability of "yes" against "no" when asked whether the draft is a good
+    reply, in [0, 1]."""
 
-    def rendered(self, post, text):
-        question = (f"Somebody posted:\n\n{post.post}\n\nA reply:\n\n{text}\n\nWould the person be glad to get this reply: is it to "
-                    "the point, natural and kind? Answer yes or no.")
-        return data.render_chat([{"role": "user", "content": question}], add_generation_prompt=True)
+    def chat(self, post, text):
+        question = (f"Somebody posted:\n\n{post.post}\n\nA reply:\n\n{text}\n\nWould the person be "
+                    "glad to get this reply: is it to the point, natural and kind? Answer yes or "
+                    "no.")
+        turns = [{"role": "user", "content": question}]
+        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=True)
 
     def values(self, tokens, lengths):
-        yes, no = (self.tokenizer.encode(w, add_special_tokens=False).ids[0] for w in ("yes", "no"))
-        logits = self.model.last_hidden(tokens, lengths) @ self.model.head_weight()[[yes, no]].t()
-        return logits.float().softmax(-1)[:, 0]
+        words = [self.tokenizer.encode(w, add_special_tokens=False).ids[0] for w in ("yes", "no")]
+        # In fp32: two logits of 20 in bf16 are 1/8 apart or equal, which leaves some fifty values.
+        head = self.model.head_weight()[words].float()
+        return (self.model.last_hidden(tokens, lengths).float() @ head.t()).softmax(-1)[:, 0]
 
 
-REWARDS = ("auto", "reader", "relevance", "model", "judge")
+def verifier(**how):
+    def make(session):
+        args = session.args
+        return VerifierReward(session.domain, valid_weight=getattr(args, "valid_weight", 0.0),
+                              flip=getattr(args, "flip", 0.0), **how)
+    return make
 
 
-def make_reward(name, s):
-    """The reward called `name` for a loaded Session; auto: reader where the domain has voices, else
-    relevance."""
-    if name == "auto":
-        name = "reader" if s.domain.voices else "relevance"
-    if name == "reader":
-        if not s.domain.voices:
-            raise InputError("--reward reader needs replies by voice: use relevance, model or judge for posts like these")
-        return ReaderReward(s.domain, s.args.seed)
-    if name == "relevance":
-        if s.embedder is None:
-            s.load_embedder()
-        return RelevanceReward(s.embedder)
-    if not s.args.reward_model:
-        raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
-    model = load_model(s.args.reward_model, s.args, s.ranks.device)
-    if not (model.has_score if name == "model" else model.has_logits):
-        raise InputError(f"--reward-model {s.args.reward_model} has no {'scalar head (score.weight)' if name == 'model' else 'token head'}"
-                         f": --reward {name} needs one")
-    return {"model": ModelReward, "judge": JudgeReward}[name](model, data.load_tokenizer(s.args.reward_model), s.domain)
+def embedded(reward):
+    def make(session):
+        if session.embedder is None:
+            load_embedder(session)
+        return reward(session.embedder, session.domain)
+    return make
 
 
-# ---- The step --------------------------------------------------------------------------------------------------
-
-def advantages_of(a, rewards, embeddings, quality):
-    """The flags' advantages (P, k): an objective on the reward, plus --diversity-weight times the gradient of
-    D.
-
-    Group advantages weigh E[reward] by k - 1 (each draft is also in its own baseline), so D's, which weigh
-    E[D] by 1, are multiplied by k - 1: one unit of D is then worth --diversity-weight standard deviations of
-    reward, whatever k is.
-    """
-    k = rewards.shape[1]
-    if a.advantage in ("group", "drgrpo"):
-        out = group_advantages(rewards, normalise=a.advantage == "group")
-    elif a.advantage == "passk":
-        out = passk_advantages(rewards, a.set_size)
-    elif a.advantage == "maxk":
-        out = maxk_advantages(rewards, a.set_size)
-    else:
-        out = polychromic_advantages(rewards, embeddings, a.set_size, quality, a.gate_floor)
-    if a.diversity_weight:
-        out = out + a.diversity_weight * (k - 1) * diversity_advantages(embeddings, quality, a.gate_floor)
-    return out
+def scored(name, reward, head):
+    """A reward by another Qwen3, which must have that head."""
+    def make(session):
+        args = session.args
+        if not args.reward_model:
+            raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
+        model = load_model(args.reward_model, args, session.ranks.device)
+        if not getattr(model, head):
+            missing = {"has_score": "scalar head (score.weight)", "has_logits": "token head"}[head]
+            raise InputError(f"--reward-model {args.reward_model} has no {missing}: --reward "
+                             f"{name} needs one")
+        return reward(model, data.load_tokenizer(args.reward_model), session.domain)
+    return make
 
 
-def rollout(s, step, tally):
-    """Drafts, rewards and advantages of this rank's share of a batch -> list of (rows, advantages, old,
-    reference), tensors flat over reply tokens, and the step's global token count."""
-    a = s.args
-    indices = batch_indices(len(s.posts), a.batch, step // a.updates, a.seed)
-    mine = s.deal(indices)
-    prompts, samples, texts = s.write(mine, step, a.k)
-    rewards = torch.tensor(s.reward([s.posts[i] for i in mine], texts, step))
-    quality = s.quality(a.gate, mine, prompts, samples, texts)
-    embeddings = s.embedder(texts).cpu() if s.embedder is not None else None
-    advantages = advantages_of(a, rewards, embeddings, quality).flatten().to(s.ranks.device)
+REWARDS = {  # name -> (make(session), one line)
+    "reader": (verifier(), "1 if right for the post's reader, who likes one voice"),
+    "valid": (verifier(any_voice=True), "1 if right in any voice"),
+    "agreement": (embedded(AgreementReward), "likeness to the nearest of people's own replies"),
+    "relevance": (embedded(RelevanceReward), "likeness to the post, and form: cheap, easily gamed"),
+    "model": (scored("model", ModelReward, "has_score"), "a Qwen3 reward model's scalar"),
+    "judge": (scored("judge", JudgeReward, "has_logits"), "a Qwen3's probability of yes"),
+}
+
+
+def reward_name(name, session):
+    """auto: reader where replies have voices, agreement where most posts have several people's
+    replies, else relevance."""
+    if name != "auto":
+        return name
+    if session.domain.voices:
+        return "reader"
+    several = sum(len(p.replies) > 1 for p in session.posts)
+    return "agreement" if 2 * several > len(session.posts) else "relevance"
+
+
+def make_reward(name, session):
+    """The reward called `name` for a loaded Session."""
+    return REWARDS[reward_name(name, session)][0](session)
+
+
+# ---- The step ------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Rollout:
+    """The drafts of a batch of posts, P of them on this rank, k each."""
+    visits: list                              # P Visits
+    prompts: list                             # P lists of ids
+    samples: object                           # generate.Samples
+    texts: list                               # P lists of k
+    group: Group
+
+    def take(self, chosen):
+        """The posts at the places `chosen` alone."""
+        some = lambda values: [values[i] for i in chosen]
+        cut = lambda value: value[chosen] if isinstance(value, torch.Tensor) else value
+        group = Group(**{name: cut(value) for name, value in vars(self.group).items()})
+        samples = type(self.samples)(*(some(getattr(self.samples, n)) for n in
+                                       ("tokens", "logprobs", "finished")))
+        return Rollout(some(self.visits), some(self.prompts), samples, some(self.texts), group)
+
+
+@dataclasses.dataclass
+class Batch:
+    """A micro-batch of a rollout, tensors flat over its N reply tokens."""
+    rows: data.Rows
+    advantages: torch.Tensor                  # (N,), of the token's draft
+    sampled: torch.Tensor                     # (N,) log-probabilities that generation had
+    old: torch.Tensor | None                  # (N,) by the training path; None: on policy
+    reference: torch.Tensor | None            # (N,) of the starting adapter, for the KL
+
+
+def voice_rows(domain, post, texts):
+    """For each text a row of 0 and 1: in which of the domain's voices it is right."""
+    found = [domain.voices_of(post, text) for text in texts]
+    return [[float(voice in right) for voice in domain.voices] for right in found]
+
+
+def draw(session, visits, step):
+    """k drafts for each of these visits, judged -> Rollout."""
+    args, domain = session.args, session.domain
+    prompts, samples, texts = session.sample_drafts(visits, step, args.k)
+    posts = [session.posts[v.index] for v in visits]
+    streams = [session.stream("reader", step, v) for v in visits]
+    group = Group(torch.tensor(session.reward(posts, texts, streams)), set_size=args.set_size,
+                  floor=args.gate_floor)
+    group.quality = session.gate(visits, samples, texts, streams)
+    if session.embedder is not None:
+        group.embeddings = session.embedder(texts).cpu()
+    if domain.voices:
+        group.right = torch.tensor([voice_rows(domain, p, ts) for p, ts in zip(posts, texts)])
+        group.shares = torch.tensor([[domain.popularity_of(p)[v] for v in domain.voices]
+                                     for p in posts])
+    return Rollout(visits, prompts, samples, texts, group)
+
+
+def draw_batch(session, step, tally):
+    """This rank's share of the step's posts, drafted. With --resample, posts whose rewards are all
+    equal teach nothing and are replaced by further ones, drawn up to that many times (DAPO's
+    dynamic sampling, arXiv 2503.14476): which posts are kept is the same for any number of
+    ranks."""
+    args, ranks, parts, missing = session.args, session.ranks, [], session.args.batch
+    for attempt in range(1 + args.resample):
+        order = args.seed if not attempt else seed_of(args.seed, "resample", attempt)
+        visits = batch_visits(len(session.posts), args.batch, step // args.updates, order)
+        visits = [Visit(v.index, v.epoch + attempt * 10 ** 9) for v in visits]
+        drawn = draw(session, session.deal(visits), step)
+        rewards = drawn.group.rewards
+        equal = rewards.amax(1) == rewards.amin(1)
+        tally.visits = [*tally.visits, *visits]
+        tally.add("zero_variance", equal.float().sum(), len(equal))
+        if not args.resample:
+            return drawn
+        useful = ranks.gather((~equal).tolist())                          # in the order of visits
+        taken = [i for i, good in enumerate(useful) if good][:missing]
+        mine = [i // ranks.world for i in taken if i % ranks.world == ranks.rank]
+        parts.append(drawn.take(mine))
+        missing -= len(taken)
+        if not missing:
+            break
+    return joined(parts)
+
+
+def joined(parts):
+    """Several Rollouts as one."""
+    first, fields = parts[0], {}
+    for name, value in vars(first.group).items():
+        whole = isinstance(value, torch.Tensor)
+        fields[name] = torch.cat([getattr(p.group, name) for p in parts]) if whole else value
+    group, flat = Group(**fields), lambda name: [x for p in parts for x in getattr(p, name)]
+    samples = type(first.samples)(*([x for p in parts for x in getattr(p.samples, n)]
+                                    for n in ("tokens", "logprobs", "finished")))
+    return Rollout(flat("visits"), flat("prompts"), samples, flat("texts"), group)
+
+
+def rollout(session, step, tally):
+    """Drafts, rewards and advantages of this rank's share of a batch -> list of Batch, and the
+    step's token count over all ranks."""
+    args, device = session.args, session.ranks.device
+    drawn = draw_batch(session, step, tally)
+    group, samples = drawn.group, drawn.samples
+    advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight)
+    flat = advantages.flatten().to(device)                                     # one a draft
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
-    for rows in s.rows(list(zip(prompts, samples.tokens))):
-        sampled = torch.tensor([p for d in rows.draft.unique_consecutive().tolist() for p in logprobs[d]], device=s.ranks.device)
+    for rows in session.micro_batches(list(zip(drawn.prompts, samples.tokens))):
+        drafts = rows.draft.unique_consecutive().tolist()
+        sampled = torch.tensor([p for d in drafts for p in logprobs[d]], device=device)
+        old = reference = None
         with torch.no_grad():
-            old = token_logprobs(s.model, rows, a.temperature)[0] if a.updates > 1 else None
-            with adapter(s.model, s.start):
-                reference = token_logprobs(s.model, rows, a.temperature)[0] if a.beta else None
-        batches.append((rows, advantages[rows.draft], old, reference, sampled))
-    equal = (rewards.amax(1) == rewards.amin(1)).float()
-    tally.add("reward", rewards.sum(), rewards.numel())
-    tally.add("reward_std", rewards.std(1, correction=0).sum(), len(mine))
-    tally.add("zero_variance", equal.sum(), len(mine))
-    tally.add("truncated", sum(not f for fs in samples.finished for f in fs), rewards.numel())
-    tally.add("length", sum(map(len, logprobs)), rewards.numel())
-    if s.domain.voices:
-        right = [[bool(s.domain.voices_of(s.posts[i], t)) for t in ts] for i, ts in zip(mine, texts)]
-        tally.add("valid", sum(map(sum, right)), rewards.numel())
-    if embeddings is not None:
-        tally.add("D", diversity(embeddings).sum(), len(mine))
-    return batches, s.ranks.sum([sum(map(len, logprobs))])[0]
+            if args.updates > 1:
+                old = token_logprobs(session.model, rows, args.temperature)[0]
+            if args.beta:
+                with adapter(session.model, session.start):
+                    reference = token_logprobs(session.model, rows, args.temperature)[0]
+        batches.append(Batch(rows, flat[rows.draft], sampled, old, reference))
+        if old is not None:
+            tally.add("mismatch", (old - sampled).abs().sum(), len(old))
+    tally_rollout(drawn, advantages, tally)
+    return batches, session.ranks.sum([sum(map(len, logprobs))])[0]
 
 
-def grpo_step(s, step):
-    """One update. With --updates U, every U-th step rolls out and the next U - 1 reuse its drafts."""
-    a, tally = s.args, Tally()
-    if step % a.updates == 0:
-        s.batches, s.count = rollout(s, step, tally)
-    for rows, advantages, old, reference, sampled in s.passes(s.batches):
-        logp, entropy = token_logprobs(s.model, rows, a.temperature)
-        # One update per rollout is on policy: the ratio is 1 in value, and exp(logp - logp.detach()) keeps
-        # its gradient.
-        loss, clipped, kl = policy_loss(logp, logp.detach() if old is None else old, advantages, denominator=s.count,
-                                        clip_low=a.clip_low, clip_high=a.clip_high, reference=reference, beta=a.beta)
+def tally_rollout(drawn, advantages, tally):
+    """What the log says of a rollout."""
+    group, samples = drawn.group, drawn.samples
+    posts, drafts = group.rewards.shape[0], group.rewards.numel()
+    tally.add("reward", group.rewards.sum(), drafts)
+    tally.add("reward_std", group.rewards.std(1, correction=0).sum(), posts)
+    tally.add("advantage", advantages.abs().sum(), drafts)
+    tally.add("truncated", sum(not f for fs in samples.finished for f in fs), drafts)
+    tally.add("length", sum(len(d) for ds in samples.tokens for d in ds), drafts)
+    if group.right is not None:
+        tally.add("valid", group.right.amax(-1).sum(), drafts)
+    if group.embeddings is not None:
+        tally.add("D", diversity(group.embeddings).sum(), posts)
+    if group.quality is not None:
+        tally.add("quality", group.quality.sum(), drafts)
+        if group.embeddings is not None:
+            gated = diversity(group.embeddings, group.quality, group.floor)
+            tally.add("gated_D", gated.sum(), posts)
+
+
+def grpo_step(session, step):
+    """One update. With --updates U, every U-th step rolls out and the next U - 1 reuse its
+    drafts."""
+    args, tally = session.args, Tally()
+    if step % args.updates == 0:
+        session.batches, session.token_count = rollout(session, step, tally)
+    for batch in session.passes(session.batches):
+        logp, entropy = token_logprobs(session.model, batch.rows, args.temperature)
+        # One update per rollout is on policy: the ratio is 1 in value, and exp(logp -
+        # logp.detach()) keeps its gradient.
+        old = logp.detach() if batch.old is None else batch.old
+        loss, clipped, kl = policy_loss(
+            logp, old, batch.advantages, denominator=session.token_count, draft=batch.rows.draft,
+            sequence_ratio=args.ratio == "sequence", clip_low=args.clip_low,
+            clip_high=args.clip_high, reference=batch.reference, beta=args.beta)
         loss.backward()
         tally.add("entropy", entropy.sum(), len(logp))
         tally.add("clipped", clipped, len(logp))
-        tally.add("mismatch", (logp.detach() - sampled).abs().sum() if old is None else 0, len(logp))
-        if a.beta:
+        if batch.old is None:
+            tally.add("mismatch", (logp.detach() - batch.sampled).abs().sum(), len(logp))
+        if args.beta:
             tally.add("kl", kl, len(logp))
-        tally.add("tokens", rows.tokens.numel() + len(logp))
+        tally.add("tokens", batch.rows.tokens.numel() + len(logp))
+    session.ranks.sum_gradients(session.params)
     return tally
 
 
-LOGGED = ["reward", "valid", "D", "entropy", "reward_std", "zero_variance", "clipped", "kl", "mismatch", "length", "truncated"]
+LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "reward_std", "advantage",
+          "zero_variance", "clipped", "kl", "mismatch", "length", "truncated"]
 
 
 def run_grpo(args):
     """The GRPO phase: the start run's adapter, trained on; in OUT/adapter."""
     start = check_grpo(args)
-    s = Session(args, "grpo")
-    if not s.open_run():
+    session = Session(args, "grpo")
+    if not session.open_run():
         return
-    s.load()
-    if args.gate == "verifier" and not s.domain.voices:
-        raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood for real posts")
-    load_adapter(s.model, start, dropout=0.0)  # dropout would make ratios differ from 1
-    s.start = frozen_copy(s.model)
-    s.place()
-    if args.diversity_weight or args.advantage == "polychromic":
-        s.load_embedder()
-    s.reward = make_reward(args.reward, s)
-    args.steps = args.steps or math.ceil(len(s.posts) * args.epochs / args.batch) * args.updates
-    # drafts are not part of a checkpoint
+    session.load()
+    same_domain(Path(args.start), session.domain)
+    needs = OBJECTIVES[args.advantage].needs
+    if "voices" in needs and not session.domain.voices:
+        raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of voices")
+    load_adapter(session.model, start, dropout=0.0)  # dropout would make ratios differ from 1
+    session.start = frozen_copy(session.model)
+    session.shard_model()
+    session.start = {n: t.to(session.ranks.device) for n, t in session.start.items()}
+    if args.diversity_weight or "embeddings" in needs:
+        load_embedder(session)
+    session.reward = make_reward(args.reward, session)
+    session.gate = Gate(session, args.gate)
+    posts_steps = math.ceil(len(session.posts) * args.epochs / args.batch) * args.updates
+    args.steps = args.steps or posts_steps
+    # Drafts are not part of a checkpoint, so one is written between rollouts.
     args.save_every = math.ceil(args.save_every / args.updates) * args.updates
-    params = list(adapter_state(s.model).values())
-    summary = train(s, params, lambda step: grpo_step(s, step), LOGGED)
-    if s.ranks.main:
-        save_adapter(s.model, s.run.folder / "adapter", args.model)
-    s.run.finish(summary | {"domain": s.domain.name})
-    s.ranks.close()
+    session.params = list(adapter_state(session.model).values())
+    summary = train(session, session.params, lambda step: grpo_step(session, step), LOGGED)
+    finish_adapter(session, summary)
 
 
-def check_grpo(a):
-    """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags before
-    anything is loaded."""
-    data.check_common(a)
-    start = Path(a.start)
+def same_domain(run, domain):
+    """InputError when a finished run was trained for another domain than `domain`."""
+    done = run / "done.json"
+    record = data.read_json(done).get("domain") if done.exists() else None
+    if record is not None and record != domain.record():
+        raise InputError(f"{run} was trained for the domain {record.get('domain')!r} with voices "
+                         f"{', '.join(record.get('voices', [])) or 'none'}; these posts are of "
+                         f"{domain.name!r} with {', '.join(domain.voices) or 'none'}, or with "
+                         "other readers: use the parts of one split")
+
+
+def check_grpo(args):
+    """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags
+    before anything is loaded."""
+    check_common(args)
+    start = Path(args.start)
     start = start / "adapter" if (start / "adapter").is_dir() else start
     if not (start / "adapter_config.json").exists():
-        raise InputError(f"--start {a.start}: no adapter there: give a finished run of polylora.py sft, or a folder with "
-                         "adapter_config.json")
-    a.model = a.model or read_json(start / "adapter_config.json").get("base_model_name_or_path")
-    if not a.model:
+        raise InputError(f"--start {args.start}: no adapter there: give a finished run of "
+                         "polylora.py sft, or a folder with adapter_config.json")
+    config = read_adapter_config(start)
+    if not args.model:
+        args.model = config.get("base_model_name_or_path")
+        args.revision = args.revision or config.get("revision")
+    if not args.model:
         raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
-    if a.k < 2:
-        raise InputError(f"--k {a.k}: a group needs at least 2 drafts")
-    if a.advantage in ("passk", "maxk", "polychromic") and not 1 <= a.set_size < a.k:
-        raise InputError(f"--set-size {a.set_size} must be at least 1 and below --k {a.k}")
-    if a.advantage == "polychromic" and a.set_size < 2:
+    if args.k < 2:
+        raise InputError(f"--k {args.k}: a group needs at least 2 drafts")
+    if "set" in OBJECTIVES[args.advantage].needs and not 1 <= args.set_size < args.k:
+        raise InputError(f"--set-size {args.set_size} must be at least 1 and below --k {args.k}")
+    if args.advantage == "polychromic" and args.set_size < 2:
         raise InputError("--set-size must be at least 2 for --advantage polychromic")
-    if a.temperature <= 0:
+    if args.temperature <= 0:
         raise InputError("--temperature must be above 0: GRPO needs drafts that are sampled")
     return start
+
+
+def listed(table):
+    """"name (one line), .." for a flag's help."""
+    about = {name: row[1] if len(row) == 2 else row.about for name, row in table.items()}
+    return "; ".join(f"{name}: {text}" for name, text in about.items())
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = p.add_argument
-    add("--start", "--from", required=True, help="finished SFT run, or an adapter folder in PEFT's layout, to start from (after torchrun "
-                                                 "write --from: it takes --start for an option of its own)")
-    add("--model", default=None, help="Qwen3 checkpoint under the adapter; default: the one its config names")
-    data.common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
+    add("--start", "--from", required=True,
+        help="finished SFT run, or an adapter folder in PEFT's layout, to start from (after "
+             "torchrun write --from: it takes --start for an option of its own)")
+    add("--model", default=None,
+        help="Qwen3 checkpoint under the adapter; default: the one its config names")
+    common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
     draft_flags(p, 8)
-    add("--advantage", default="group", choices=("group", "drgrpo", "passk", "maxk", "polychromic"),
-        help="objective: group (GRPO), drgrpo (no division by std), passk (Pass@k training), maxk, polychromic (set objective)")
-    add("--set-size", type=int, default=4, help="drafts in a set for passk, maxk and polychromic: below --k")
-    add("--diversity-weight", type=float, default=0.0, help="weight of D beside the reward, in standard deviations of reward")
-    add("--reward", default="auto", choices=REWARDS, help="what a draft earns; auto: reader where replies have voices, else relevance")
-    add("--reward-model", default=None, help="Qwen3 folder or hub name for --reward model (scalar head) or judge (chat model)")
-    add("--beta", type=float, default=0.0, help="weight of the KL to the starting adapter, per token; 0 skips that pass")
-    add("--clip-low", type=float, default=0.2, help="lower clip: ratios below 1 - this get no gradient")
-    add("--clip-high", type=float, default=0.2, help="upper clip: ratios above 1 + this get no gradient (DAPO: 0.28)")
+    add("--advantage", default="group", choices=OBJECTIVES,
+        help=f"what a step maximises. {listed(OBJECTIVES)}")
+    add("--set-size", type=int, default=4,
+        help="drafts in a set, for objectives of sets: below --k")
+    add("--diversity-weight", type=float, default=0.0,
+        help="weight of D beside the reward, in standard deviations of reward")
+    add("--reward", default="auto", choices=("auto", *REWARDS),
+        help=f"what a draft earns. auto: reader where replies have voices, agreement where posts "
+             f"have several replies, else relevance; {listed(REWARDS)}")
+    add("--reward-model", default=None,
+        help="Qwen3 folder or hub name for --reward model (scalar head) or judge (chat model)")
+    add("--valid-weight", type=float, default=0.0,
+        help="added to --reward reader for a draft that is right in any voice")
+    add("--flip", type=float, default=0.0, help="share of the verifier's verdicts turned round")
+    add("--beta", type=float, default=0.0,
+        help="weight of the KL to the starting adapter, per token; 0 skips that pass")
+    add("--clip-low", type=float, default=0.2,
+        help="lower clip: ratios below 1 - this get no gradient")
+    add("--clip-high", type=float, default=0.2,
+        help="upper clip: ratios above 1 + this get no gradient (DAPO: 0.28)")
+    add("--ratio", default="token", choices=("token", "sequence"),
+        help="what is clipped: each token's ratio, or the whole draft's (GSPO)")
+    add("--resample", type=int, default=0,
+        help="times that posts with equal rewards are replaced by others (DAPO's dynamic sampling)")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of drafts")
     p.set_defaults(run=run_grpo)
     return p
 
 
 def main(argv=None):
-    return data.command(parser(), argv)
+    return command(parser(), argv)
 
 
 if __name__ == "__main__":

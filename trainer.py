@@ -1,0 +1,744 @@
+"""What both phases share: random streams, ranks, the run folder, the training loop, the session.
+
+A phase is a function `step(number)` that leaves the step's gradient on the parameters; `train` is
+the loop around it. What a run must survive stands here too: a checkpoint is checksummed and the one
+before it kept, a signal ends a run after its step, a folder has one writer. Random numbers need no
+saving: each is a function of (seed, stage, step, post, draft), whatever rank or batch it is drawn
+in. """
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+from data import InputError, beside, read_json, write_json
+from generate import generate
+from model import Qwen3
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither: no lock on a folder, no peak memory of a CPU run
+    fcntl = resource = None
+
+
+# ---- Random streams and batches ------------------------------------------------------------------
+
+def seed_of(*parts):
+    """A 63-bit seed from anything printable: the same on every machine and Python, unlike
+    hash()."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class Visit(NamedTuple):
+    """Post `index` in its `epoch`-th pass over the file. A small file is passed more than once
+    within a step; a random stream that hangs on the visit, not on the post, never repeats."""
+    index: int
+    epoch: int
+
+
+def batch_visits(count, size, step, seed):
+    """The `size` visits of step `step`: each epoch visits all `count` posts in an order of its
+    own."""
+    draws, orders = range(step * size, (step + 1) * size), {}
+    for epoch in {d // count for d in draws}:
+        orders[epoch] = list(range(count))
+        random.Random(seed_of(seed, "epoch", epoch)).shuffle(orders[epoch])
+    return [Visit(orders[d // count][d % count], d // count) for d in draws]
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
+
+class Ranks:
+    """This process among those of the launch; alone when not under torchrun. The only place that
+    reads RANK and so on.
+
+    Every stage of train.sh makes its own group on the launcher's store. Keys of an earlier stage
+    are still there, and a group that reads them hangs or calls a dead port, so each stage gets a
+    prefix of its own. """
+
+    def __init__(self, stage, device=None):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.main = self.rank == 0
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = device.partition(":")[0] == "cuda" and torch.cuda.is_available()
+        if not (device == "cpu" or cuda):
+            raise InputError(f"--device {device}: there is no such device here")
+        local = os.environ.get("LOCAL_RANK", 0)
+        self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            self.join(stage)
+
+    def join(self, stage):
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, self.world, is_master=self.main and not agent)
+        store = dist.PrefixStore(f"{stage}/{self.restarts}", store)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+
+    def sum(self, values):
+        """Sums of a list of floats over all ranks, on all ranks."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_gradients(self, params):
+        """Gradients summed over ranks in one flat all-reduce. Losses are already divided by the
+        global count, so the sum is the gradient of the whole step; a parameter without a gradient
+        on this rank counts as zero."""
+        if self.world > 1:
+            set_gradient(params, self.take_gradient(params))
+
+    def take_gradient(self, params):
+        """The gradient over all ranks as one flat tensor; the parameters are left without one."""
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in params)
+        flat = torch.cat([g.flatten() for g in grads])
+        if self.world > 1:
+            dist.all_reduce(flat)
+        for p in params:
+            p.grad = None
+        return flat
+
+    def gather(self, items):
+        """Every rank's list, on every rank, in the order in which `items[rank::world]` dealt
+        them."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+            # FSDP keeps the group: a thread of gloo that frees its last tensors while Python ends
+            # would abort the process.
+            time.sleep(0.1)
+
+
+def set_gradient(params, flat):
+    """The inverse of Ranks.take_gradient."""
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+
+
+class Lockstep:
+    """With weights that are spread over ranks, each pass through the model is made by all of them
+    together. A rank that has no more to do makes the others' passes with them, on nothing."""
+
+    def __init__(self, model, ranks):
+        self.model, self.waiting = model, False
+        self.nothing = torch.zeros(1, 1, dtype=torch.long, device=ranks.device)
+
+    def agree(self, kind):
+        """The largest of all ranks' numbers."""
+        kind = torch.tensor([kind], device=self.nothing.device)
+        dist.all_reduce(kind, dist.ReduceOp.MAX)
+        return int(kind)
+
+    def __call__(self):
+        """Before each pass: 1 says that it is without gradient, 2 with."""
+        if not self.waiting:
+            self.agree(1 + torch.is_grad_enabled())
+
+    def wait(self):
+        """Returns when all ranks wait: at the end of each piece of work whose passes may differ."""
+        self.waiting = True
+        while kind := self.agree(0):
+            with torch.set_grad_enabled(kind == 2):
+                nothing = 0 * self.model.hidden(self.nothing).sum()
+            if kind == 2:
+                nothing.backward()
+        self.waiting = False
+
+
+def shard(model, ranks):
+    """Spread the blocks' frozen weights over the ranks by FSDP2: each holds its part, and a block
+    comes together while it runs. The adapter, embedding and head stay whole on every rank:
+    gradients are summed as ever."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    whole = {p for n, p in model.named_parameters() if ".layers." not in n or "lora_" in n}
+    for p in whole:
+        p.data = p.data.to(ranks.device)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=whole & set(module.parameters()))
+    register_fsdp_forward_method(model, "hidden")
+    model.lockstep = Lockstep(model, ranks)
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+
+class Tally:
+    """Sums and counts of named numbers over micro-batches; `means` adds all ranks' and divides
+    once. `visits`: the step's, over all ranks, for a message that names them."""
+
+    def __init__(self, visits=()):
+        self.sums, self.visits = {}, visits
+
+    def add(self, name, total, count=1):
+        old = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (old[0] + float(total), old[1] + float(count))
+
+    def means(self, ranks, names):
+        """The global means of `names`; one that nothing was added to on any rank is left out."""
+        flat = ranks.sum([x for n in names for x in self.sums.get(n, (0.0, 0.0))])
+        return {n: flat[2 * i] / flat[2 * i + 1] for i, n in enumerate(names) if flat[2 * i + 1]}
+
+
+def peak_bytes(device):
+    """Peak memory of this process: of the GPU's allocator, or resident on a CPU; None if
+    unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def file_hash(path):
+    """sha256 of a file's bytes; None for what is no file (a name such as `pocket`, a hub name)."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
+            else hashlib.sha256(file.read()).hexdigest()
+
+
+def environment():
+    """What a result may depend on beside its configuration: versions, and this code's commit."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words):
+        try:
+            ran = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return None
+        return ran.stdout.strip() if ran.returncode == 0 else None
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    packages = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0], **versions, "commit": commit,
+            "clean": None if changes is None else not changes}
+
+
+class Run:
+    """A run folder, which is one configuration: config.json (what was asked for), metrics.jsonl (a
+    line a step), checkpoint.safetensors and the one before it (to go on from), the result (adapter/
+    or a model), done.json (written last)."""
+
+    # What may differ between a run and its resumption: the result is the same.
+    VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
+                "device", "compile", "no_graphs", "shard", "checkpointing", "data", "environment")
+
+    def __init__(self, args, ranks):
+        self.folder, self.ranks, self.lock = Path(args.out), ranks, None
+        self.config = {k: v for k, v in vars(args).items() if not callable(v)}
+        self.config |= {"version": 2, "data_hash": file_hash(args.data),
+                        "environment": environment()}
+        self.done = (self.folder / "done.json").exists()
+        if (self.folder / "config.json").exists():
+            self.compare(read_json(self.folder / "config.json"))
+            if not (self.done or args.resume or ranks.restarts):
+                raise InputError(f"{self.folder} holds an unfinished run: add --resume to go on, "
+                                 "or choose another --out")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} exists and holds no run of this program: choose "
+                             f"another --out")
+
+    def compare(self, old):
+        """InputError when the folder's configuration is another one; a word when only versions
+        are."""
+        for key in sorted(old.keys() | self.config.keys()):
+            before, now = old.get(key, False), self.config.get(key, False)
+            if key in self.VOLATILE or before == now:
+                continue
+            if key == "data_hash":
+                raise InputError(f"{self.folder} holds a run on other posts: the contents of "
+                                 f"{self.config['data']} have changed: choose another --out")
+            raise InputError(f"{self.folder} holds a run with {key} = {before!r}, now {now!r} is "
+                             "asked for: choose another --out, or delete that folder")
+        before, now = old.get("environment") or {}, self.config["environment"]
+        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+        if changed and not self.done and self.ranks.main:
+            print(f"{self.folder} was begun under other versions: {', '.join(changed)}", flush=True)
+
+    def begin(self):
+        """Take the folder and write the configuration: once everything was read and found right, so
+        that a mistake leaves nothing behind."""
+        self.ranks.barrier()  # all have looked before one writes
+        if self.ranks.main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.folder / ".lock", "w")
+                if fcntl is not None:  # the lock dies with its process, however that ends
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process works in {self.folder}: wait for it, or stop it"
+                                 f"") from None
+            except OSError as e:
+                raise InputError(f"{self.folder} cannot be written ({e}): choose another --out"
+                                 f"") from None
+            write_json(self.folder / "config.json", self.config)
+
+    def log(self, line):
+        if self.ranks.main:
+            try:
+                with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+                    f.write(json.dumps(line) + "\n")
+            except OSError as e:
+                raise InputError(f"{self.folder}/metrics.jsonl cannot be written ({e}): make room, "
+                                 "then go on with --resume") from None
+
+    def save(self, step, params, optimizer):
+        """Everything the loop mutates, with a checksum; the checkpoint before it is kept."""
+        if not self.ranks.main:
+            return
+        tensors, updates = {}, 0
+        for i, p in enumerate(params):
+            state = optimizer.state.get(p)
+            tensors[f"{i}.value"] = p.detach().cpu().contiguous()
+            if state:
+                updates = int(state["step"])
+                for name in ("exp_avg", "exp_avg_sq"):
+                    tensors[f"{i}.{name}"] = state[name].cpu().contiguous()
+        about = {"step": str(step), "updates": str(updates)}
+        path = self.folder / "checkpoint.safetensors"
+        with beside(path) as new:
+            save_file(tensors, new, metadata=about | {"checksum": checksum(tensors, about)})
+            if path.exists():
+                os.replace(path, self.folder / "checkpoint.before.safetensors")
+
+    def restore(self, params, optimizer):
+        """Load the newest checkpoint that is whole; returns the step to go on from. Later metrics
+        lines are dropped."""
+        found = None
+        for name in ("checkpoint.safetensors", "checkpoint.before.safetensors"):
+            found = found or self.read_checkpoint(self.folder / name)
+        log = self.folder / "metrics.jsonl"
+        if found is None:
+            self.ranks.barrier()  # all have looked before one deletes
+            if self.ranks.main:
+                log.unlink(missing_ok=True)
+            return 0
+        tensors, step, updates = found
+        for i, p in enumerate(params):
+            if tensors[f"{i}.value"].shape != p.shape:
+                raise InputError(f"the checkpoint in {self.folder} is of another model: delete "
+                                 f"that folder")
+            p.data.copy_(tensors[f"{i}.value"])
+            if f"{i}.exp_avg" in tensors:
+                counter = p.device if optimizer.defaults["fused"] else "cpu"
+                optimizer.state[p] = {"step": torch.tensor(float(updates), device=counter),
+                                      **{n: tensors[f"{i}.{n}"].to(p.device)
+                                         for n in ("exp_avg", "exp_avg_sq")}}
+        if self.ranks.main and log.exists():  # a line a step; a kill may have torn a later one
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[:step]))
+        return step
+
+    def read_checkpoint(self, path):
+        """(tensors, step, updates) of a checkpoint; None, with a word, where it is not whole."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as f:
+                about, tensors = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
+            said = about.pop("checksum", "")
+            if said == checksum(tensors, about):
+                return tensors, int(about["step"]), int(about["updates"])
+            reason = "its checksum is wrong"
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+            reason = str(e)
+        if self.ranks.main:
+            print(f"{path} is damaged ({reason}): an older checkpoint is used, or the start"
+                  f"", flush=True)
+        return None
+
+    def finish(self, summary):
+        self.ranks.barrier()
+        if self.ranks.main:
+            write_json(self.folder / "done.json", summary)
+            for name in ("checkpoint.safetensors", "checkpoint.before.safetensors", ".lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.lock.close()
+
+
+def checksum(tensors, about):
+    """sha256 over names, shapes, bytes and the text metadata: safetensors has none of its own."""
+    total = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak, warmup, schedule):
+    """Linear warm-up over `warmup` steps, then a cosine to zero, or constant."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak if schedule == "constant" else peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class DeadSignals:
+    """Speaks up when a number that should teach has been dead for five steps: D, gate or reward all
+    zero, rewards all equal in every group. Reading the log again after a resume restores it."""
+    DEAD = {"D": 0.0, "gated_D": 0.0, "quality": 0.0, "D_share": 0.0, "reward": 0.0,
+            "reward_std": 0.0, "advantage": 0.0, "zero_variance": 1.0}
+    WHAT = {"D": "all drafts of a post are alike", "gated_D": "the gate lets no diversity through",
+            "quality": "the gate finds every draft worthless", "reward": "every reward is 0",
+            "D_share": "D has no part in the gradient",
+            "reward_std": "rewards of a post are all equal",
+            "advantage": "every advantage is 0",
+            "zero_variance": "every group's rewards are all equal"}
+
+    def __init__(self, steps=5):
+        self.steps, self.count, self.said = steps, {}, []
+
+    def look(self, line):
+        """The sentences that this line of the log gives cause to say, each once a run."""
+        fresh = []
+        for name, dead in self.DEAD.items():
+            if name in line:
+                self.count[name] = self.count.get(name, 0) + 1 if line[name] == dead else 0
+                if self.count[name] == self.steps:
+                    text = f"{name} was {dead:g} for {self.steps} steps: {self.WHAT[name]}"
+                    if text not in self.said:
+                        fresh.append(text)
+                        self.said.append(text)
+        return fresh
+
+
+class Signals:
+    """Within: SIGTERM and Ctrl-C are noted in `seen`, for the loop to leave after its step; a
+    second one leaves at once."""
+
+    def __enter__(self):
+        self.seen, self.before = 0, {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self.note)
+            except ValueError:  # not the main thread: somebody else's business
+                pass
+        return self
+
+    def note(self, number, frame):
+        if self.seen:
+            os._exit(128 + number)
+        self.seen = number
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(session, params, step_fn, names):
+    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over ranks,
+    on `params` and returns a Tally; `names` are the means to log. A step whose gradient is not
+    finite is skipped and counted; five in a row stop the run. Returns the line that ends the
+    log."""
+    args, ranks, run = session.args, session.ranks, session.run
+    run.begin()
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2),
+                                  weight_decay=args.weight_decay, fused=True)
+    first, began, tokens = run.restore(params, optimizer), time.perf_counter(), 0
+    signals_of_life, skipped, in_a_row = replay(run), 0, 0
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=run.folder.name,
+               unit="step", disable=not ranks.main, mininterval=0.5 if sys.stderr.isatty() else 15)
+    with Signals() as signals:
+        for step in bar:
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+            torch.manual_seed(seed_of(args.seed, "dropout", step, ranks.rank))
+            tally = step_fn(step)
+            norm = float(torch.nn.utils.clip_grad_norm_(params, args.clip))
+            finite = math.isfinite(norm)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+            worked, stop = ranks.sum([tally.sums.get("tokens", (0, 0))[0], signals.seen])
+            tokens += worked
+            line = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": norm if finite else None, **tally.means(ranks, names),
+                    "seconds": time.perf_counter() - start, "tokens": worked,
+                    "peak_bytes": peak_bytes(ranks.device)}
+            run.log(line)
+            for warning in signals_of_life.look(line):
+                session.say(f"warning: {run.folder.name}, step {step + 1}: {warning}")
+            bar.set_postfix({n: f"{line[n]:.3f}" for n in names[:4] if n in line}, refresh=False)
+            if in_a_row == 5:
+                posts = ", ".join(session.posts[v.index].id for v in tally.visits[:20])
+                raise InputError(f"step {step + 1} of {run.folder}: the gradient was not finite "
+                                 f"five times in a row (posts {posts}): lower --lr, or "
+                                 "use --dtype float32")
+            last = step + 1 == args.steps
+            if not last and (stop or (step + 1) % args.save_every == 0):
+                run.save(step + 1, params, optimizer)
+            if stop and not last:
+                leave(session, bar, step + 1, signals.seen or signal.SIGTERM)
+            if step - first == 2 and not last:
+                pace = (time.perf_counter() - began) / 3
+                session.say(f"{run.folder.name}: {pace:.2g} s a step, about "
+                            f"{duration(pace * (args.steps - step - 1))} to the end")
+    seconds = time.perf_counter() - began
+    summary = {"event": "end", "stage": session.stage, "step": args.steps, "seconds": seconds,
+               "peak_bytes": peak_bytes(ranks.device), "skipped": skipped,
+               "tokens_per_second": tokens / seconds if tokens else None, "ranks": ranks.world,
+               "device": str(ranks.device.type), "warnings": signals_of_life.said}
+    run.log(summary)
+    return summary
+
+
+def replay(run):
+    """The DeadSignals of a log as it stands: after a resume its counts go on."""
+    dead, log = DeadSignals(), run.folder / "metrics.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        dead.look(json.loads(line))
+    return dead
+
+
+def leave(session, bar, step, number):
+    """End a run that was asked to stop: its checkpoint is written."""
+    bar.close()
+    session.say(f"{session.run.folder}: stopped after step {step}; --resume goes on from there")
+    session.ranks.barrier()
+    session.ranks.close()
+    sys.exit(128 + number)
+
+
+def duration(seconds):
+    """Seconds in words: '40 s', '12 min', '3.5 h', '2.1 days'."""
+    for unit, size in (("days", 86400), ("h", 3600)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+# ---- The session ---------------------------------------------------------------------------------
+
+class Session:
+    """What a phase works with."""
+
+    def __init__(self, args, stage):
+        self.args = args              # the command's flags
+        self.stage = stage            # "base", "sft", "grpo", "measure": part of random streams
+        self.ranks = Ranks(f"{stage}:{args.out}", args.device)
+        self.run = None               # the run folder, of a phase that has one
+        self.posts = None             # list of data.Post
+        self.domain = None            # how posts are put to the model and drafts are judged
+        self.tokenizer = None
+        self.chat = None              # the checkpoint's chat format
+        self.model = None             # the policy: frozen base and adapter
+        self.stops = None             # token ids that end a draft
+        self.embedder = None          # texts -> unit vectors, for D and for rewards
+        self.gate = None              # drafts -> quality in [0, 1], which D is multiplied with
+        self.reward = None            # (posts, drafts) -> what each draft earns
+        self.params = None            # list of the tensors that train
+
+    def open_run(self):
+        """Make or reopen the run folder; False, with a word about it, when it is finished
+        already."""
+        self.run = Run(self.args, self.ranks)
+        if self.run.done:
+            self.say(f"{self.run.folder}: done already")
+            self.ranks.close()
+        return not self.run.done
+
+    def say(self, text):
+        if self.ranks.main:
+            print(text, flush=True)
+
+    def load(self):
+        """The data, then the frozen model: a bad line is found before gigabytes are read."""
+        self.load_posts()
+        self.load_model()
+
+    def load_posts(self):
+        args = self.args
+        self.posts = data.load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
+        self.domain = data.load_domain(args.data, args.domain, self.posts)
+
+    def load_model(self):
+        args = self.args
+        self.tokenizer = data.load_tokenizer(args.model, revision=args.revision)
+        self.chat = data.chat_format(data.fetch(args.model, args.revision))
+        if args.shard and (self.ranks.world == 1 or args.nf4):
+            raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
+                             "it by torchrun --nproc-per-node=N")
+        self.model = load_model(args.model, args, self.ranks.device, args.revision, args.nf4,
+                                args.shard)
+        real = self.tokenizer.get_vocab_size()  # the matrix's rows above are padding
+        self.model.vocab = min(self.model.vocab, real)
+        self.stops = data.stop_ids(self.tokenizer)
+
+    def shard_model(self):
+        """With --shard, once the adapter is on the model: spread it over the ranks."""
+        if self.args.shard:
+            shard(self.model, self.ranks)
+
+    def passes(self, batches):
+        """The batches, for a pass through the model each; then, with --shard, wait for ranks that
+        have more."""
+        yield from batches
+        if self.model.lockstep:
+            self.model.lockstep.wait()
+
+    def micro_batches(self, pairs):
+        """(prompt ids, [draft ids, ..]) pairs as data.Rows of at most --micro-tokens each."""
+        return self.passes(data.pack(pairs, self.args.micro_tokens, self.ranks.device))
+
+    def deal(self, items):
+        """This rank's share. Each rank needs at least one, since all take part in every step."""
+        if len(items) < self.ranks.world:
+            raise InputError(f"{len(items)} posts cannot be dealt to {self.ranks.world} ranks: "
+                             "raise --batch, or start fewer ranks")
+        return items[self.ranks.rank::self.ranks.world]
+
+    def prompt(self, index):
+        messages = self.domain.messages(self.posts[index])
+        return data.encode_prompt(self.tokenizer, messages, self.chat)
+
+    def stream(self, purpose, step, visit):
+        """The seed of a visit's random numbers for one purpose: the same however posts are
+        dealt."""
+        return seed_of(self.args.seed, purpose, step, self.posts[visit.index].key, visit.epoch)
+
+    def sample_drafts(self, visits, step, k, progress=None):
+        """k drafts for each visit -> (prompts, Samples, texts): P lists of ids, of k drafts
+        each."""
+        args, prompts = self.args, [self.prompt(v.index) for v in visits]
+        seeds = [self.stream(self.stage, step, v) for v in visits]
+        samples = generate(self.model, prompts, k=k, max_new_tokens=args.max_new_tokens,
+                           temperature=args.temperature, top_p=getattr(args, "top_p", 1.0),
+                           stop_ids=self.stops, seed=seeds, max_rows=args.max_rows,
+                           progress=progress)
+        texts = [[data.decode(self.tokenizer, d) for d in drafts] for drafts in samples.tokens]
+        return prompts, samples, texts
+
+
+def load_model(path, args, device, revision=None, nf4=False, shard=False):
+    """The Qwen3 at `path` as the flags want it; one to be spread over ranks is read into the host's
+    memory."""
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+             "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    where = "cpu" if shard else device
+    model = Qwen3.from_pretrained(path, revision=revision, device=where, dtype=dtype, nf4=nf4)
+    model.checkpointing = getattr(args, "checkpointing", False)
+    model.compiled = getattr(args, "compile", False)
+    model.graphs = False if getattr(args, "no_graphs", False) else None
+    return model
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+def common_flags(p, *, lr, steps, batch, schedule="cosine"):
+    """Flags that every phase has. Names are the config's keys; units and defaults are in the
+    help."""
+    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = p.add_argument
+    add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint "
+                                      "ones with `python data.py split`")
+    add("--domain", default="auto",
+        help="how drafts are asked for and scored: auto, pocket, voices or replies")
+    add("--out", required=True, help="run folder to make")
+    add("--resume", action="store_true", help="go on with an unfinished run in --out")
+    add("--seed", type=int, default=1, help="of everything random in this run")
+    add("--steps", type=int, default=steps,
+        help="optimizer steps; 0: as many as --epochs passes over the posts take")
+    add("--epochs", type=float, default=1, help="passes over the posts when --steps is 0")
+    add("--batch", type=int, default=batch, help="posts a step, over all ranks")
+    add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up")
+    add("--schedule", default=schedule, choices=("cosine", "constant"),
+        help="learning rate after the warm-up")
+    add("--clip", type=float, default=1.0,
+        help="largest gradient norm, over all trained parameters and ranks")
+    add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
+    add("--micro-tokens", type=int, default=16384,
+        help="tokens in one forward and backward pass: lower it to save memory")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--skip-bad-lines", action="store_true",
+        help="skip, count and report unreadable lines of --data instead of stopping")
+    model_flags(p)
+
+
+def model_flags(p):
+    """Flags of how the model is held and how it writes."""
+    add = p.add_argument
+    add("--device", default=None,
+        help="cuda, cuda:1, cpu; default: this rank's GPU if there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of the frozen weights; auto: bfloat16 on a GPU")
+    add("--nf4", action="store_true",
+        help="the frozen base in 4 bits (QLoRA): a third of the memory, slower")
+    add("--shard", action="store_true", help="spread the frozen base over the ranks (FSDP2), for "
+                                             "models larger than a GPU: slower")
+    add("--revision", default=None, help="commit, tag or branch of the model on the hub")
+    add("--max-rows", type=int, default=256,
+        help="drafts written at a time on each rank: lower it to save memory")
+    add("--compile", action="store_true",
+        help="write drafts with torch.compile, after up to a minute at the start; needs a C++ "
+             "compiler, or Triton on a GPU")
+    add("--no-graphs", action="store_true",
+        help="write drafts without CUDA graphs: slower, a way around a driver that fails on them")
+
+
+# flag -> (lowest, is that itself allowed, below what)
+FROM_ZERO, FROM_ONE, POSITIVE = (0, True, math.inf), (1, True, math.inf), (0, False, math.inf)
+SHARE = (0, True, 1)
+RANGES = {
+    **dict.fromkeys(("batch", "save_every", "micro_tokens", "max_rows", "rank", "max_new_tokens",
+                     "draft_every", "draft_posts", "updates"), FROM_ONE),
+    **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
+                     "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
+                     "valid_weight"), FROM_ZERO),
+    **dict.fromkeys(("clip", "alpha"), POSITIVE),
+    **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
+
+
+def check_common(args):
+    """Numbers that no phase can work with; NaN is in no range."""
+    ranges = RANGES | {"epochs": (0, bool(args.steps), math.inf)}
+    for name, (low, closed, high) in ranges.items():
+        value = getattr(args, name, None)
+        if value is not None and not (low <= value < high if closed else low < value < high):
+            flag = "--lambda" if name == "lam" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {value:g}: it must be "
+                             + (f"{low} or more" if closed else f"above {low}")
+                             + (f" and below {high}" if high < math.inf else " and finite"))
