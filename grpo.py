@@ -26,7 +26,7 @@ import torch
 
 import data
 from data import InputError, command
-from model import token_logprobs
+from model import Rows, token_logprobs
 from polylora import (Gate, adapter, adapter_state, diversity, diversity_advantages, draft_flags,
                       finish_adapter, frozen_copy, load_adapter, load_embedder, pair_distances,
                       read_adapter_config)
@@ -426,7 +426,7 @@ class Rollout:
 @dataclasses.dataclass
 class Batch:
     """A micro-batch of a rollout, tensors flat over its N reply tokens."""
-    rows: data.Rows
+    rows: Rows
     advantages: torch.Tensor                  # (N,), of the token's draft
     sampled: torch.Tensor                     # (N,) log-probabilities that generation had
     old: torch.Tensor | None                  # (N,) by the training path; None: on policy
