@@ -502,6 +502,8 @@ def rollout(session, step, tally):
     args, device = session.args, session.ranks.device
     drawn = draw_batch(session, step, tally)
     group, samples = drawn.group, drawn.samples
+    if not drawn.visits:  # of the posts that --resample kept this rank drew none
+        return [], session.ranks.sum([0])[0]
     advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight)
     flat = advantages.flatten().to(device)                                     # one a draft
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
@@ -654,7 +656,7 @@ def parser():
         help="Qwen3 checkpoint under the adapter; default: the one its config names")
     common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
     draft_flags(p, 8)
-    add("--advantage", default="group", choices=OBJECTIVES,
+    add("--advantage", default="group", choices=list(OBJECTIVES),
         help=f"what a step maximises. {listed(OBJECTIVES)}")
     add("--set-size", type=int, default=4,
         help="drafts in a set, for objectives of sets: below --k")
