@@ -14,9 +14,12 @@ import argparse
 import dataclasses
 import math
 import random
+import re
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -267,43 +270,173 @@ def merge_lora(model, dtype=torch.float32):
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
-def pair_distances(embeddings, quality=None, floor=0.0):
-    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal.
-    (P, k, dim) -> (P, k, k) in fp32."""
-    e = embeddings.float()
-    delta = 1 - e @ e.transpose(-1, -2)
+def gated(delta, quality=None, floor=0.0):
+    """Distances delta (P, k, k) without their diagonal; with quality (floor + delta_ij) q_i q_j."""
     if quality is not None:
         q = quality.float()
         delta = (floor + delta) * q[..., None] * q[..., None, :]
     return delta - torch.diag_embed(delta.diagonal(dim1=-2, dim2=-1))
 
 
+def pair_distances(embeddings, quality=None, floor=0.0):
+    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal.
+    (P, k, dim) -> (P, k, k) in fp32."""
+    e = embeddings.float()
+    return gated(1 - e @ e.transpose(-1, -2), quality, floor)
+
+
+def pair_mean(pairs):
+    """D (P,) of distances (P, k, k): their mean, 2/(k(k-1)) sum_{i<j} delta_ij."""
+    k = pairs.shape[-1]
+    if k < 2:
+        raise InputError("diversity needs at least two drafts (k >= 2)")
+    return pairs.sum((-1, -2)) / (k * (k - 1))
+
+
 def diversity(embeddings, quality=None, floor=0.0):
-    """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance,
-    2/(k(k-1)) sum_{i<j} delta_ij.
+    """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance.
 
     With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are wrong
     earn nothing by being different, and with a floor two right ones are worth something even when
     alike. """
-    k = embeddings.shape[-2]
-    if k < 2:
-        raise InputError("diversity needs at least two drafts (k >= 2)")
-    return pair_distances(embeddings, quality, floor).sum((-1, -2)) / (k * (k - 1))
+    return pair_mean(pair_distances(embeddings, quality, floor))
 
 
-def diversity_advantages(embeddings, quality=None, floor=0.0):
+def pair_advantages(pairs):
     """a_i = D - D_without_i (P, k): what draft i adds to D. With it, E[sum_i a_i grad log pi(y_i)]
     = grad E[D].
 
     D_without_i does not depend on y_i, so subtracting it leaves the score-function gradient
     unbiased. With k = 2 there is no D without i; the baseline is then 0: unbiased too, but noisier.
     """
-    k, total = embeddings.shape[-2], diversity(embeddings, quality, floor)
-    pairs = pair_distances(embeddings, quality, floor)
+    k, total = pairs.shape[-1], pair_mean(pairs)
     if k == 2:
         return total[:, None].expand(-1, 2)
     without = (pairs.sum((-1, -2))[:, None] - 2 * pairs.sum(-1)) / ((k - 1) * (k - 2))
     return total[:, None] - without
+
+
+def diversity_advantages(embeddings, quality=None, floor=0.0):
+    """pair_advantages of the cosine distance."""
+    return pair_advantages(pair_distances(embeddings, quality, floor))
+
+
+def leave_one_out(measure, *parts):
+    """pair_advantages for any D: a_i = D - D_without_i (P, k), D = measure(*parts) (P,), each part
+    (P, k, ..) or None."""
+    k, total = next(x.shape[1] for x in parts if x is not None), measure(*parts)
+    if k == 2:
+        return total[:, None].expand(-1, 2)
+    others = [[j for j in range(k) if j != i] for i in range(k)]
+    without = [measure(*(x if x is None else x[:, o] for x in parts)) for o in others]
+    return total[:, None] - torch.stack(without, 1)
+
+
+def log_det(embeddings, quality=None, classes=None):
+    """log det(I + L), L_ij = q_i q_j e_i . e_j: the volume that the drafts span (DQO, arXiv
+    2509.04784, with the I that keeps it finite)."""
+    e = embeddings.float()
+    e = e if quality is None else e * quality.float()[..., None]
+    return torch.logdet(e @ e.mT + torch.eye(e.shape[1], device=e.device))
+
+
+def vendi(embeddings, quality=None, classes=None):
+    """The Vendi score: exp(-sum w log w), w the eigenvalues of the cosines / k, from 1 to k (arXiv
+    2210.02410); times the mean quality (arXiv 2405.02449)."""
+    e = embeddings.float()
+    w = torch.linalg.eigvalsh(e @ e.mT / e.shape[1]).clamp(min=0)
+    score = torch.special.entr(w).sum(-1).exp()
+    return score if quality is None else score * quality.float().mean(-1)
+
+
+def alike(classes):
+    """(.., k, k) bool of answer_classes (.., k): do two drafts give one answer? A draft without an
+    answer is like itself alone."""
+    same = (classes[..., None] == classes[..., None, :]) & (classes >= 0)[..., None]
+    return same | torch.eye(classes.shape[-1], dtype=torch.bool, device=classes.device)
+
+
+def distinct_answers(embeddings, quality=None, classes=None):
+    """Different answers over k; with quality each counts by its drafts' mean quality."""
+    counted = (classes >= 0).float() if quality is None else (classes >= 0) * quality.float()
+    return (counted / alike(classes).sum(-1)).mean(-1)
+
+
+def answer_classes(domain, posts, texts):
+    """Ids (P, k) of drafts, P lists of k: equal ids, equal answers. An answer is the voices that a
+    draft is right in, or without a verifier its text but for case and punctuation; -1 is none."""
+    ids, find = [], domain.voices_of
+    for post, group in zip(posts, texts):
+        keys = [frozenset(find(post, t)) if domain.voices else data.normalise(t) for t in group]
+        seen = {}
+        ids.append([seen.setdefault(key, len(seen)) if key else -1 for key in keys])
+    return torch.tensor(ids)
+
+
+def edit_distance(a, b):
+    """Levenshtein's distance of two lists of words, over the longer one's length."""
+    row = range(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1] / max(len(a), len(b), 1)
+
+
+def ngram_distance(a, b):
+    """The share of words and word pairs that only one of two lists of words has (Jaccard)."""
+    a, b = ({*words, *zip(words, words[1:])} for words in (a, b))
+    return len(a ^ b) / max(len(a | b), 1)
+
+
+def word_distances(distance):
+    """texts, P lists of k -> (P, k, k) of a distance between their words."""
+    def pairs(drafts):
+        words = [[re.findall(r"\w+", t.lower()) for t in texts] for texts in drafts.texts]
+        return torch.tensor([[[distance(a, b) for b in group] for a in group] for group in words])
+    return pairs
+
+
+@dataclasses.dataclass
+class Drafts:
+    """What a diversity may look at: k drafts for each of P posts."""
+    texts: list
+    embeddings: torch.Tensor | None           # (P, k, dim), unit length
+    quality: torch.Tensor | None              # (P, k) in [0, 1], the gate's
+    classes: torch.Tensor                     # (P, k), answer_classes
+    floor: float = 0.0
+
+
+class Diversity(NamedTuple):
+    """A line of DIVERSITIES. `pairs`: Drafts -> distances (P, k, k), whose mean is D; or `of`: D
+    (P,) of embeddings, quality and classes."""
+    about: str
+    pairs: Callable | None = None
+    of: Callable | None = None
+    embeds: bool = True
+
+
+DIVERSITIES = {
+    "cosine": Diversity("mean pairwise cosine distance of embeddings",
+                        lambda drafts: pair_distances(drafts.embeddings)),
+    "dpp": Diversity("log-determinant of the embeddings' kernel (arXiv 2509.04784)", of=log_det),
+    "vendi": Diversity("Vendi score of the embeddings (arXiv 2210.02410)", of=vendi),
+    "distinct": Diversity("different right answers over k", of=distinct_answers, embeds=False),
+    "ngram": Diversity("words and word pairs not shared", word_distances(ngram_distance),
+                       embeds=False),
+    "levenshtein": Diversity("edit distance of the words", word_distances(edit_distance),
+                             embeds=False),
+}
+
+
+def measure(name, drafts):
+    """D (P,) by its name in DIVERSITIES, and its advantages (P, k)."""
+    kind = DIVERSITIES[name]
+    if kind.pairs:
+        pairs = gated(kind.pairs(drafts), drafts.quality, drafts.floor)
+        return pair_mean(pairs), pair_advantages(pairs)
+    parts = drafts.embeddings, drafts.quality, drafts.classes
+    return kind.of(*parts), leave_one_out(kind.of, *parts)
 
 
 class Embedder:
@@ -486,18 +619,22 @@ def add_diversity(session, visits, step, tally):
     if not mine:
         return
     prompts, samples, texts = session.sample_drafts(mine, step, args.k)
-    embeddings = session.embedder(texts)                                       # (P, k, dim)
-    quality = session.gate(mine, samples, texts)
-    quality = quality if quality is None else quality.to(embeddings.device)
-    advantages = diversity_advantages(embeddings, quality, args.gate_floor).flatten()
+    quality, device = session.gate(mine, samples, texts), session.ranks.device
+    quality = quality if quality is None else quality.to(device)
+    classes = answer_classes(session.domain, [session.posts[v.index] for v in mine], texts)
+    embeddings = session.embedder(texts) if session.embedder else None          # (P, k, dim)
+    drafts = Drafts(texts, embeddings, quality, classes.to(device), args.gate_floor)
+    value, advantages = measure(args.diversity, drafts)
+    advantages = advantages.flatten().to(device)
     for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(session.model, rows, args.temperature)
         diversity_loss(logp, rows.draft, advantages, len(visits)).backward()
         tally.add("tokens", rows.tokens.numel() + len(logp))
-    tally.add("D", diversity(embeddings).sum(), len(mine))
     if quality is not None:
-        tally.add("gated_D", diversity(embeddings, quality, args.gate_floor).sum(), len(mine))
+        tally.add("gated_D", value.sum(), len(mine))
         tally.add("quality", quality.sum(), quality.numel())
+        value, _ = measure(args.diversity, dataclasses.replace(drafts, quality=None))
+    tally.add("D", value.sum(), len(mine))
     tally.add("truncated", sum(not f for fs in samples.finished for f in fs), len(mine) * args.k)
 
 
@@ -557,7 +694,8 @@ def run_sft(args):
         if args.shard and min(args.draft_posts, args.batch) < session.ranks.world:
             raise InputError(f"--shard needs a drafting post for each of the {session.ranks.world} "
                              "ranks: raise --draft-posts and --batch")
-        load_embedder(session)
+        if DIVERSITIES[args.diversity].embeds:
+            load_embedder(session)
         session.gate = Gate(session, args.gate)
     args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
     session.params = list(adapter_state(session.model).values())
@@ -625,6 +763,18 @@ def run_base(args):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
+def listed(table):
+    """"name: one line; .." of a register, for a flag's help."""
+    about = {name: getattr(row, "about", row[-1]) for name, row in table.items()}
+    return "; ".join(f"{name}: {text}" for name, text in about.items())
+
+
+def check_diversity(args):
+    if args.gate_floor and DIVERSITIES[args.diversity].of:
+        raise InputError(f"--gate-floor is for distances of pairs: --diversity {args.diversity} "
+                         "has none")
+
+
 def draft_flags(p, k):
     """Flags of the drafts a phase samples and of the diversity among them."""
     add = p.add_argument
@@ -633,6 +783,8 @@ def draft_flags(p, k):
         help="longest draft, in tokens, stop token included")
     add("--temperature", type=float, default=1.0,
         help="of sampling, and of the distribution whose log-probabilities are trained")
+    add("--diversity", default="cosine", choices=DIVERSITIES,
+        help=f"what D is, of the k drafts. {listed(DIVERSITIES)}")
     add("--gate", default="none", choices=("none", "verifier", "likelihood", "reward"),
         help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), the "
              "domain's verifier, likelihood under the frozen base, or (phase two) the reward")
@@ -703,6 +855,7 @@ def check_sft(args):
     if drafting and args.temperature <= 0:
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are "
                          "sampled")
+    check_diversity(args)
     if args.gate == "reward":
         raise InputError("--gate reward is for phase two, which has a reward: use likelihood or "
                          "verifier")

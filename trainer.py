@@ -727,7 +727,7 @@ RANGES = {
                      "draft_every", "draft_posts", "updates"), FROM_ONE),
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
-                     "valid_weight"), FROM_ZERO),
+                     "overlong", "valid_weight"), FROM_ZERO),
     **dict.fromkeys(("clip", "alpha"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
 
