@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import data
 from grpo import REWARDS, make_reward
-from model import InputError, read_json
-from polylora import Session, diversity, drop_lora, load_adapter, peak_bytes
+from data import InputError, read_json
+from polylora import diversity, drop_lora, load_adapter, load_embedder
+from trainer import Session, Visit, peak_bytes, model_flags
 
 KS = (1, 3, 5, 10)  # the k of Pass@k in every table and picture
 
@@ -524,8 +525,8 @@ def measure(a):
     jobs = [(run, seed) for run, seed in jobs if not measured(run, settings)]
     s.ranks.barrier()
     if jobs:
-        s.place()
-        s.load_embedder()
+        s.shard_model()
+        load_embedder(s)
         reward = None if s.domain.voices else make_reward(a.reward, s)
     for run, seed in jobs:
         if a.shard:  # modules of a sharded model cannot be exchanged
@@ -534,7 +535,7 @@ def measure(a):
         drop_lora(s.model)
         if run != Path(a.bare or ""):
             load_adapter(s.model, run / "adapter", dropout=0.0)
-        s.place()
+        s.shard_model()
         a.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
         measure_run(s, run, settings, reward)
     s.ranks.close()
@@ -552,13 +553,13 @@ def measure_run(s, run, settings, reward):
     mine = s.deal(list(range(len(s.posts))))
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not s.ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-        _, samples, texts = s.write(mine, 0, a.n, progress=bar.update)
+        _, samples, texts = s.sample_drafts([Visit(i,0) for i in mine], 0, a.n, progress=bar.update)
     records = s.ranks.gather(make_records(s, [s.posts[i] for i in mine], samples, texts, reward))
     written, = s.ranks.sum([sum(len(d) for drafts in samples.tokens for d in drafts)])
     seconds = time.perf_counter() - began
     if s.ranks.main:
         result = {"version": 1, "domain": s.domain.name, "settings": settings,
-                  "tastes": s.domain.tastes if s.domain.voices else None, "records": records}
+                  "tastes": {v: 1 / len(s.domain.voices) for v in s.domain.voices} or None, "records": records}
         end = {"event": "end", "stage": "measure", "seconds": seconds, "tokens_per_second": written / seconds,
                "peak_bytes": peak_bytes(s.ranks.device), "ranks": s.ranks.world, "device": s.ranks.device.type}
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -578,7 +579,7 @@ def make_records(s, posts, samples, texts, reward):
                   "semantic": spread[i], "vendi": vendi_score(vectors[i])}
         if s.domain.voices:  # the reward is the exact mean over readers drawn by popularity
             record["voices"] = [list(s.domain.voices_of(post, t)) for t in texts[i]]
-            record["rewards"] = [math.fsum(s.domain.popularity[v] for v in right) for right in record["voices"]]
+            record["rewards"] = [math.fsum(s.domain.popularity_of(post)[v] for v in right) for right in record["voices"]]
         else:  # a draft passes when it earns what people's own replies earn
             bar = float(np.mean(people[i]))
             record |= {"rewards": rewards[i], "passed": [r >= bar for r in rewards[i]]}
@@ -599,10 +600,10 @@ def show_drafts(a):
     s = Session(a, "drafts")
     s.load_model()
     load_adapter(s.model, run / "adapter", dropout=0.0)
-    s.place()
+    s.shard_model()
     s.posts = [data.Post("drafts", a.post, ())]
-    s.domain = data.DOMAINS[read_json(run / "done.json")["domain"]](s.posts)
-    _, samples, (texts,) = s.write([0], 0, a.k)
+    s.domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]](s.posts)
+    _, samples, (texts,) = s.sample_drafts([Visit(0,0)], 0, a.k)
     for number, (text, times) in enumerate(Counter(texts).items(), 1):
         print(f"{number}. {text}" + (f"   (x{times})" if times > 1 else ""))
     s.ranks.close()
@@ -651,7 +652,7 @@ def parser():
     m.add_argument("--n", "--samples", type=int, default=20, help="drafts for each post: at least 10, for Pass@10 (after torchrun write "
                                                                   "--samples: it takes --n for an option of its own)")
     m.add_argument("--seed", type=int, default=1, help="of --bare's drafts; a run's drafts use the run's own seed")
-    m.add_argument("--reward", default="auto", choices=REWARDS, help="what a draft earns, in domains without a verifier")
+    m.add_argument("--reward", default="auto", choices=("auto", *REWARDS), help="what a draft earns, in domains without a verifier")
     m.add_argument("--reward-model", help="Qwen3 folder or hub name for --reward model or judge")
     m.set_defaults(run=measure)
     d = sub.add_parser("drafts", help="write k drafts for one post, as an app would show them", **form)
@@ -665,7 +666,7 @@ def parser():
         q.add_argument("--max-new-tokens", type=int, default=100, help="longest draft, in tokens, stop token included")
         q.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy, so that all drafts are equal")
         q.add_argument("--top-p", type=float, default=1.0, help="smallest share of probability to sample from")
-        data.model_flags(q)
+        model_flags(q)
     m.add_argument("--domain", default="auto", help="how drafts are scored: auto, pocket, voices or replies")
     m.add_argument("--embedder", default="base", help="what embeds drafts: base, or a Qwen3-Embedding folder or hub name")
     m.add_argument("--skip-bad-lines", action="store_true", help="skip, count and report unreadable lines of --data")

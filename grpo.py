@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import data
 from data import InputError, command
-from model import token_logprobs
+from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, adapter, adapter_state, alike, answer_classes,
                       check_diversity, distinct_answers, draft_flags, finish_adapter, frozen_copy,
                       leave_one_out, listed, load_adapter, load_embedder, log_det, measure,
@@ -642,7 +642,7 @@ def joined(parts):
 @dataclasses.dataclass
 class Batch:
     """A micro-batch of a rollout, tensors flat over its N reply tokens."""
-    rows: data.Rows
+    rows: Rows
     advantages: torch.Tensor                  # (N,), of the token's draft
     sampled: torch.Tensor                     # (N,) log-probabilities that generation had
     old: torch.Tensor | None                  # (N,) by the training path; None: on policy

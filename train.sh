@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-''':'  # bash reads on; `torchrun train.sh` starts python here, which goes straight to the last line
+''':'  # bash reads on; `torchrun train.sh` starts python here, which goes straight to the last lines
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -7,24 +7,28 @@ usage() { cat <<END
 The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k training, one report.
 
   torchrun train.sh                    the pocket study, from nothing: 2 cores, about ten minutes
-  torchrun train.sh --data FILE        the same on your posts with replies by voice; makes a small base from some of them
-  torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl      the full study on 8 GPUs
+  torchrun train.sh --data FILE        the same on your posts with replies by voice; makes a small base
+  torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl      the full study
   bash train.sh                        as torchrun train.sh (NPROC=2 bash train.sh: two processes)
 
   --model NAME       Qwen3 checkpoint, folder or hub name (default: a pocket model made on the spot)
   --data FILE        posts, JSON lines or .gz (default: the pocket world, made by data.py)
   --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's name)
-  --seeds "1 2"      seeds of the study (default: "1 2"; with --model "1")
+  --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
+                     poly-grpo); an arm needs the arm that it starts from
+  --seeds "1 2"      seeds of the study (default: "1 2 3"; with --model "1")
   --lambda X         weight of D in the polychromic SFT phase
   --weight X         weight of D in the polychromic GRPO phase
-  --posts N          posts of each phase (default: 1000; with --model 2500)
-  --steps N          optimizer steps of SFT and GRPO each (default: 120 and 80; with --model one pass over the posts)
-  --base-steps N     optimizer steps that make the small base (default: 800; with --data 1200)
-  --reward NAME      reward of GRPO with --model: auto, relevance, model, judge (default: auto)
+  --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 256)
+  --steps N          optimizer steps of SFT and GRPO each (default: 120 and 80; with --model one pass)
+  --base-steps N     optimizer steps that make the small base
+  --reward NAME      reward of GRPO, see grpo.py --help (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
-  --embedder NAME    what embeds drafts for D: base, or a Qwen3-Embedding folder or hub name (default: base)
+  --embedder NAME    what embeds drafts for D: base, or the folder or hub name of an embedding model
+  --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
+  --samples N        drafts for each held-out post (default: 64)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
-  --shard            with --model: the frozen weights spread over the ranks, for models larger than a GPU
+  --shard            with --model: the frozen weights spread over the ranks
   --jobs N           seeds worked on side by side without --model (default: one a core)
 
 A stage that is done is not done again; an interrupted one goes on from its last checkpoint.
@@ -33,12 +37,15 @@ END
 
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
-model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" reward=auto reward_model="" embedder=base jobs="" base_steps="" held=()
+model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
+reward=auto reward_model="" embedder=base judge_embedder="" samples=64 held=()
+arms="lora poly lora-grpo lora-passk poly-grpo"
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     -h|--help) [[ "${RANK:-0}" != 0 ]] || usage; exit 0 ;;
-    --model|--data|--out|--seeds|--lambda|--weight|--posts|--steps|--base-steps|--reward|--reward-model|--embedder|--jobs)
+    --model|--data|--out|--arms|--seeds|--lambda|--weight|--posts|--steps|--base-steps|--reward|\
+    --reward-model|--embedder|--judge-embedder|--samples|--jobs)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       flag="${1#--}"; printf -v "${flag//-/_}" '%s' "$2"; shift 2 ;;
     --nf4|--shard) held+=("$1"); shift ;;
@@ -48,22 +55,27 @@ done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
 [[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
 [[ -z "$data" || -f "$data" ]] || fail "there is no file $data: give --data a file of posts"
-[[ -n "${RANK:-}" ]] || exec torchrun --standalone --nproc-per-node="${NPROC:-1}" "$here/train.sh" ${given[@]+"${given[@]}"}
+if [[ -z "${RANK:-}" ]]; then
+  command -v torchrun > /dev/null || fail "torchrun is not on the PATH: activate the environment that has torch"
+  exec torchrun --standalone --nproc-per-node="${NPROC:-1}" "$here/train.sh" ${given[@]+"${given[@]}"}
+fi
+python="${STUDY_PYTHON:-python}"          # the interpreter that torchrun runs on
 
-# Settings. Those of the small worlds were chosen on seeds 101 and 102, which no report uses.
+# ---- Settings. Those of the small worlds were chosen on seeds that no report uses: see LOG.md ----------
+
 name="$(basename "${data:-pocket}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
-  seeds="${seeds:-1 2}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-0.7}"
+  seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-0.7}"
   sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
   if [[ -z "$data" ]]; then base_steps="${base_steps:-800}" noise=0.2; else base_steps="${base_steps:-1200}" noise=0.1; fi
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32)
   sft=(--lr 2e-3 --batch 32 --steps "${steps:-120}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
   grpo=(--lr 1e-3 --batch 16 --steps "${steps:-80}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
-  gate=verifier; floor=3; length=24
-  # One thread a process: on a machine without a GPU two busy processes of two threads each wait for each other.
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; passk=passk
-  jobs="${jobs:-$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE ))}"
+  gate=verifier; floor=3; length=24; passk=passk
+  # One thread a process: two busy processes of two threads each on two cores wait for each other.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
 else
   seeds="${seeds:-1}"; posts="${posts:-2500}"; lambda="${lambda:-0.3}"; weight="${weight:-1}"; jobs=1
   sizes="sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))"
@@ -73,47 +85,96 @@ else
   gate=likelihood; floor=0; length=100; passk=maxk
 fi
 grpo+=(--k 8 --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
-judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
-poly=(--k 8 --gate "$gate" --embedder "$embedder")
+judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
+poly="--k 8 --gate $gate --embedder $embedder"
+spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
 [[ "$jobs" -ge 1 ]] || jobs=1
 
-run() { local room="$1"; shift; python "$here/$room.py" "$@"; }
+# ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
-run data split --data "${data:-pocket}" --sizes "$sizes" --seed 0 --out "$out/data"
-base="$model"
-if [[ -z "$model" ]]; then
-  OMP_NUM_THREADS="$jobs" run polylora base --data "$out/data/base.jsonl" --out "$out/base" --seed 0 --resume --steps "$base_steps" "${small[@]}"
-  base="$out/base/model"
-fi
+every_arm() { cat <<END
+lora         sft   -     --lambda 0
+poly         sft   -     --lambda $lambda $poly
+lora-grpo    grpo  lora  --advantage group
+lora-passk   grpo  lora  --advantage $passk --set-size 4
+poly-grpo    grpo  poly  --advantage group $spread
+END
+}
+for arm in $arms; do every_arm | grep -q "^$arm " || fail "there is no arm $arm: the arms stand in $here/train.sh"; done
 
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-arms="lora poly lora-grpo lora-passk poly-grpo"
-study() {  # every arm of one seed, then the drafts of each for the held-out posts
-  local to="$out/seed$1" seed="$1"
-  local first=(--model "$base" --data "$out/data/sft.jsonl" --seed "$seed" --resume "${adapter[@]}" "${sft[@]}" ${held[@]+"${held[@]}"})
-  local second=(--model "$base" --data "$out/data/grpo.jsonl" --seed "$seed" --resume "${grpo[@]}" ${held[@]+"${held[@]}"})
-  run polylora sft "${first[@]}" --out "$to/lora"
-  run polylora sft "${first[@]}" --out "$to/poly" --lambda "$lambda" "${poly[@]}"
-  run grpo "${second[@]}" --start "$to/lora" --out "$to/lora-grpo"
-  run grpo "${second[@]}" --start "$to/lora" --out "$to/lora-passk" --advantage "$passk" --set-size 4
-  run grpo "${second[@]}" --start "$to/poly" --out "$to/poly-grpo" --diversity-weight "$weight" --gate "$gate" --gate-floor "$floor"
-  run evaluate measure --model "$base" --data "$out/data/eval.jsonl" --bare "$to/base" --seed "$seed" "${judge[@]}" \
-    ${held[@]+"${held[@]}"} --max-new-tokens "$length" $(for arm in $arms; do echo "$to/$arm"; done)
+# ---- Stages ---------------------------------------------------------------------------------------------
+
+stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the command that repeats it
+  local room="$1" code=0; shift
+  "$python" "$here/$room.py" "$@" || code=$?
+  (( code == 0 )) || { echo "train.sh: rank $RANK: $room.py ended with exit code $code; to repeat it alone:" \
+    "$(printf '%q ' "$python" "$here/$room.py" "$@")" >&2; return "$code"; }
 }
 
-for seed in $seeds; do                    # `jobs` seeds at a time, side by side
-  while (( $(jobs -rp | wc -l) >= jobs )); do wait -n; done
+study() {  # SEED: every arm, then the drafts of each for the held-out posts
+  trap : TERM INT                          # the program in front is told too, and saves before it ends
+  local seed="$1" to="$out/seed$1" from base measured="" name phase start flags
+  # A seed has posts of its own in the pocket world, and a base of its own in both small ones.
+  if [[ -n "$data" ]]; then from="$out/data"; else from="$to/data"; fi
+  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$([[ -n "$data" ]] && echo 0 || echo "$seed")" --out "$from"
+  base="$model"
+  if [[ -z "$model" ]]; then
+    stage polylora base --data "$from/base.jsonl" --out "$to/base-model" --seed "$seed" --resume --steps "$base_steps" "${small[@]}"
+    base="$to/base-model/model"
+  fi
+  local first=(--model "$base" --data "$from/sft.jsonl" "${adapter[@]}" "${sft[@]}")
+  local second=(--model "$base" --data "$from/grpo.jsonl" "${grpo[@]}")
+  local common=(--seed "$seed" --resume ${held[@]+"${held[@]}"})
+  while read -r name phase start flags; do
+    [[ " $arms " == *" $name "* ]] || continue
+    measured="$measured $to/$name"
+    case "$phase" in                        # $flags is split into words on purpose
+      sft) stage polylora sft "${first[@]}" "${common[@]}" --out "$to/$name" $flags < /dev/null ;;
+      grpo) stage grpo "${second[@]}" "${common[@]}" --start "$to/$start" --out "$to/$name" $flags < /dev/null ;;
+    esac
+  done < <(every_arm)
+  stage evaluate measure --model "$base" --data "$from/eval.jsonl" --bare "$to/base" --seed "$seed" "${judge[@]}" \
+    ${held[@]+"${held[@]}"} --n "$samples" --max-new-tokens "$length" $measured
+}
+
+end_all() {  # whatever still runs in this process group, the other seeds' programs included
+  trap '' TERM INT
+  [[ -z "${STUDY_GROUP:-}" ]] || kill -TERM 0
+  wait
+}
+trap 'end_all; exit 143' TERM
+trap 'end_all; exit 130' INT
+
+workers=()
+reap() {  # wait until fewer than $1 workers run; the first that failed ends the others
+  while (( ${#workers[@]} >= $1 && ${#workers[@]} > 0 )); do
+    local going=() worker code
+    for worker in "${workers[@]}"; do
+      if kill -0 "$worker" 2> /dev/null; then going+=("$worker"); continue; fi
+      code=0; wait "$worker" || code=$?
+      (( code == 0 )) || { end_all; exit "$code"; }
+    done
+    workers=(${going[@]+"${going[@]}"})
+    (( ${#workers[@]} < $1 )) || sleep 0.3
+  done
+}
+for seed in $seeds; do                     # `jobs` seeds at a time, side by side
+  reap "$jobs"
   study "$seed" & workers+=($!)
 done
-for worker in "${workers[@]}"; do wait "$worker"; done
+reap 1
 
 if [[ "$RANK" == 0 ]]; then
   runs=()
   for seed in $seeds; do for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done; done
-  run evaluate report "${runs[@]}" --out "$out/report" --against lora-grpo
-  echo "The report, with its pictures, is in $out/report. Try: python evaluate.py drafts $out/seed${seeds%% *}/poly-grpo \"some post\""
+  stage evaluate report "${runs[@]}" --out "$out/report" --against "$([[ " $arms " == *" lora-grpo "* ]] && echo lora-grpo || echo base)"
+  echo "The report, with its pictures, is in $out/report. Try:" \
+    "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""
 fi
 exit
 '''
 import os, sys
+if os.getpgrp() != os.getpid():
+    os.setpgid(0, 0)
+os.environ |= {"STUDY_PYTHON": sys.executable, "STUDY_GROUP": "own"}
 os.execvp("bash", ["bash", *sys.argv])

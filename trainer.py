@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 from data import InputError, beside, read_json, write_json
 from generate import generate
-from model import Qwen3
+from model import Qwen3, pack
 
 try:
     import fcntl
@@ -617,8 +617,8 @@ class Session:
             self.model.lockstep.wait()
 
     def micro_batches(self, pairs):
-        """(prompt ids, [draft ids, ..]) pairs as data.Rows of at most --micro-tokens each."""
-        return self.passes(data.pack(pairs, self.args.micro_tokens, self.ranks.device))
+        """(prompt ids, [draft ids, ..]) pairs as Rows of at most --micro-tokens each."""
+        return self.passes(pack(pairs, self.args.micro_tokens, self.ranks.device))
 
     def deal(self, items):
         """This rank's share. Each rank needs at least one, since all take part in every step."""
