@@ -20,6 +20,7 @@ from grpo import OBJECTIVES, Group, advantages_of, group_advantages
 from polylora import DIVERSITIES, Drafts, measure
 from test_polylora import (OUTCOMES, QUALITY, all_tuples, exact_gradient, expected_estimate, gap, gradient,
                            in_double, parts, policy, session)
+from trainer import Ranks
 
 RIGHT = torch.tensor([1.0, 0.0, 1.0, 0.0]).double()                            # of the four outcomes
 REWARDS = torch.tensor([0.2, 1.0, -0.4, 0.7]).double()
@@ -399,3 +400,88 @@ def test_an_objective_s_every_field_is_one_of_the_group_s():
     group = group_of(torch.tensor([[0, 1, 2, 3, 0]]))
     assert all(hasattr(group, name) or name == "sets" for o in OBJECTIVES.values() for name in o.takes.split())
     assert all(o.about and "arXiv" in o.about or name == "coverage" for name, o in OBJECTIVES.items())
+
+
+# ---- Every line of the registers takes steps -------------------------------------------------------------
+
+def grpo_session(parts, *flags):
+    s = session(parts, grpo.parser(), ["--start", "-", "--reward", "valid", "--batch", "3", "--k", "4", "--set-size",
+                                       "2", *flags], stage="grpo", ranks=Ranks("methods", "cpu"))
+    s.reward, s.gate = grpo.make_reward("valid", s), polylora.Gate(s, s.args.gate)
+    s.start = polylora.frozen_copy(s.model)
+    s.params = list(polylora.adapter_state(s.model).values())
+    return s
+
+
+def rewards_by_length(posts, drafts, streams=None):
+    """Rewards of 0 and 1 that a model of random weights gets both of."""
+    return [[float(len(t) % 3 == 0) for t in texts] for texts in drafts]
+
+
+def voices_by_length(domain):
+    """A verifier that finds one draft in four right in none of three voices."""
+    return lambda post, text: {(*domain.voices[:3], None)[len(text) % 4]} - {None}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_takes_two_steps_and_moves_the_adapter(parts, name):
+    s = grpo_session(parts, "--advantage", name, "--beta", "0.1")
+    s.reward, s.domain.voices_of = rewards_by_length, voices_by_length(s.domain)
+    before, optimizer = polylora.frozen_copy(s.model), torch.optim.AdamW(s.params, lr=1e-3)
+    for step in range(2):
+        tally = grpo.grpo_step(s, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    means = tally.means(s.ranks, grpo.LOGGED)
+    assert all(math.isfinite(x) for x in means.values())
+    assert means["advantage"] > 0 and means["kl"] > 0 and means["k2"] > 0
+    assert all(not torch.equal(p, before[n]) for n, p in polylora.adapter_state(s.model).items())
+
+
+@pytest.mark.parametrize("name", DIVERSITIES)
+def test_every_diversity_pushes_both_phases(parts, name):
+    """Its part of the gradient alone: not zero, and another one for another D."""
+    s = session(parts, polylora.parser(), ["sft", "--model", "-", "--batch", "4", "--draft-posts", "4", "--k", "3",
+                                           "--lambda", "1", "--diversity", name])
+    s.gate = polylora.Gate(s, "none")
+    s.domain.voices_of = voices_by_length(s.domain)
+    visits = [polylora.batch_visits(len(s.posts), 4, 0, 1)[i] for i in range(4)]
+    s.model.eval()
+    grads, tally = gradient(s, lambda tally: polylora.add_diversity(s, visits, 0, tally))
+    assert max(float(g.abs().max()) for g in grads.values()) > 0 and tally.means(s.ranks, ["D"])["D"] > 0
+
+
+def test_kl_estimates_are_k1_k2_k3(parts):
+    """Measured on policy: k1 is log p - log q, k2 half its square, k3 q/p - 1 - log q/p."""
+    s = grpo_session(parts, "--beta", "0.1", "--micro-tokens", "100000")
+    for p in s.params:
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    tally = grpo.grpo_step(s, 0)
+    batch, = s.batches
+    with torch.no_grad():
+        gap = grpo.token_logprobs(s.model, batch.rows, s.args.temperature)[0] - batch.reference
+    means = tally.means(s.ranks, grpo.LOGGED)
+    want = {"k1": gap.mean(), "k2": gap.square().mean() / 2, "kl": ((-gap).exp() - 1 + gap).mean()}
+    assert {n: means[n] for n in want} == pytest.approx({n: float(v) for n, v in want.items()}, rel=1e-4, abs=1e-7)
+    assert abs(means["k1"]) > 1e-3 and means["kl"] > 0
+
+
+def test_the_overlong_punishment_reaches_the_reward(parts):
+    s, plain = (grpo_session(parts, "--overlong", tokens) for tokens in ("4", "0"))
+    with_it, without = (grpo.draw(x, polylora.batch_visits(len(x.posts), 3, 0, 1), 0) for x in (s, plain))
+    lengths = torch.tensor([list(map(len, drafts)) for drafts in with_it.samples.tokens])
+    assert gap(with_it.group.rewards - without.group.rewards, grpo.overlong_penalty(lengths, 7, 4)) < 1e-6
+    assert float((with_it.group.rewards - without.group.rewards).min()) == -1
+
+
+def test_what_a_group_holds_of_its_drafts(parts):
+    s = grpo_session(parts)
+    drawn = grpo.draw(s, polylora.batch_visits(len(s.posts), 3, 0, 1), 0)
+    group, logprobs = drawn.group, drawn.samples.logprobs
+    assert group.texts == drawn.texts and group.classes.shape == (3, 4) and len(set(group.seeds.tolist())) == 3
+    assert group.likelihoods[1, 2].item() == pytest.approx(sum(logprobs[1][2]) / len(logprobs[1][2]), rel=1e-5)
+    again = grpo.joined([drawn.take([2, 0]), drawn.take([1])])
+    assert again.texts == [drawn.texts[i] for i in (2, 0, 1)] and again.visits == [drawn.visits[i] for i in (2, 0, 1)]
+    assert torch.equal(again.group.likelihoods, group.likelihoods[[2, 0, 1]]) and again.group.set_size == 2
+    assert again.samples.tokens == [drawn.samples.tokens[i] for i in (2, 0, 1)]
+    assert torch.equal(again.group.embeddings, group.embeddings[[2, 0, 1]])
