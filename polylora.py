@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +29,9 @@ from torch import nn
 
 import data
 from data import InputError, beside, command, read_json, write_json
-from model import NF4, Config, Parts, Qwen3, read_tensors, token_logprobs
-from trainer import (Session, Tally, batch_visits, check_common, common_flags, load_model, seed_of,
-                     set_gradient, train)
+from model import NF4, Parts, full_attention, read_tensors, token_logprobs, token_losses
+from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
+                     common_flags, load_model, seed_of, set_gradient, train)
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -587,23 +588,108 @@ def mean_logprobs(session, pairs):
     return (total / count).view(len(pairs), -1)
 
 
+# ---- SFT losses: fp32 logits (N, V) of reply tokens and their targets (N,) -> losses (N,) ---------
+
+def gem_loss(logits, target, beta=0.7, logsigmoid=False):
+    """GEM (arXiv 2408.16673): -sum_v q_v w_v (log p_y - log p_v), q = softmax(z / beta) and w held
+    fixed; w is 1 (linear) or sigmoid((z_v - z_y) / 100). The linear one has exactly the gradient of
+    beta CE(z / beta): cross-entropy, sampled hotter, is what to compare it with."""
+    logp, own = logits.log_softmax(-1), target[:, None]
+    weight = (logits / beta).softmax(-1)
+    if logsigmoid:
+        weight = weight * (0.01 * (logits - logits.gather(-1, own))).sigmoid()
+    return (weight.detach() * (logp - logp.gather(-1, own))).sum(-1)
+
+
+def entropy_loss(logits, target, weight=0.1):
+    """Cross-entropy less weight times the entropy of the token's distribution."""
+    logp = logits.log_softmax(-1)
+    return F.nll_loss(logp, target, reduction="none") + weight * (logp.exp() * logp).sum(-1)
+
+
+def unlikelihood_loss(logits, target, earlier, weight=1.0):
+    """Cross-entropy less weight times the sum of log(1 - p_c) over the reply's earlier tokens c
+    (N, C), padded with -1 (arXiv 1908.04319, eq. 5)."""
+    logp = logits.log_softmax(-1)
+    repeated = torch.log1p(-logp.gather(-1, earlier.clamp(min=0)).exp().clamp(max=1 - 1e-6))
+    penalty = repeated.masked_fill(earlier < 0, 0.0).sum(-1)
+    return F.nll_loss(logp, target, reduction="none") - weight * penalty
+
+
+def earlier_tokens(session, rows):
+    """For each reply token the different tokens before it, itself apart: (N, C), padded with -1."""
+    seen, lists = {}, []
+    for draft, token in zip(rows.draft.tolist(), rows.target.tolist()):
+        before = seen.setdefault(draft, {})
+        lists.append(torch.tensor([t for t in before if t != token], dtype=torch.long))
+        before[token] = True
+    padded = nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
+    return (padded.to(rows.target.device),)
+
+
+def ba_lora_regularizer(logits, base_logits, draft, heat=2.0, top=20, leading=10):
+    """BA-LoRA's three terms (arXiv 2408.04556, v6), weighed 0.025, 0.005 and 0.005: heat^2 KL(base
+    || model) at temperature `heat`; minus the entropy of the renormalised `top` largest logits;
+    minus the `leading` singular values' sum over the Frobenius norm. That is of each reply's own
+    logits (its tokens, V), draft (N,), where the paper's code takes the batch's."""
+    model, teacher = ((z / heat).log_softmax(-1) for z in (logits, base_logits))
+    drift = heat ** 2 * (teacher.exp() * (teacher - model)).sum(-1)
+    best = logits.topk(min(top, logits.shape[-1])).values.log_softmax(-1)
+    focus = (best.exp() * best).sum(-1)
+    rank = torch.zeros_like(focus)
+    for i in draft.unique().tolist():
+        z = logits[draft == i]
+        squares = torch.linalg.eigvalsh(z @ z.mT).clamp(min=1e-12)             # of singular values
+        rank = torch.where(draft == i, -squares[-leading:].sqrt().sum() / squares.sum().sqrt(), rank)
+    return 0.025 * drift + 0.005 * focus + 0.005 * rank
+
+
+def ba_lora_loss(logits, target, base_hidden, draft, head, weight=1.0):
+    base_logits = F.linear(base_hidden, head).float()
+    extra = ba_lora_regularizer(logits, base_logits, draft)
+    return F.cross_entropy(logits, target, reduction="none") + weight * extra
+
+
+def base_states(session, rows):
+    """The base's final hidden states (N, hidden), and the token's draft (N,)."""
+    model = session.model
+    with torch.no_grad(), base(model):
+        hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
+    return hidden.flatten(0, 1)[rows.predict], rows.draft
+
+
+class Loss(NamedTuple):
+    """A line of SFT_LOSSES. function(logits, target, *extra) -> losses (N,)."""
+    about: str
+    function: Callable | None = None          # None: cross-entropy, the short way
+    knob: str = ""                            # the function's argument that --loss-value sets
+    extra: Callable | None = None             # (session, rows) -> tensors of N rows
+
+
+SFT_LOSSES = {
+    "ce": Loss("cross-entropy"),
+    "gem": Loss("GEM, linear; value: beta, 0.7 (arXiv 2408.16673)", gem_loss, "beta"),
+    "gem-logsigmoid": Loss("GEM's default form; value: beta", partial(gem_loss, logsigmoid=True),
+                           "beta"),
+    "entropy": Loss("less entropy; value: its weight, 0.1", entropy_loss, "weight"),
+    "unlikelihood": Loss("against repeated tokens; value: weight, 1 (arXiv 1908.04319)",
+                         unlikelihood_loss, "weight", earlier_tokens),
+    "ba-lora": Loss("three regularizers; value: times their weights, 1 (arXiv 2408.04556)",
+                    ba_lora_loss, "weight", base_states),
+}
+
+
+def reply_losses(session, rows):
+    """The losses (N,) of --loss, with their gradient."""
+    args, kind = session.args, SFT_LOSSES[session.args.loss]
+    options = {} if args.loss_value is None else {kind.knob: args.loss_value}
+    if kind.extra is base_states:
+        options["head"] = session.model.head_weight()
+    extra = kind.extra(session, rows) if kind.extra else ()
+    return token_losses(session.model, rows, partial(kind.function, **options), extra=extra)
+
+
 # ---- Phase one -----------------------------------------------------------------------------------
-
-def add_cross_entropy(session, visits, reply, tally):
-    """Adds the gradient of the mean token cross-entropy of the step's replies; `reply(visit)` gives
-    the text.
-
-    Every rank works out the whole batch's token count, which is the one denominator of all ranks'
-    and micro-batches' sums. """
-    replies = [data.encode_reply(session.tokenizer, reply(v)) for v in visits]
-    pairs = [(session.prompt(v.index), [ids]) for v, ids in zip(visits, replies)]
-    count = sum(map(len, replies))
-    for rows in session.micro_batches(pairs[session.ranks.rank::session.ranks.world]):
-        logp, _ = token_logprobs(session.model, rows)
-        (-logp.sum() / count).backward()
-        tally.add("ce", -logp.sum().detach(), len(logp))
-        tally.add("tokens", rows.tokens.numel())
-
 
 def diversity_loss(logp, draft, advantages, posts):
     """-lambda-free diversity term: -(1 / posts) sum over drafts of a_i log pi(y_i), log pi summed
@@ -652,7 +738,8 @@ def sft_step(session, step):
         post, rng = session.posts[visit.index], random.Random(session.stream("reply", step, visit))
         return session.domain.reply(post, session.domain.writer(post, rng), rng)
     session.model.train()
-    add_cross_entropy(session, visits, reply, tally)
+    losses = reply_losses if SFT_LOSSES[args.loss].function else None
+    add_cross_entropy(session, visits, reply, tally, losses)
     session.model.eval()  # drafts are written and scored without dropout
     if not (args.lam or args.lambda_share) or step % args.draft_every:
         ranks.sum_gradients(session.params)
@@ -673,7 +760,7 @@ def sft_step(session, step):
     return tally
 
 
-SFT_LOGGED = ["ce", "D", "gated_D", "quality", "D_share", "lambda", "truncated"]
+SFT_LOGGED = ["ce", "loss", "D", "gated_D", "quality", "D_share", "lambda", "truncated"]
 
 
 def run_sft(args):
@@ -709,54 +796,6 @@ def finish_adapter(session, summary):
     if session.ranks.main:
         save_adapter(session.model, session.run.folder / "adapter", session.args.model,
                      session.args.revision)
-    session.run.finish(summary | {"domain": session.domain.record()})
-    session.ranks.close()
-
-
-def base_step(session, step):
-    """One step of making the pocket base: cross-entropy on noisy, evenly spread replies, all
-    parameters."""
-    args = session.args
-    visits = batch_visits(len(session.posts), args.batch, step, args.seed)
-    tally = Tally(visits)
-
-    def reply(visit):
-        rng = random.Random(session.stream("noisy", step, visit))
-        post = session.posts[visit.index]
-        return session.domain.noisy_reply(post, session.posts, rng, args.noise)
-    add_cross_entropy(session, visits, reply, tally)
-    session.ranks.sum_gradients(session.params)
-    return tally
-
-
-def run_base(args):
-    """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder in
-    OUT."""
-    check_base(args)
-    session = Session(args, "base")
-    if not session.open_run():
-        return
-    session.load_posts()
-    if not session.domain.voices:
-        raise InputError(f"{args.data}: a base is made from posts with replies by voice; for posts "
-                         "like these give --model a Qwen3 checkpoint")
-    texts = [t for p in session.posts for t in (p.post, *p.replies)]
-    session.tokenizer, session.chat = data.train_tokenizer(texts, args.vocab), data.ChatFormat()
-    torch.manual_seed(seed_of(args.seed, "weights"))
-    config = Config(session.tokenizer.get_vocab_size(), args.hidden, 3 * args.hidden, args.layers,
-                    args.heads, args.heads // 2, args.hidden // args.heads,
-                    tie_word_embeddings=True)
-    session.model = Qwen3(config).to(session.ranks.device)
-    for name, p in session.model.named_parameters():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
-    session.model.checkpointing = args.checkpointing
-    session.params = list(session.model.parameters())
-    summary = train(session, session.params, lambda step: base_step(session, step), ["ce"])
-    if session.ranks.main:
-        folder = session.run.folder / "model"
-        session.model.save_pretrained(folder)
-        session.tokenizer.save(str(folder / "tokenizer.json"))
     session.run.finish(summary | {"domain": session.domain.record()})
     session.ranks.close()
 
@@ -799,16 +838,7 @@ def draft_flags(p, k):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sub = p.add_subparsers(dest="command", required=True)
-    b = sub.add_parser("base", help="make a small Qwen3 from nothing, for the pocket study")
-    common_flags(b, lr=3e-3, steps=500, batch=64)
-    add = b.add_argument
-    add("--noise", type=float, default=0.3,
-        help="share of pretraining replies that belong to another post")
-    add("--vocab", type=int, default=1024, help="tokens of the BPE vocabulary")
-    add("--hidden", type=int, default=128, help="width of the model")
-    add("--layers", type=int, default=4, help="blocks of the model")
-    add("--heads", type=int, default=4, help="query heads; half as many key/value heads")
-    b.set_defaults(run=run_base)
+    base_command(sub)
     f = sub.add_parser("sft", help="phase one: LoRA fine-tuning, with --lambda > 0 for diversity")
     add = f.add_argument
     add("--model", required=True, help="Qwen3 checkpoint: folder or hub name")
@@ -817,6 +847,10 @@ def parser():
     add("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
     add("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
     add("--targets", default=",".join(LINEARS), help="linear layers with LoRA, comma-separated")
+    add("--loss", default="ce", choices=SFT_LOSSES,
+        help=f"of the reply's tokens. {listed(SFT_LOSSES)}")
+    add("--loss-value", type=float, default=None, help="the number that --loss names; default: its "
+                                                       "paper's")
     add("--lambda", dest="lam", type=float, default=0.0,
         help="weight of D, in nats per token for one unit of D")
     add("--lambda-share", type=float, default=0.0,
@@ -828,20 +862,6 @@ def parser():
         help="posts of such a step that get k drafts, over all ranks")
     f.set_defaults(run=run_sft)
     return p
-
-
-def check_base(args):
-    """The shape of a model made from nothing."""
-    check_common(args)
-    if args.nf4 or args.shard:
-        raise InputError("--nf4 and --shard are for a frozen base: a base is made in full")
-    uneven = args.heads < 2 or args.heads % 2 or args.hidden % (2 * max(args.heads, 1))
-    if args.layers < 1 or args.hidden < 1 or uneven:
-        raise InputError(f"--layers {args.layers}, --heads {args.heads}, --hidden {args.hidden}: a "
-                         "model has at least one layer, an even number of heads, and a width that "
-                         "is a multiple of twice that number")
-    if args.vocab < 261:
-        raise InputError(f"--vocab {args.vocab}: the 256 bytes and 5 chat tokens need at least 261")
 
 
 def check_sft(args):
@@ -856,6 +876,9 @@ def check_sft(args):
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are "
                          "sampled")
     check_diversity(args)
+    if args.loss_value is not None and not (SFT_LOSSES[args.loss].knob and
+                                            args.loss_value > 0 - (args.loss[:3] != "gem")):
+        raise InputError(f"--loss-value {args.loss_value:g} is nothing for --loss {args.loss}")
     if args.gate == "reward":
         raise InputError("--gate reward is for phase two, which has a reward: use likelihood or "
                          "verifier")

@@ -485,3 +485,145 @@ def test_what_a_group_holds_of_its_drafts(parts):
     assert torch.equal(again.group.likelihoods, group.likelihoods[[2, 0, 1]]) and again.group.set_size == 2
     assert again.samples.tokens == [drawn.samples.tokens[i] for i in (2, 0, 1)]
     assert torch.equal(again.group.embeddings, group.embeddings[[2, 0, 1]])
+
+
+# ---- SFT losses ------------------------------------------------------------------------------------------
+
+def tokens(n=5, vocab=9, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(n, vocab, generator=draw, dtype=torch.float64)
+    return logits.requires_grad_(), torch.randint(0, vocab, (n,), generator=draw)
+
+
+def slope(loss, logits):
+    return torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("beta", [0.7, 1.0, 0.3])
+def test_linear_gem_has_the_gradient_of_cross_entropy_at_another_temperature(beta):
+    """beta CE(z / beta), exactly; at beta = 1 plain cross-entropy. Its value is that of the sum over v."""
+    z, y = tokens()
+    loss = polylora.gem_loss(z, y, beta)
+    want = slope(beta * F.cross_entropy(z / beta, y, reduction="none"), z)
+    assert gap(slope(loss, z), want) < 1e-15
+    logp, q = z.log_softmax(-1), (z / beta).softmax(-1)
+    by_hand = [-sum(q[n, v] * (logp[n, y[n]] - logp[n, v]) for v in range(9)) for n in range(5)]
+    assert gap(loss, torch.stack(by_hand)) < 1e-14
+
+
+def test_logsigmoid_gem_is_nearly_half_of_the_linear():
+    """Each v is weighed by sigmoid((z_v - z_y)/100), held fixed like q."""
+    z, y = tokens(seed=1)
+    loss = polylora.gem_loss(z, y, 0.7, logsigmoid=True)
+    w = (((z - z.gather(1, y[:, None])) / 100).sigmoid() * (z / 0.7).softmax(-1)).detach()
+    logp = z.log_softmax(-1)
+    want = -(w * (logp.gather(1, y[:, None]) - logp)).sum(-1)
+    assert gap(loss, want) < 1e-14 and gap(slope(loss, z), slope(want, z)) < 1e-14
+    linear = slope(polylora.gem_loss(z, y, 0.7), z)
+    assert 1e-4 < gap(slope(loss, z), linear / 2) < 0.02 * float(linear.abs().max())
+
+
+def test_the_entropy_loss_by_its_distribution():
+    z, y = tokens(seed=2)
+    entropy = torch.distributions.Categorical(logits=z).entropy()
+    ce = F.cross_entropy(z, y, reduction="none")
+    assert gap(polylora.entropy_loss(z, y), ce - 0.1 * entropy) < 1e-14
+    assert gap(slope(polylora.entropy_loss(z, y, 2.0), z), slope(ce - 2.0 * entropy, z)) < 1e-14
+
+
+def rows_of(*replies):
+    return polylora_rows([(replies[0][:2], [list(r) for r in replies])])
+
+
+def polylora_rows(groups):
+    from model import pack
+    return pack(groups, 10 ** 6)[0]
+
+
+def test_unlikelihood_counts_the_reply_s_earlier_tokens():
+    """Each once, never the target, never another reply's."""
+    rows = rows_of([4, 5, 4, 4, 6], [7, 5])
+    earlier, = polylora.earlier_tokens(None, rows)
+    assert [sorted(t for t in row if t >= 0) for row in earlier.tolist()] == [[], [4], [5], [5], [4, 5], [], [7]]
+    z, y = tokens(7, seed=3)
+    y = rows.target
+    p, ce = z.softmax(-1), F.cross_entropy(z, y, reduction="none")
+    want = [ce[n] - 0.5 * sum((1 - p[n, c]).log() for c in row if c >= 0) for n, row in enumerate(earlier.tolist())]
+    got = polylora.unlikelihood_loss(z, y, earlier, 0.5)
+    assert gap(got, torch.stack(want)) < 1e-12 and gap(slope(got, z), slope(torch.stack(want), z)) < 1e-12
+    sure = torch.tensor([[100.0, 0.0]], requires_grad=True)                    # 1 - p rounds to 0
+    assert torch.isfinite(slope(polylora.unlikelihood_loss(sure, torch.tensor([1]), torch.tensor([[0]])), sure)).all()
+
+
+def test_ba_lora_s_three_terms():
+    """Against KL, entropy and singular values as torch has them, term by term: the weights differ."""
+    z, y = tokens(7, 40, seed=4)
+    base, draft = tokens(7, 40, seed=5)[0].detach(), torch.tensor([0, 0, 0, 1, 1, 0, 1])
+    kl = 4 * F.kl_div((z / 2).log_softmax(-1), (base / 2).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    entropy = torch.distributions.Categorical(logits=z.topk(20).values).entropy()
+    shares = [torch.linalg.svdvals(z[draft == i]) for i in (0, 1)]
+    for leading in (10, 2):
+        rank = torch.stack([shares[i][:leading].sum() / shares[i].norm() for i in draft.tolist()])
+        want = 0.025 * kl - 0.005 * entropy - 0.005 * rank
+        got = polylora.ba_lora_regularizer(z, base, draft, leading=leading)
+        assert gap(got, want) < 1e-9 and gap(slope(got, z), slope(want, z)) < 1e-9
+    head = torch.randn(40, 6).double()
+    hidden = torch.linalg.lstsq(head, base.T).solution.T                       # some states, and their logits
+    near = polylora.ba_lora_regularizer(z, F.linear(hidden, head).float(), draft)
+    loss = polylora.ba_lora_loss(z, y, hidden, draft, head, weight=3.0)
+    assert gap(loss, F.cross_entropy(z, y, reduction="none") + 3 * near) < 1e-12
+    assert polylora.ba_lora_regularizer(z[:, :4], base[:, :4], draft).shape == (7,)    # a vocabulary below 20
+
+
+def sft_session(parts, *flags):
+    flags = ["sft", "--model", "-", "--batch", "4", *flags]
+    return session(parts, polylora.parser(), flags, ranks=Ranks("methods", "cpu"))
+
+
+@pytest.mark.parametrize("name", polylora.SFT_LOSSES)
+def test_every_sft_loss_takes_two_steps_and_moves_the_adapter(parts, name):
+    s = sft_session(parts, "--loss", name)
+    s.params = list(polylora.adapter_state(s.model).values())
+    before, optimizer, lines = polylora.frozen_copy(s.model), torch.optim.AdamW(s.params, lr=1e-3), []
+    for step in range(2):
+        lines.append(polylora.sft_step(s, step).means(s.ranks, polylora.SFT_LOGGED))
+        optimizer.step()
+        optimizer.zero_grad()
+    logged = "ce" if name == "ce" else "loss"
+    assert all(set(line) == {logged} and math.isfinite(line[logged]) for line in lines)
+    assert all(not torch.equal(p, before[n]) for n, p in polylora.adapter_state(s.model).items())
+
+
+@pytest.mark.parametrize("name", polylora.SFT_LOSSES)
+def test_every_sft_loss_has_one_denominator_however_rows_are_packed(parts, name):
+    grads = []
+    for size in ("100000", "40"):
+        s = sft_session(parts, "--loss", name, "--micro-tokens", size)
+        s.params = list(polylora.adapter_state(s.model).values())
+        grads.append(gradient(s, lambda tally: polylora.sft_step(s, 0))[0])
+    scale = max(float(g.abs().max()) for g in grads[0].values())
+    assert scale > 0 and max(gap(grads[1][n], g) for n, g in grads[0].items()) < 1e-4 * scale
+
+
+def test_the_loss_s_value_reaches_it(parts):
+    """gem at beta 1 is cross-entropy; ba-lora without its terms too; at the defaults they differ."""
+    def grads(*flags):
+        s = sft_session(parts, *flags)
+        s.params = list(polylora.adapter_state(s.model).values())
+        return torch.cat([g.flatten() for g in gradient(s, lambda tally: polylora.sft_step(s, 0))[0].values()])
+    plain = grads("--loss", "ce")
+    for name, value in (("gem", "1"), ("entropy", "0"), ("unlikelihood", "0"), ("ba-lora", "0")):
+        assert gap(grads("--loss", name, "--loss-value", value), plain) < 1e-5 * float(plain.abs().max())
+        assert gap(grads("--loss", name), plain) > 1e-3 * float(plain.abs().max())
+
+
+def test_ba_lora_s_teacher_is_the_base(parts):
+    s = sft_session(parts, "--loss", "ba-lora")
+    rows = polylora_rows([(s.prompt(i), [[5, 6, 7]]) for i in range(3)])
+    hidden, draft = polylora.base_states(s, rows)
+    with polylora.base(s.model):
+        want, _ = polylora.token_logprobs(s.model, rows)
+    logits = F.linear(hidden, s.model.head_weight())
+    got = logits.log_softmax(-1).gather(1, rows.target[:, None])[:, 0]
+    assert gap(got, want) < 1e-4 and not hidden.requires_grad and draft is rows.draft
+    assert gap(got, polylora.token_logprobs(s.model, rows)[0]) > 1e-3
