@@ -876,9 +876,8 @@ def check_sft(args):
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are "
                          "sampled")
     check_diversity(args)
-    if args.loss_value is not None and not (SFT_LOSSES[args.loss].knob and
-                                            args.loss_value > 0 - (args.loss[:3] != "gem")):
-        raise InputError(f"--loss-value {args.loss_value:g} is nothing for --loss {args.loss}")
+    if args.loss_value is not None and not SFT_LOSSES[args.loss].knob:
+        raise InputError(f"--loss-value has no meaning for --loss {args.loss}")
     if args.gate == "reward":
         raise InputError("--gate reward is for phase two, which has a reward: use likelihood or "
                          "verifier")

@@ -729,7 +729,7 @@ RANGES = {
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
                      "overlong", "valid_weight"), FROM_ZERO),
-    **dict.fromkeys(("clip", "alpha"), POSITIVE),
+    **dict.fromkeys(("clip", "alpha", "loss_value"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
 
 

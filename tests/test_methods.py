@@ -627,3 +627,21 @@ def test_ba_lora_s_teacher_is_the_base(parts):
     got = logits.log_softmax(-1).gather(1, rows.target[:, None])[:, 0]
     assert gap(got, want) < 1e-4 and not hidden.requires_grad and draft is rows.draft
     assert gap(got, polylora.token_logprobs(s.model, rows)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--loss ce --loss-value 1", "no meaning"), ("--loss gem --loss-value 0", "above 0"),
+    ("--loss gem --loss-value nan", "above 0"), ("--lambda 1 --diversity vendi --gate-floor 1", "gate-floor")])
+def test_flags_that_say_nothing_are_refused(flags, word):
+    args = polylora.parser().parse_args(["sft", "--model", "-", "--data", "-", "--out", "-", *flags.split()])
+    with pytest.raises(InputError, match=word):
+        polylora.check_sft(args)
+
+
+def test_help_lists_every_line_of_the_registers():
+    for parser, tables in ((grpo.parser(), (OBJECTIVES, DIVERSITIES, grpo.REWARDS)),
+                           (polylora.parser()._subparsers._group_actions[0].choices["sft"],
+                            (polylora.SFT_LOSSES, DIVERSITIES))):
+        said = " ".join(parser.format_help().split()).replace("- ", "-")     # lines break at hyphens
+        for name in (name for table in tables for name in table):
+            assert f"{name}: " in said, name
