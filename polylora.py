@@ -571,7 +571,8 @@ class Gate:
             find = self.session.domain.voices_of
             right = [[bool(find(post, t)) for t in ts] for post, ts in zip(posts, texts)]
             return torch.tensor(right).float()
-        score = self.score(posts, texts, samples.tokens, streams)
+        ids = samples.tokens if self.name == "likelihood" else None
+        score = self.score(posts, texts, ids, streams)
         return ((score - self.low) / (self.high - self.low)).clamp(0, 1)
 
 

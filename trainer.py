@@ -293,7 +293,7 @@ class Run:
         if changed and not self.done and self.ranks.main:
             print(f"{self.folder} was begun under other versions: {', '.join(changed)}", flush=True)
 
-    def begin(self):
+    def __enter__(self):
         """Take the folder and write the configuration: once everything was read and found right, so
         that a mistake leaves nothing behind."""
         self.ranks.barrier()  # all have looked before one writes
@@ -304,12 +304,17 @@ class Run:
                 if fcntl is not None:  # the lock dies with its process, however that ends
                     fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another process works in {self.folder}: wait for it, or stop it"
-                                 f"") from None
+                raise InputError(f"another process works in {self.folder}: wait for it, or stop "
+                                 "it") from None
             except OSError as e:
-                raise InputError(f"{self.folder} cannot be written ({e}): choose another --out"
-                                 f"") from None
+                raise InputError(f"{self.folder} cannot be written ({e}): choose another "
+                                 "--out") from None
             write_json(self.folder / "config.json", self.config)
+        return self
+
+    def __exit__(self, error, *details):
+        if error is not None and self.lock is not None:
+            self.lock.close()
 
     def log(self, line):
         if self.ranks.main:
@@ -470,14 +475,15 @@ def train(session, params, step_fn, names):
     finite is skipped and counted; five in a row stop the run. Returns the line that ends the
     log."""
     args, ranks, run = session.args, session.ranks, session.run
-    run.begin()
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2),
-                                  weight_decay=args.weight_decay, fused=True)
-    first, began, tokens = run.restore(params, optimizer), time.perf_counter(), 0
-    signals_of_life, skipped, in_a_row = replay(run), 0, 0
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=run.folder.name,
-               unit="step", disable=not ranks.main, mininterval=0.5 if sys.stderr.isatty() else 15)
-    with Signals() as signals:
+    with run, Signals() as signals:
+        optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2),
+                                      weight_decay=args.weight_decay, fused=True)
+        first, began = run.restore(params, optimizer), time.perf_counter()
+        dead_signals, tokens = replay(run), 0
+        skipped, in_a_row = 0, 0
+        bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=run.folder.name,
+                   unit="step", disable=not ranks.main,
+                   mininterval=0.5 if sys.stderr.isatty() else 15)
         for step in bar:
             start = time.perf_counter()
             for group in optimizer.param_groups:
@@ -497,7 +503,7 @@ def train(session, params, step_fn, names):
                     "seconds": time.perf_counter() - start, "tokens": worked,
                     "peak_bytes": peak_bytes(ranks.device)}
             run.log(line)
-            for warning in signals_of_life.look(line):
+            for warning in dead_signals.look(line):
                 session.say(f"warning: {run.folder.name}, step {step + 1}: {warning}")
             bar.set_postfix({n: f"{line[n]:.3f}" for n in names[:4] if n in line}, refresh=False)
             if in_a_row == 5:
@@ -518,7 +524,7 @@ def train(session, params, step_fn, names):
     summary = {"event": "end", "stage": session.stage, "step": args.steps, "seconds": seconds,
                "peak_bytes": peak_bytes(ranks.device), "skipped": skipped,
                "tokens_per_second": tokens / seconds if tokens else None, "ranks": ranks.world,
-               "device": str(ranks.device.type), "warnings": signals_of_life.said}
+               "device": str(ranks.device.type), "warnings": dead_signals.said}
     run.log(summary)
     return summary
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import data
-from data import Post
-from model import InputError
+from data import InputError, Post
+from model import pack
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 GOOD = {"id": "a", "post": "Rain again.", "replies": ["Bring an umbrella.", "Stay in!"]}
@@ -132,7 +132,7 @@ def test_prompt_and_reply_join_to_the_template_and_the_loss_covers_reply_and_sto
     whole = data.render_chat([{"role": "user", "content": "We got a kitten"}, {"role": "assistant", "content": "How lovely."}],
                              add_generation_prompt=False)
     assert tokenizer.decode(prompt + reply, skip_special_tokens=False) == whole.rstrip("\n")
-    rows, = data.pack([(prompt, [reply])], 1000)
+    rows, = pack([(prompt, [reply])], 1000)
     assert tokenizer.decode(rows.target.tolist(), skip_special_tokens=False) == "How lovely.<|im_end|>"
     assert rows.predict.tolist() == list(range(len(prompt) - 1, len(prompt) + len(reply) - 1)) and rows.mask() is None
     assert data.decode(tokenizer, reply) == "How lovely."
@@ -165,7 +165,7 @@ def test_packing_lists_every_reply_token_once_under_its_draft_within_the_budget(
     drafts = [d for _, ds in groups for d in ds]
     for budget in (5, 40, 10_000):
         got = {}
-        for rows in data.pack(groups, budget):
+        for rows in pack(groups, budget):
             assert rows.tokens.numel() <= max(budget, rows.tokens.shape[1])
             for which, target in zip(rows.draft.tolist(), rows.target.tolist()):
                 got.setdefault(which, []).append(target)
@@ -174,7 +174,7 @@ def test_packing_lists_every_reply_token_once_under_its_draft_within_the_budget(
 
 def test_a_draft_sees_its_post_and_itself_and_no_sibling():
     """Hand-made row: post of 2, drafts of 3 and 2 (their last tokens are only predicted)."""
-    rows, = data.pack([([7, 8], [[1, 2, 3], [4, 5]])], 100)
+    rows, = pack([([7, 8], [[1, 2, 3], [4, 5]])], 100)
     assert rows.tokens.tolist() == [[7, 8, 1, 2, 4]] and rows.positions.tolist() == [[0, 1, 2, 3, 2]]
     assert rows.predict.tolist() == [1, 2, 3, 1, 4] and rows.target.tolist() == [1, 2, 3, 4, 5] and rows.draft.tolist() == [0, 0, 0, 1, 1]
     seen = ["10000", "11000", "11100", "11110", "11001"]
@@ -227,13 +227,13 @@ def test_pocket_posts_are_distinct_seeded_many_and_written_in_several_ways(monke
         data.pocket_posts(2000)
 
 
-def test_popularity_is_long_tailed_and_tastes_are_flat():
-    domain = data.make_domain("pocket", data.pocket_posts(10))
-    shares = list(domain.popularity.values())
+def test_popularity_is_long_tailed_and_readers_are_drawn_by_it():
+    posts = data.pocket_posts(10)
+    domain = data.make_domain("pocket", posts)
+    shares = list(domain.popularity_of(posts[0]).values())
     assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True) and shares[0] > 0.5
-    assert max(domain.tastes.values()) == pytest.approx(1 / 6)
     rng = random.Random(0)
-    drawn = [domain.reader(None, rng) for _ in range(4000)]
+    drawn = [domain.reader(posts[0], rng) for _ in range(4000)]
     assert drawn.count("warm") / 4000 == pytest.approx(shares[0], abs=0.03)
 
 
@@ -275,3 +275,191 @@ def test_personality_chat_loads():
     # 9 differ in punctuation alone
     assert 7900 < len(posts) <= 7937 and domain.name == "voices" and len(domain.voices) == 5
     assert all(domain.voices_of(p, p.replies[0])[0] == "professional" for p in posts[:200])
+
+
+# ---- Readers and writers, fixed at the split -----------------------------------------------------
+
+def test_each_scene_has_readers_of_its_own_and_writers_need_not_be_readers():
+    """Permuted, the order of voices hangs on the scene (theme and event), whatever the thing is, so
+    that it can be learnt from other things; writers keep one order, and their own exponent."""
+    posts = data.pocket_posts(600, seed=3)
+    domain = data.make_domain("pocket", posts, popularity=0.7, writers=3.0, permute=True)
+    orders = {}
+    for p in posts:
+        shares = domain.popularity_of(p)
+        assert sum(shares.values()) == pytest.approx(1) and list(shares) == list(domain.voices)
+        order = tuple(sorted(shares, key=shares.get))
+        scene = p.intent.rpartition("/")[0]
+        assert orders.setdefault(scene, order) == order
+    assert len(orders) == 36 and len(set(orders.values())) > 25
+    assert domain.popularity_of(posts[0]) == data.Pocket(posts, popularity=0.7,
+                                                         permute=True).popularity_of(posts[0])
+    rng, post = random.Random(0), posts[0]
+    count = lambda draw: [draw(post, rng) for _ in range(4000)].count
+    readers, writers = count(domain.reader), count(domain.writer)
+    tail = data.long_tail(domain.voices, 3.0)
+    for voice, share in domain.popularity_of(post).items():
+        assert readers(voice) / 4000 == pytest.approx(share, abs=0.03)
+        assert writers(voice) / 4000 == pytest.approx(tail[voice], abs=0.03)
+    same = data.make_domain("pocket", posts)
+    assert same.writer(post, random.Random(7)) == same.reader(post, random.Random(7))
+
+
+def test_the_domain_is_fixed_at_the_split(tmp_path, capsys):
+    """Inferred anew from each part, three posts without voices made evaluation choose another prompt
+    and judge than training, and a first post with another order of voices another popularity."""
+    voices = {"warm": "w{}", "blunt": "b{}"}
+    rows = [{"post": f"p {i}", "replies": {v: r.format(i) for v, r in voices.items()}} for i in range(12)]
+    rows[5]["replies"] = dict(reversed(rows[5]["replies"].items()))
+    path, out = write(tmp_path / "posts.jsonl", *rows), tmp_path / "split"
+    flags = ["--sizes", "sft=6,eval=6", "--out", str(out)]
+    assert data.main(["split", "--data", str(path), *flags]) == 0
+    for name in ("sft", "eval"):
+        part = data.load_posts(out / f"{name}.jsonl")
+        part.sort(key=lambda p: p.voices[0] != "blunt")                    # the odd one first
+        domain = data.load_domain(out / f"{name}.jsonl", "auto", part)
+        assert domain.voices == ("warm", "blunt") and domain.name == "voices"
+        assert domain.record() == data.read_json(out / "domain.json")
+    assert data.load_domain(out / "sft.jsonl", "voices", part).name == "voices"
+    with pytest.raises(InputError, match="split as 'voices'"):
+        data.load_domain(out / "sft.jsonl", "replies", part)
+    with pytest.raises(InputError, match="'line-9' has not the voices"):
+        data.load_domain(out / "sft.jsonl", "auto", [Post("line-9", "x", ("y",))])
+    (out / "domain.json").write_text("[]")
+    with pytest.raises(InputError, match="split again"):
+        data.load_domain(out / "sft.jsonl", "auto", part)
+    mixed = write(tmp_path / "mixed.jsonl", *rows, {"id": "odd", "post": "z", "reply": "q"})
+    assert data.main(["split", "--data", str(mixed), *flags[:2], "--out", str(tmp_path / "m")]) == 2
+    assert "'odd'" in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+def test_a_split_by_intent_holds_whole_scenes_out(tmp_path, capsys):
+    """Every scene of the pocket world used to stand in every part: nothing was held out but wording."""
+    sizes = "base=300,sft=60,grpo=60,eval=50"
+    assert data.main(["split", "--data", "pocket", "--sizes", sizes, "--by", "intent",
+                      "--out", str(tmp_path / "a")]) == 0
+    parts = {n: data.load_posts(tmp_path / "a" / f"{n}.jsonl") for n in ("base", "sft", "grpo", "eval")}
+    assert {n: len(p) for n, p in parts.items()} == dict(base=300, sft=60, grpo=60, eval=50)
+    held = {p.intent for p in parts.pop("eval")}
+    assert 15 < len(held) < 60
+    keys = [p.key for part in parts.values() for p in part]
+    assert len(set(keys)) == len(keys)
+    assert not held & {p.intent for part in parts.values() for p in part}
+    plain = write(tmp_path / "plain.jsonl", *[GOOD | {"post": str(i)} for i in range(9)])
+    assert data.main(["split", "--data", str(plain), "--sizes", "sft=2,eval=2", "--by", "intent",
+                      "--out", str(tmp_path / "b")]) == 2
+    assert "intent" in capsys.readouterr().err
+
+
+def test_ids_are_told_apart_and_random_streams_hang_on_the_post(tmp_path):
+    """`"id": null` named every post 'None', and files joined into one repeat theirs: all posts then
+    shared a random stream and a reader."""
+    rows = [{"id": None, "post": f"p {i}", "reply": "r"} for i in range(3)]
+    rows += [{"id": "a", "post": f"q {i}", "reply": "r"} for i in range(3)]
+    rows += [{"id": "a-2", "post": "taken", "reply": "r"}, {"tweet_id": 7, "id": None, "post": "t",
+                                                           "reply": "r"}]
+    posts = data.load_posts(write(tmp_path / "a.jsonl", *rows))
+    names = [p.id for p in posts]
+    assert names[:4] == ["line-1", "line-2", "line-3", "a"] and names[6:] == ["a-2", "7"]
+    assert len(set(names)) == len(posts) == 8
+    assert len({p.key for p in posts}) == 8
+    assert Post("x", "Same post!", ()).key == Post("y", "same  post", ()).key
+
+
+def test_texts_are_compared_by_characters_not_by_their_encoding():
+    """Decomposed and composed letters are the same; Hindi and Thai words that differ in their marks
+    are not."""
+    assert data.normalise("Caf\u00e9") == data.normalise("cafe\u0301") != data.normalise("cafe")
+    assert data.normalise("\u0915\u093f") != data.normalise("\u0915\u0940")              # ki, kee
+    assert data.normalise("\u0e44\u0e01\u0e48") != data.normalise("\u0e44\u0e01\u0e25")
+    assert data.normalise("\uff21\uff22 1\u00b2") == "ab12" and data.normalise("?! \u2014") == ""
+
+
+def test_replies_to_learn_from_lose_their_control_strings(tokenizer):
+    """Broken by a zero-width space, as in a post, the space itself would be learnt and written."""
+    reply = data.encode_reply(tokenizer, "a <|im_end|><think>b <|im<|im_end|>_end|> c")
+    assert data.decode(tokenizer, reply) == "a b  c" and reply.count(
+        tokenizer.token_to_id("<|im_end|>")) == 1
+    chat = data.encode_chat(tokenizer, [{"role": "user", "content": "u<|im_end|>"},
+                                        {"role": "assistant", "content": "x<|im_start|>y"}],
+                            add_generation_prompt=False)
+    assert chat.count(tokenizer.token_to_id("<|im_end|>")) == 2
+    assert chat.count(tokenizer.token_to_id("<|im_start|>")) == 2
+
+
+def test_printable_texts_forge_nothing():
+    assert data.printable("a\x1b[31mb\u202ec\r\nd\u2066") == "a\ufffd[31mb\ufffdc  d\ufffd"
+    assert data.printable("Grüße, 世界 👋") == "Grüße, 世界 👋"
+
+
+# ---- The checkpoint's own chat format ------------------------------------------------------------
+
+PLAIN = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DEFAULT = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n"
+           "{% endif %}" + PLAIN)
+THINK = PLAIN.replace("assistant\n{% endif", "assistant\n{% if enable_thinking is defined and "
+                      "enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif")
+
+
+@pytest.mark.parametrize("template, want", [(PLAIN, data.ChatFormat(False)), (THINK, data.ChatFormat()),
+                                            (DEFAULT, data.ChatFormat(False, "Be brief."))])
+def test_the_chat_format_is_the_checkpoint_s_own(tmp_path, tokenizer, template, want):
+    """An empty think block is Qwen3's hybrid models' alone; others have none, or a system turn."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert data.chat_format(tmp_path) == want
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert data.chat_format(tmp_path) == want
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert data.chat_format(tmp_path) == want
+    prompt = data.encode_prompt(tokenizer, [{"role": "user", "content": "hi"}], want)
+    text = tokenizer.decode(prompt, skip_special_tokens=False)
+    assert text.endswith("<think>\n\n</think>\n\n") == want.think_block
+    assert text.startswith("<|im_start|>system\nBe brief.") == bool(want.system)
+
+
+def test_without_a_template_the_format_is_qwen3s_and_other_marks_are_refused(tmp_path):
+    assert data.chat_format(tmp_path) == data.ChatFormat()
+    for template in ("[INST] {{ messages[0]['content'] }} [/INST]", "{{ nonsense", "{{ 1 / 0 }}",
+                     "{% for i in range(3) %}{{ ''.__class__.__mro__ }}{% endfor %}"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(InputError, match="chat template"):
+            data.chat_format(tmp_path)
+    if (SHARED / "qwen3_tokenizer").exists():
+        assert data.chat_format(SHARED / "qwen3_tokenizer") == data.ChatFormat()
+
+
+# ---- Writing in one piece ------------------------------------------------------------------------
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    """Five writers had each their own way of it, with names that equal process ids make clash."""
+    path = tmp_path / "a.json"
+    data.write_json(path, [1])
+    with pytest.raises(KeyError), data.beside(path) as new:
+        new.write_text("half")
+        raise KeyError
+    assert data.read_json(path) == [1] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    with data.beside(path) as one, data.beside(path) as two:
+        assert one != two and one.parent == two.parent == tmp_path
+        one.write_text("[2]")
+        two.write_text("[3]")
+    assert data.read_json(path) == [2]
+    with pytest.raises(InputError, match="cannot be written"):
+        data.write_text(tmp_path / "none" / "b", "x")
+    for text in ("[" * 100_000, "{", "\xff"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(InputError, match="not valid JSON"):
+            data.read_json(path)
+
+
+def test_only_the_first_rank_writes_a_split(tmp_path, monkeypatch):
+    args = ["split", "--data", "pocket", "--sizes", "a=4,b=3", "--out", str(tmp_path / "s")]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(data.time, "sleep", lambda s: (monkeypatch.setenv("RANK", "0"), data.main(args),
+                                                       monkeypatch.setenv("RANK", "1")))
+    written = []
+    monkeypatch.setattr(data, "save_posts", lambda posts, path, save=data.save_posts: (
+        written.append(data.os.environ["RANK"]), save(posts, path)))
+    assert data.main(args) == 0 and written == ["0", "0"]

@@ -1,5 +1,4 @@
-"""LoRA, the diversity D and its gradient, the SFT step, and what both phases share: ranks, run folder,
-training loop.
+"""LoRA, the diversity D and its gradient, its gate, the SFT step.
 
 D's gradient is checked by enumeration: a softmax policy over four outcomes, where the exact gradient of E[D]
 and the exact expectation of the estimator can both be summed over all k-tuples. A D that no gradient passes
@@ -10,26 +9,24 @@ import copy
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import data
 import polylora
-from model import NF4, Config, InputError, Qwen3, generate, quantise
-from polylora import (Embedder, LoRALinear, Ranks, Run, Session, Tally, adapter, adapter_state, add_lora,
-                      batch_indices, cross_entropy, diversity, diversity_advantages, diversity_step,
-                      drop_lora, frozen_copy, learning_rate, load_adapter, lora_layers, merge_lora,
-                      pair_distances, save_adapter, seed_of, sft_step, train)
+from data import InputError
+from generate import generate
+from model import NF4, Config, Qwen3, quantise
+from polylora import (Embedder, Gate, LoRALinear, adapter, adapter_state, add_cross_entropy, add_diversity,
+                      add_lora, base, diversity, diversity_advantages, drop_lora, frozen_copy,
+                      load_adapter, load_embedder, lora_layers, merge_lora, pair_distances,
+                      save_adapter, sft_step)
 from tiny import tiny_config, tiny_weights
+from trainer import Ranks, Session, Tally, Visit, batch_visits
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 30, 2, 8]])
 
@@ -246,22 +243,21 @@ def test_merging_adds_the_update_in_fp32_and_touches_nothing_else():
 def test_the_adapter_can_be_switched_off_and_exchanged_and_comes_back():
     """A reference pass that leaves the policy switched off, or a copy that follows the training, ruins all
     that follows."""
-    base, model = build(), shake(add_lora(build(), 4, 8))
+    plain, model = build(), shake(add_lora(build(), 4, 8))
     start, trained = frozen_copy(model), logits(model)
     with torch.no_grad():
         for p in adapter_state(model).values():
             p.add_(0.1)
     later, ids = logits(model), {n: p.data_ptr() for n, p in adapter_state(model).items()}
     assert gap(later, trained) > 0.05
-    with adapter(model, None):
-        assert torch.equal(logits(model), logits(base))
-        with adapter(model, start):  # nested: the embedder within a reference
-            assert torch.equal(logits(model), trained)                         # the copy did not follow
-        assert torch.equal(logits(model), logits(base))
+    with base(model):
+        assert torch.equal(logits(model), logits(plain))
+    with adapter(model, start), base(model):  # nested: the embedder within a reference
+        assert torch.equal(logits(model), logits(plain))
     with adapter(model, start):
         assert torch.equal(logits(model), trained)
-    for state in (None, start):
-        with pytest.raises(KeyError), adapter(model, state):
+    for other in (base(model), adapter(model, start)):
+        with pytest.raises(KeyError), other:
             raise KeyError
         assert torch.equal(logits(model), later)
     assert ids == {n: p.data_ptr() for n, p in adapter_state(model).items()}   # the optimizer's own tensors
@@ -271,7 +267,7 @@ def test_dropout_acts_in_training_alone():
     """Drafts and their scores must come from one and the same network."""
     model = shake(add_lora(build(), 4, 8, dropout=0.5)).train()
     assert not torch.equal(logits(model), logits(model)) and torch.equal(logits(model.eval()), logits(model))
-    with adapter(model.train(), None):
+    with base(model.train()):
         assert torch.equal(logits(model), logits(build()))
 
 
@@ -461,10 +457,19 @@ class Share:
     def __init__(self, rank=0, world=1, total=None):
         self.rank, self.world, self.total, self.summed = rank, world, total, []
         self.main, self.device = rank == 0, torch.device("cpu")
+        self.restarts = 0
 
     def sum(self, values):
         self.summed.append(list(values))
         return list(values) if self.total is None else list(self.total)
+
+    def sum_gradients(self, params):
+        """Nothing: the gradient stays this rank's share."""
+
+    def gather(self, items):
+        return items
+
+    take_gradient = Ranks.take_gradient
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +489,9 @@ def session(parts, parser, flags, stage="sft", ranks=None):
     s.stage, s.ranks, s.domain = stage, ranks or Share(), data.make_domain("auto", s.posts)
     s.model = shake(add_lora(copy.deepcopy(model), 3, 6, seed=2), 0.1)
     s.model.vocab, s.stops = s.tokenizer.get_vocab_size(), data.stop_ids(s.tokenizer)
-    s.load_embedder()
+    s.chat, s.params = data.ChatFormat(), list(adapter_state(s.model).values())
+    load_embedder(s)
+    s.gate = Gate(s, s.args.gate)
     return s
 
 
@@ -509,9 +516,17 @@ def nearly(a, b, tolerance=1e-4):
     assert scale > 0 and max(gap(a[n], b[n]) for n in b) < tolerance * scale
 
 
+def visits(indices):
+    return [Visit(i, 0) for i in indices]
+
+
 def ce_work(s, indices):
-    reply = lambda i: s.posts[i].replies[i % len(s.posts[i].replies)]
-    return lambda tally: cross_entropy(s, 0, indices, reply, tally)
+    reply = lambda v: s.posts[v.index].replies[v.index % len(s.posts[v.index].replies)]
+    return lambda tally: add_cross_entropy(s, visits(indices), reply, tally)
+
+
+def d_work(s, indices):
+    return lambda tally: add_diversity(s, visits(indices), 0, tally)
 
 
 def logprob_sum(s, prompt, draft, temperature):
@@ -550,10 +565,10 @@ def test_lambda_moves_the_adapter_where_the_formula_says(parts, gate):
     lam = 0.7
     with_d, s = sft(parts, "--lambda", str(lam), "--gate", gate), sft(parts)
     got, plain = (gradient(x, lambda tally: sft_step(x, 0))[0] for x in (with_d, s))
-    mine = batch_indices(len(s.posts), 6, 0, 4)[:4]
-    prompts, samples, texts = s.write(mine, 0, 3)
+    mine = batch_visits(len(s.posts), 6, 0, 4)[:4]
+    prompts, samples, texts = s.sample_drafts(mine, 0, 3)
     e = s.embedder(texts)
-    q = s.quality(gate, mine, prompts, samples, texts)
+    q = with_d.gate(mine, samples, texts)
     q = torch.ones(4, 3) if q is None else q
 
     def term(_):
@@ -584,7 +599,7 @@ def test_drafting_every_second_step_keeps_d_s_share(parts):
 @pytest.mark.parametrize("budget", [1, 60, 120, 100_000])
 def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
     """1 x 8, 2 x 4, 4 x 2: --micro-tokens saves memory and changes nothing else."""
-    for k, work in ((1, ce_work), (3, lambda s, i: lambda tally: diversity_step(s, 0, i, tally))):
+    for k, work in ((1, ce_work), (3, d_work)):
         runs = [sft(parts, "--lambda", "1", "--micro-tokens", str(b)) for b in (100_000, budget)]
         whole, cut = (gradient(s, work(s, list(range(8))))[0] for s in runs)
         nearly(cut, whole)
@@ -594,7 +609,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
 def test_the_shares_of_two_ranks_add_up_to_the_whole_gradient(parts, count):
     """Each rank divides by the step's count, not its own, and draws the drafts that one process would have
     drawn."""
-    for work in (ce_work, lambda s, i: lambda tally: diversity_step(s, 0, i, tally)):
+    for work in (ce_work, d_work):
         runs = [sft(parts, "--lambda", "1", ranks=r) for r in (Share(), Share(0, 2), Share(1, 2))]
         whole, one, two = (gradient(s, work(s, list(range(count)))) for s in runs)
         nearly({n: one[0][n] + two[0][n] for n in whole[0]}, whole[0])
@@ -610,8 +625,8 @@ def test_drafts_are_written_without_dropout(parts):
     s = sft(parts, "--lambda", "1")
     for layer in lora_layers(s.model).values():
         layer.dropout = 0.5
-    modes, write, ce = [], s.write, polylora.token_logprobs
-    s.write = lambda *a: (modes.append(s.model.training), write(*a))[1]
+    modes, write, ce = [], s.sample_drafts, polylora.token_logprobs
+    s.sample_drafts = lambda *a: (modes.append(s.model.training), write(*a))[1]
     sft_step(s, 0)
     assert modes == [False] and not s.model.training and ce is polylora.token_logprobs
 
@@ -634,213 +649,79 @@ def test_the_embedder_is_frozen_centred_and_blind_to_padding_and_batch(parts):
         Embedder(s.model, s.tokenizer)
 
 
-def test_likelihood_gate_is_the_frozen_base_s_geometric_mean_probability(parts):
-    """Of the base, or a policy that drifts to gibberish passes its own gate."""
+def test_the_likelihood_gate_is_the_base_s_mean_log_probability_on_people_s_scale(parts):
+    """Of the base, or a policy that drifts to gibberish passes its own gate; and between what replies to
+    another post score, 0, and what people's own score, 1: raw, it made D a thousandth of itself."""
     s = sft(parts)
-    prompts, samples, texts = s.write([0, 5], 0, 3)
-    got = s.quality("likelihood", [0, 5], prompts, samples, texts)
-    with torch.no_grad(), adapter(s.model, None):
-        want = [[math.exp(float(logprob_sum(s, p, d, 0.8)) / len(d)) for d in drafts]
+    prompts, samples, texts = s.sample_drafts(visits([0, 5]), 0, 3)
+    gate = Gate.__new__(Gate)
+    gate.session, gate.name, gate.low, gate.high = s, "likelihood", -6.0, 1.0
+    got = gate(visits([0, 5]), samples, texts)
+    with torch.no_grad(), base(s.model):
+        want = [[(float(logprob_sum(s, p, d, 0.8)) / len(d) + 6) / 7 for d in drafts]
                 for p, drafts in zip(prompts, samples.tokens)]
-    assert gap(got, torch.tensor(want)) < 1e-5 and s.quality("none", [0], *[[]] * 3) is None
+    assert gap(got, torch.tensor(want).clamp(0, 1)) < 1e-5 and 0 < float(got.min()) < 1
+    assert Gate(s, "none")(visits([0]), samples, texts) is None
     right = [[s.posts[0].replies[0], "nonsense"], ["?", s.posts[5].replies[2].upper()]]
-    assert s.quality("verifier", [0, 5], prompts, samples, right).tolist() == [[1, 0], [0, 1]]
+    assert Gate(s, "verifier")(visits([0, 5]), samples, right).tolist() == [[1, 0], [0, 1]]
 
 
-# ---- What both phases share ------------------------------------------------------------------------------
-
-def test_batches_visit_every_post_once_an_epoch_in_a_new_order():
-    """Sampling with replacement leaves a third of the posts out of an epoch; a batch may straddle two
-    epochs."""
-    seen = [i for step in range(9) for i in batch_indices(10, 4, step, seed=3)]
-    epochs = [seen[i:i + 10] for i in range(0, 30, 10)]
-    assert all(sorted(e) == list(range(10)) for e in epochs) and len(set(map(tuple, epochs))) == 3
-    assert batch_indices(10, 4, 2, 3) == seen[8:12] != batch_indices(10, 4, 2, 4)
-    assert sorted(batch_indices(3, 7, 0, 0)) == sorted([0, 1, 2] * 2 + [batch_indices(3, 1, 6, 0)[0]])
-
-
-def test_learning_rate_table():
-    """Warm-up must not begin at zero, which wastes a step, and the cosine must end near zero, not at its
-    peak."""
-    got = [learning_rate(s, 12, 2.0, 2, "cosine") for s in range(12)]
-    want = [1.0, 2.0] + [1 + math.cos(math.pi * i / 10) for i in range(10)]
-    assert got == pytest.approx(want) and got[2] == 2.0 and 0 < got[-1] < 0.1
-    assert [learning_rate(s, 12, 2.0, 4, "constant") for s in (0, 3, 4, 11)] == [0.5, 2, 2, 2]
-    assert learning_rate(0, 1, 2.0, 0, "cosine") == 2.0 and learning_rate(0, 5, 2.0, 10, "cosine") == 0.2
-
-
-def test_a_seed_is_the_same_number_on_every_machine():
-    """hash() differs from process to process: the ranks would disagree about everything."""
-    assert seed_of(1, "sft", 0, "post-7") == 2399848287674112590
-    assert len({seed_of(*x) for x in ((1,), (2,), ("1",), (1, 1), (11,), ("a", "b"), ("ab",))}) == 7
+def test_the_gate_s_scale_is_people_s(parts):
+    """0 and 1 are what the session's own replies and exchanged ones score, measured, not assumed. A
+    scale that is wrong by a factor of 1,000 would leave q near 0, or near 1, for both."""
+    s = sft(parts)
+    s.reward = lambda posts, drafts, streams: [[
+        0.002 * (t in s.posts[[p.post for p in s.posts].index(p_.post)].replies) + 0.001
+        for t in ts] for p_, ts in zip(posts, drafts)]
+    gate = Gate(s, "reward")
+    assert (gate.low, gate.high) == (pytest.approx(0.001), pytest.approx(0.003))
+    own = [[s.posts[i].replies[1], s.posts[(i + 5) % 12].replies[1]] for i in range(12)]
+    q = gate(visits(range(12)), None, own)
+    assert gap(q, torch.tensor([[1.0, 0.0]] * 12)) < 1e-4
+    e = s.embedder(own)
+    right = s.embedder([[p.replies[0], p.replies[1], p.replies[2]] for p in s.posts])
+    gated = diversity(right, gate(visits(range(12)), None, [list(p.replies[:3]) for p in s.posts]))
+    assert gap(gated, diversity(right)) < 1e-3 and float(diversity(e, q).max()) < 1e-3
+    s.reward = lambda posts, drafts, streams: [[0.5] * len(ts) for ts in drafts]
+    with pytest.raises(InputError, match="cannot tell people's replies"):
+        Gate(s, "reward")
 
 
-def test_means_are_of_sums_not_of_means():
-    """Micro-batches of 1 and 3 tokens with means 2 and 0.2: the mean over tokens is 0.65, that of the means
-    is 1.1."""
-    tally = Tally()
-    tally.add("loss", torch.tensor(2.0), 1)
-    tally.add("loss", 0.6, 3)
-    assert tally.means(Share(), ["loss", "never"]) == pytest.approx({"loss": 0.65})
-    assert tally.means(Share(total=[2.6 + 1.4, 4 + 4]), ["loss"]) == pytest.approx({"loss": 0.5})
+def test_lambda_share_holds_d_s_part_of_the_gradient(parts):
+    """At every drafting step |D's part| is that share of |cross-entropy's|, and it is logged; so is the
+    share that a fixed lambda happens to have."""
+    flat = lambda grads: torch.cat([g.flatten() for g in grads.values()])
+    plain = flat(gradient(sft(parts), lambda tally: sft_step_of(sft_last, 0)))        if False else None
+    for share in (0.3, 2.0):
+        s, without = sft(parts, "--lambda-share", str(share)), sft(parts)
+        tallies = []
+        whole = flat(gradient(s, lambda _: tallies.append(sft_step(s, 0)))[0])
+        plain = flat(gradient(without, lambda _: sft_step(without, 0))[0])
+        assert float((whole - plain).norm() / plain.norm()) == pytest.approx(share, rel=1e-3)
+        assert tallies[0].sums["D_share"][0] == pytest.approx(share, rel=1e-5)
+    s, tallies = sft(parts, "--lambda", "0.7"), []
+    whole = flat(gradient(s, lambda _: tallies.append(sft_step(s, 0)))[0])
+    got = float((whole - plain).norm() / plain.norm())
+    assert tallies[0].sums["D_share"][0] == pytest.approx(got, rel=1e-3)
 
 
-TWO_RANKS = """
-import json, sys
-import torch
-from polylora import Ranks, Tally
-ranks = Ranks(sys.argv[1], "cpu")
-a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
-a.grad = torch.tensor([1.0, 2.0]) * (ranks.rank + 1)
-if ranks.rank == 0:
-    b.grad = torch.ones(3)
-ranks.sum_gradients([a, b])
-tally = Tally()
-tally.add("loss", 2.0 if ranks.rank == 0 else 0.6, 1 if ranks.rank == 0 else 3)
-means, gathered = tally.means(ranks, ["loss"]), ranks.gather(list(range(5))[ranks.rank::ranks.world])
-print(json.dumps([a.grad.tolist(), b.grad.tolist(), means, gathered, ranks.sum([1, 2])]))
-ranks.barrier()
-ranks.close()
-"""
-
-
-def test_two_processes_add_their_gradients_and_a_second_stage_can_follow():
-    """Gradients are summed, not averaged; a rank without one counts as zero; and a second group in the same
-    launch must not read the first one's keys from the launcher's store."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                        "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    pipes = dict(cwd=Path(polylora.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 text=True)
-    for stage in ("sft:a", "grpo:b"):                                          # new processes, as in train.sh
-        ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, stage], **pipes,
-                                  env=env | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
-        try:
-            said = [p.communicate(timeout=30) for p in ranks]
-        finally:
-            [p.kill() for p in ranks]
-        assert [p.returncode for p in ranks] == [0, 0], said
-        for out, _ in said:                                                    # the same sums on both ranks
-            a, b, means, gathered, total = json.loads(out.splitlines()[-1])
-            assert (a, b, gathered, total) == ([3, 6], [1, 1, 1], [0, 1, 2, 3, 4], [2, 4])
-            assert means == pytest.approx({"loss": 0.65})
-
-
-def test_a_device_without_an_index_is_this_rank_s(monkeypatch):
-    """torch.cuda.set_device takes no bare `cuda`; and all ranks of a machine would share GPU 0."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    devices = [Ranks("x", d).device for d in (None, "cuda", "cuda:3")]
-    assert devices == [torch.device("cuda", i) for i in (1, 1, 3)]
-    assert chosen == [1, 1, 3] and Ranks("x", "cpu").device.type == "cpu"
-
-
-# ---- The run folder and the loop -------------------------------------------------------------------------
-
-def run_args(folder, **changes):
-    settings = dict(out=str(folder), resume=False, seed=1, steps=10, lr=0.1, beta2=0.99, weight_decay=0.01,
-                    warmup=3, schedule="cosine", clip=1.0, save_every=3, micro_tokens=7, device="cpu")
-    return SimpleNamespace(**settings | changes)
+def test_copies_of_a_post_within_a_step_have_streams_of_their_own(parts):
+    """10 posts and a batch of 16: six groups of drafts used to be equal, draft for draft."""
+    posts, tokenizer, model = parts
+    s = sft((posts[:5], tokenizer, model), "--batch", "12", "--temperature", "2")
+    batch = batch_visits(5, 12, 0, 4)
+    assert len(set(batch)) == 12 and len({v.index for v in batch}) == 5
+    _, samples, _ = s.sample_drafts(batch, 0, 3)
+    assert len({str(d) for d in samples.tokens}) == 12
+    assert len({s.stream("reply", 0, v) for v in batch}) == 12
 
 
 class Stop(Exception):
     pass
 
 
-def toy(args, stop_at=None):
-    """A session whose step fits two tensors to targets of their own, with noise from the loop's generator."""
-    s = SimpleNamespace(args=args, ranks=Ranks("toy", "cpu"), stage="toy")
-    s.run = Run(args, s.ranks)
-    params = [torch.nn.Parameter(torch.tensor([2.0, -1.0])), torch.nn.Parameter(torch.full((3, 2), 0.5))]
-
-    def step_fn(step):
-        if step == stop_at:
-            raise Stop
-        loss = sum(((p - step + torch.randn_like(p)) ** 2).sum() for p in params)
-        loss.backward()
-        tally = Tally()
-        tally.add("loss", loss.item())
-        tally.add("tokens", 8)
-        return tally
-    return s, params, step_fn
-
-
-def finish(s, params, step_fn):
-    s.run.finish(train(s, params, step_fn, ["loss"]))
-    return [p.detach().clone() for p in params]
-
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 7, 9])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop_at):
-    """Optimizer state, step, schedule and noise all come back; steps after the last checkpoint are redone,
-    not logged twice."""
-    whole = finish(*toy(run_args(tmp_path / "whole")))
-    broken = toy(run_args(tmp_path / "cut"), stop_at)
-    with pytest.raises(Stop):
-        finish(*broken)
-    assert not (tmp_path / "cut" / "done.json").exists()
-    resumed = finish(*toy(run_args(tmp_path / "cut", resume=True, save_every=2, micro_tokens=3)))
-    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
-    one, two = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
-    assert [x["step"] for x in two] == [*range(1, 11), 10] and two[-1]["event"] == "end"
-    same = ("step", "lr", "loss", "grad_norm", "tokens")
-    assert [[x.get(n) for n in same] for x in one] == [[x.get(n) for n in same] for x in two]
-    assert [x["lr"] for x in one[:-1]] == [learning_rate(i, 10, 0.1, 3, "cosine") for i in range(10)]
-    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"config.json", "metrics.jsonl", "done.json"}
-
-
-def test_the_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path, monkeypatch):
-    """A single NaN step would poison every weight after it; the logged norm is the one before clipping."""
-    args = run_args(tmp_path / "a", steps=1, clip=0.5)
-    s, params, step_fn = toy(args)
-    seen, step = [], torch.optim.AdamW.step
-    norm = lambda: torch.cat([p.grad.flatten() for p in params]).norm()
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(norm()), step(self, *a))[1])
-    train(s, params, step_fn, ["loss"])
-    assert float(seen[0]) == pytest.approx(0.5, rel=1e-4) and metrics(tmp_path / "a")[0]["grad_norm"] > 2
-
-    s, params, _ = toy(run_args(tmp_path / "b"))
-
-    def broken(step):
-        (params[0].sum() + params[1].sum() * math.nan).backward()
-        return Tally()
-    before = [p.detach().clone() for p in params]
-    with pytest.raises(InputError, match="step 1 .*not finite"):
-        train(s, params, broken, [])
-    assert all(torch.equal(p, b) for p, b in zip(params, before))
-
-
-def test_a_run_folder_is_one_configuration(tmp_path, capsys):
-    """Going on with other settings, or over another run, would give a result that no command describes."""
-    out, ranks = tmp_path / "run", Ranks("toy", "cpu")
-    with pytest.raises(Stop):
-        finish(*toy(run_args(out), 5))
-    with pytest.raises(InputError, match="--resume"):
-        Run(run_args(out), ranks)
-    for change in (dict(lr=0.2), dict(seed=2), dict(extra=1)):
-        with pytest.raises(InputError, match=f"{next(iter(change))} = "):
-            Run(run_args(out, resume=True, **change), ranks)
-    finish(*toy(run_args(out, resume=True, micro_tokens=99)))                  # memory settings may change
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    for resume in (False, True):
-        s = Session.__new__(Session)
-        s.args, s.ranks = run_args(out, resume=resume), ranks
-        assert s.open_run() is False and "done" in capsys.readouterr().out     # nothing is redone
-    with pytest.raises(InputError, match="lr = "):
-        Run(run_args(out, lr=0.2), ranks)  # nor a result of other settings returned
-    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
-    with pytest.raises(InputError, match="holds no run"):
-        Run(run_args(tmp_path / "photos"), ranks)
-    (tmp_path / "empty").mkdir()
-    assert not Run(run_args(tmp_path / "empty"), ranks).done
 
 
 # ---- The command line ------------------------------------------------------------------------------------
