@@ -623,7 +623,7 @@ def earlier_tokens(session, rows):
     for draft, token in zip(rows.draft.tolist(), rows.target.tolist()):
         before = seen.setdefault(draft, {})
         lists.append(torch.tensor([t for t in before if t != token], dtype=torch.long))
-        before[token] = True
+        before[token] = None
     padded = nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
     return (padded.to(rows.target.device),)
 

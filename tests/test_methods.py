@@ -521,6 +521,7 @@ def test_logsigmoid_gem_is_nearly_half_of_the_linear():
     assert gap(loss, want) < 1e-14 and gap(slope(loss, z), slope(want, z)) < 1e-14
     linear = slope(polylora.gem_loss(z, y, 0.7), z)
     assert 1e-4 < gap(slope(loss, z), linear / 2) < 0.02 * float(linear.abs().max())
+    assert torch.equal(polylora.gem_loss(z, y), polylora.gem_loss(z, y, 0.7, logsigmoid=False))
 
 
 def test_the_entropy_loss_by_its_distribution():
@@ -542,15 +543,15 @@ def polylora_rows(groups):
 
 def test_unlikelihood_counts_the_reply_s_earlier_tokens():
     """Each once, never the target, never another reply's."""
-    rows = rows_of([4, 5, 4, 4, 6], [7, 5])
+    rows = rows_of([4, 0, 4, 4, 6], [7, 0])
     earlier, = polylora.earlier_tokens(None, rows)
-    assert [sorted(t for t in row if t >= 0) for row in earlier.tolist()] == [[], [4], [5], [5], [4, 5], [], [7]]
-    z, y = tokens(7, seed=3)
-    y = rows.target
+    assert [sorted(t for t in row if t >= 0) for row in earlier.tolist()] == [[], [4], [0], [0], [0, 4], [], [7]]
+    z, y = tokens(7, seed=3)[0] * 3, rows.target                               # some chances near 1
     p, ce = z.softmax(-1), F.cross_entropy(z, y, reduction="none")
     want = [ce[n] - 0.5 * sum((1 - p[n, c]).log() for c in row if c >= 0) for n, row in enumerate(earlier.tolist())]
     got = polylora.unlikelihood_loss(z, y, earlier, 0.5)
     assert gap(got, torch.stack(want)) < 1e-12 and gap(slope(got, z), slope(torch.stack(want), z)) < 1e-12
+    assert gap(polylora.unlikelihood_loss(z, y, earlier), ce + 2 * (got - ce)) < 1e-12
     sure = torch.tensor([[100.0, 0.0]], requires_grad=True)                    # 1 - p rounds to 0
     assert torch.isfinite(slope(polylora.unlikelihood_loss(sure, torch.tensor([1]), torch.tensor([[0]])), sure)).all()
 
