@@ -172,10 +172,10 @@ def passk_mixed_advantages(rewards, k):
 
 
 def bon_advantages(rewards, n, fail=None):
-    """BoN-RLB (arXiv 2412.15287): n f^(n-1) (r - mean), the gradient of best-of-n under a verifier,
-    1 - f^n; f, the chance to fail, is the group's share unless given. The paper's weights g+ =
-    n f^(n-1)/(1 - f^n) and g- = n f/(1 - f) are for drafts of the best-of-n policy; for the
-    policy's own, times the ratio of the two, they are this up to a baseline."""
+    """BoN-RLB (arXiv 2412.15287): n f^(n-1) (r - mean), the gradient of 1 - f^n, f the chance to
+    fail (the group's share unless given). The paper's weights n f^(n-1)/(1 - f^n) of right and n
+    f/(1 - f) of wrong drafts of the best-of-n policy are this, for the policy's own drafts, up to a
+    baseline."""
     check_binary(rewards)
     fail = 1 - rewards.mean(1, keepdim=True) if fail is None else fail
     return n * fail ** (n - 1) * group_advantages(rewards, normalise=False)
@@ -192,10 +192,9 @@ def polyepo_advantages(rewards, classes, n):
 
 
 def darling_advantages(rewards, classes):
-    """DARLING (arXiv 2509.02534): r' less its mean, r'_i = r_i max(0.1, (c - f_i)/(c - 1)), f_i of
-    the c drafts compared give i's answer. Compared are the right drafts where rewards are 0 or 1,
-    as in its code, else all; negative rewards are first raised to zero. One draft alone is fully
-    distinct."""
+    """DARLING (arXiv 2509.02534): Dr. GRPO on r_i max(0.1, (c - f_i)/(c - 1)), f_i of the c drafts
+    compared give i's answer: the right ones where rewards are 0 or 1, as in its code, else all.
+    Negative rewards are first raised to zero; one draft alone is fully distinct."""
     rewards = rewards - rewards.amin(1, keepdim=True).clamp(max=0)
     real = ((rewards != 0) & (rewards != 1)).any()
     compared = (rewards > 0) | real                                            # (P, k)
@@ -233,9 +232,9 @@ def unlikeliness_advantages(rewards, likelihoods):
 
 
 def evol_advantages(classes, embeddings):
-    """EVOL-RL (arXiv 2509.15194), majority and novelty without a verifier: GRPO on 1/2 + u/2 for
-    the most frequent answer, -1 + u/2 for others, -1 for none. u: 1 - (mean cosine to its own party
-    + largest to any draft)/2, scaled to [0, 1] in each party (the majority; the others)."""
+    """EVOL-RL (arXiv 2509.15194), without a verifier: GRPO on 1/2 + u/2 for the commonest answer,
+    -1 + u/2 for others, -1 for none. u = 1 - (mean cosine to its own party + largest to any)/2,
+    scaled to [0, 1] within the party: the majority, or the others."""
     answered, self = classes >= 0, torch.eye(classes.shape[1], dtype=torch.bool)
     most = (alike(classes).sum(-1) * answered).argmax(1, keepdim=True)
     major = answered & (classes == classes.gather(1, most))
@@ -302,12 +301,11 @@ class Group:
 
 
 class Objective(NamedTuple):
-    """A line of OBJECTIVES: a function of the named fields of a Group. The expected policy gradient
-    of its advantages is weight(group) times the gradient of what it maximises, quotients by a
-    group's own std apart: D beside it is multiplied with that, so that --diversity-weight means the
-    same for every objective and k."""
-    function: Callable                        # the fields -> advantages (P, k)
-    takes: str                                # the fields' names
+    """A line of OBJECTIVES. The expected policy gradient of its advantages is weight(group) times
+    the gradient of what it maximises, quotients by a group's own std apart; D beside it is
+    multiplied with that, so that --diversity-weight means the same for every objective and k."""
+    function: Callable                        # -> advantages (P, k)
+    takes: str                                # its arguments: names of a Group's fields
     weight: Callable                          # Group -> float, or (P, 1)
     about: str
 
@@ -712,6 +710,8 @@ def rollout(session, step, tally):
     args, device = session.args, session.ranks.device
     drawn = draw_batch(session, step, tally)
     group, samples = drawn.group, drawn.samples
+    if not drawn.visits:  # of the posts that --resample kept this rank drew none
+        return [], session.ranks.sum([0])[0]
     advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight,
                                args.diversity)
     flat = advantages.flatten().to(device)                                     # one a draft
@@ -774,8 +774,8 @@ def grpo_step(session, step):
         if batch.old is None:
             tally.add("mismatch", (logp.detach() - batch.sampled).abs().sum(), len(logp))
         if args.beta:
-            gap = (logp - batch.reference).detach()
-            for name, value in (("k1", gap.sum()), ("k2", (gap ** 2).sum() / 2), ("kl", kl)):
+            k1 = (logp - batch.reference).detach()
+            for name, value in (("k1", k1.sum()), ("k2", (k1 ** 2).sum() / 2), ("kl", kl)):
                 tally.add(name, value, len(logp))
         tally.add("tokens", batch.rows.tokens.numel() + len(logp))
     session.ranks.sum_gradients(session.params)
@@ -861,7 +861,7 @@ def parser():
         help="Qwen3 checkpoint under the adapter; default: the one its config names")
     common_flags(p, lr=1e-5, steps=0, batch=16, schedule="constant")
     draft_flags(p, 8)
-    add("--advantage", default="group", choices=OBJECTIVES,
+    add("--advantage", default="group", choices=list(OBJECTIVES),
         help=f"what a step maximises. {listed(OBJECTIVES)}")
     add("--set-size", type=int, default=4,
         help="drafts in a set, for objectives of sets: below --k")

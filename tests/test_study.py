@@ -17,6 +17,7 @@ import evaluate
 import grpo
 import polylora
 from model import Config, Qwen3
+from trainer import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_TOKENIZER = ROOT.parent / "shared" / "qwen3_tokenizer"
@@ -38,7 +39,7 @@ def write_model(folder, tokenizer=None):
     words."""
     if tokenizer is None:
         tokenizer = data.train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
-    torch.manual_seed(3)
+    torch.manual_seed(54)  # one that by chance finds people's replies likelier than exchanged ones
     rows = tokenizer.get_vocab_size() + 7                                      # padding rows, as Qwen3 has
     model = Qwen3(Config(rows, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True))
     for p in model.parameters():
@@ -155,20 +156,20 @@ def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
 SHARDED = """
 import json, os, sys
 import torch, torch.distributed as dist
-import evaluate, grpo, polylora
+import evaluate, grpo, polylora, trainer
 torch.set_num_threads(1)
 world, root = json.loads(sys.argv[1]), sys.argv[2]
 spread = []
-shard = polylora.shard
-polylora.shard = lambda model, ranks: (shard(model, ranks), spread.append(
+shard = trainer.shard
+trainer.shard = lambda model, ranks: (shard(model, ranks), spread.append(
     [p.to_local().numel() / p.numel() for n, p in model.named_parameters() if n.endswith("q_proj.weight")]))
-generate = polylora.generate
+generate = trainer.generate
 def together(model, *a, **k):
     samples, ranks = generate(model, *a, **k), torch.ones(1)
     dist.all_reduce(ranks)                       # whatever is done in common next
     assert ranks == 2
     return samples
-polylora.generate = together
+trainer.generate = together
 for how in ([], ["--shard", "--checkpointing"]):
     name = "sharded" if how else "whole"
     sft, out = f"{root}/{name}-sft", f"{root}/{name}-grpo"
