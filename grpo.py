@@ -52,10 +52,11 @@ def group_advantages(rewards, *, normalise=True):
     return torch.where(equal, 0.0, centred)
 
 
-def check_size(size, drafts, lowest=1):
-    if not lowest <= size < drafts:
-        raise InputError(f"the set size must be at least {lowest} and below the number of drafts: "
-                         f"it is {size} of {drafts} (the set of all drafts has no gradient)")
+def check_size(size, drafts, lowest=1, largest=None):
+    largest = drafts - 1 if largest is None else largest
+    if not lowest <= size <= largest:
+        raise InputError(f"the set size is {size}: it must be from {lowest} to {largest}, below "
+                         f"the number of drafts ({drafts})")
 
 
 def check_binary(rewards):
@@ -141,9 +142,7 @@ def passk_full_advantages(rewards, k):
     """Pass@k training by full sampling (arXiv 2508.10751, eq. 4): the drafts in floor(N/k) groups
     of k, as they come; all members of a group get its best reward's GRPO advantage among the
     groups. Drafts that are left over get 0."""
-    if not 1 <= k <= rewards.shape[1] // 2:
-        raise InputError(f"full sampling needs two groups: a --set-size ({k}) of at most half of "
-                         f"the drafts ({rewards.shape[1]})")
+    check_size(k, rewards.shape[1], largest=rewards.shape[1] // 2)
     whole = rewards.shape[1] // k * k
     best = rewards[:, :whole].unflatten(1, (-1, k)).amax(2)                    # (P, groups)
     shared = group_advantages(best).repeat_interleave(k, 1)
@@ -165,17 +164,15 @@ def passk_bootstrap_advantages(rewards, sets):
 
 
 def passk_mixed_advantages(rewards, k):
-    """Pass@k and Pass@1 by the share s of right drafts (arXiv 2508.10751, eq. 18): s A_passk + (1 -
-    s) A_group."""
+    """s A_passk + (1 - s) A_group, s the share of right drafts (arXiv 2508.10751, eq. 18)."""
     share = rewards.mean(1, keepdim=True)
     return share * passk_advantages(rewards, k) + (1 - share) * group_advantages(rewards)
 
 
 def bon_advantages(rewards, n, fail=None):
     """BoN-RLB (arXiv 2412.15287): n f^(n-1) (r - mean), the gradient of 1 - f^n, f the chance to
-    fail (the group's share unless given). The paper's weights n f^(n-1)/(1 - f^n) of right and n
-    f/(1 - f) of wrong drafts of the best-of-n policy are this, for the policy's own drafts, up to a
-    baseline."""
+    fail (the group's share unless given). The paper's n f^(n-1)/(1 - f^n) for right and n f/(1 - f)
+    for wrong drafts of the best-of-n policy are this, up to a baseline, for the policy's own."""
     check_binary(rewards)
     fail = 1 - rewards.mean(1, keepdim=True) if fail is None else fail
     return n * fail ** (n - 1) * group_advantages(rewards, normalise=False)
@@ -196,7 +193,7 @@ def darling_advantages(rewards, classes):
     compared give i's answer: the right ones where rewards are 0 or 1, as in its code, else all.
     Negative rewards are first raised to zero; one draft alone is fully distinct."""
     rewards = rewards - rewards.amin(1, keepdim=True).clamp(max=0)
-    real = ((rewards != 0) & (rewards != 1)).any()
+    real = ((rewards != 0) & (rewards != 1)).any(1, keepdim=True)
     compared = (rewards > 0) | real                                            # (P, k)
     count = compared.sum(1, keepdim=True)
     same = (alike(classes) & compared[:, None]).sum(2)
@@ -219,15 +216,14 @@ def dqo_advantages(rewards, embeddings, alpha=1.0):
 
 
 def uniqueness_advantages(rewards, classes, alpha=1.0):
-    """Uniqueness-aware RL (arXiv 2601.08763): GRPO's advantage over f^alpha, f of the post's drafts
-    giving this answer."""
+    """Uniqueness-aware RL (arXiv 2601.08763): A / f^alpha, f of the drafts give the answer."""
     return group_advantages(rewards) / alike(classes).sum(-1) ** alpha
 
 
 def unlikeliness_advantages(rewards, likelihoods):
     """Unlikeliness reward (arXiv 2506.02355): GRPO on r (1 - rank/(4k)), rank 0 the draft that is
     least likely by its mean log-probability a token, likelihoods (P, k)."""
-    rank = likelihoods.argsort(1).argsort(1)
+    rank = likelihoods.argsort(dim=1, stable=True).argsort(1)
     return group_advantages(rewards * (1 - 0.25 * rank / rewards.shape[1]))
 
 
@@ -845,7 +841,8 @@ def check_grpo(args):
         raise InputError(f"--k {args.k}: a group needs at least 2 drafts")
     check_diversity(args)
     if " set" in OBJECTIVES[args.advantage].takes:
-        check_size(args.set_size, args.k, 1 + args.advantage.startswith("poly"))
+        check_size(args.set_size, args.k, 1 + args.advantage.startswith("poly"),
+                   args.k // 2 if args.advantage == "passk-full" else None)
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: GRPO needs drafts that are sampled")
     return start

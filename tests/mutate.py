@@ -131,7 +131,7 @@ def main():
         if not passes(folder, args.tests):
             sys.exit("the tests fail as they are: mend them first")
         for room, names in FUNCTIONS.items():
-            source = (ROOT / room).read_text(encoding="utf-8")
+            source = (folder / room).read_text(encoding="utf-8")
             for name, line, what, text in mutants(source, args.only or names.split()):
                 (folder / room).write_text(text, encoding="utf-8")
                 total += 1

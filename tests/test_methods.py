@@ -235,7 +235,7 @@ def test_full_sampling_gives_a_group_s_advantage_to_all_its_members():
     assert grpo.passk_full_advantages(r, 3)[0].tolist() == pytest.approx([*standardised([1, 0])[:1] * 3] + [-0.9998] * 3 + [0],
                                                                          abs=1e-4)
     for k in (0, 4, 7):
-        with pytest.raises(InputError, match="two groups"):
+        with pytest.raises(InputError, match="from 1 to 3"):
             grpo.passk_full_advantages(r, k)
 
 
@@ -646,3 +646,35 @@ def test_help_lists_every_line_of_the_registers():
         said = " ".join(parser.format_help().split()).replace("- ", "-")     # lines break at hyphens
         for name in (name for table in tables for name in table):
             assert f"{name}: " in said, name
+
+
+def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():
+    """Whatever rank a post is dealt to; rewards of 0 and 1, since not all take others."""
+    draw = torch.Generator().manual_seed(9)
+    shape = dict(generator=draw)
+    group = Group(torch.rand(6, 6, **shape).round(), F.normalize(torch.randn(6, 6, 4, **shape), dim=-1),
+                  torch.rand(6, 6, **shape), torch.rand(6, 6, 3, **shape).round(), torch.rand(6, 3, **shape),
+                  torch.randint(-1, 3, (6, 6), **shape), torch.randn(6, 6, **shape), torch.arange(6),
+                  [["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
+    for name, objective in OBJECTIVES.items():
+        for diversity in DIVERSITIES:
+            whole = advantages_of(objective, group, 0.5, diversity)
+            alone = [advantages_of(objective, grpo.mapped(lambda x: x[i:i + 1], group), 0.5, diversity) for i in range(6)]
+            assert gap(whole, torch.cat(alone)) < 1e-5, (name, diversity)
+    real = torch.cat((group.rewards[:3], torch.rand(3, 6, **shape)))
+    whole = grpo.darling_advantages(real, group.classes)
+    alone = [grpo.darling_advantages(real[i:i + 1], group.classes[i:i + 1]) for i in range(6)]
+    assert gap(whole, torch.cat(alone)) < 1e-6
+
+
+@pytest.mark.parametrize("name, size, right", [("passk-full", 3, False), ("passk-full", 2, True), ("polyepo", 1, False),
+                                               ("passk-bootstrap", 5, False), ("bon", 4, True), ("darling", 9, True)])
+def test_set_sizes_are_checked_before_anything_is_loaded(tmp_path, name, size, right):
+    polylora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
+    args = grpo.parser().parse_args(["--start", str(tmp_path), "--model", "-", "--data", "-", "--out", "-", "--k", "5",
+                                     "--advantage", name, "--set-size", str(size)])
+    if right:
+        assert grpo.check_grpo(args) == tmp_path
+    else:
+        with pytest.raises(InputError, match="the set size is"):
+            grpo.check_grpo(args)
