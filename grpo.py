@@ -18,18 +18,21 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import data
 from data import InputError, command
 from model import Rows, token_logprobs
-from polylora import (Gate, adapter, adapter_state, diversity, diversity_advantages, draft_flags,
-                      finish_adapter, frozen_copy, load_adapter, load_embedder, pair_distances,
-                      read_adapter_config)
+from polylora import (DIVERSITIES, Gate, adapter, adapter_state, alike, answer_classes,
+                      check_diversity, distinct_answers, draft_flags, finish_adapter, frozen_copy,
+                      leave_one_out, listed, load_adapter, load_embedder, log_det, measure,
+                      pair_distances, read_adapter_config)
 from trainer import (Session, Tally, Visit, batch_visits, check_common, common_flags, load_model,
                      seed_of, train)
 
@@ -49,6 +52,19 @@ def group_advantages(rewards, *, normalise=True):
     return torch.where(equal, 0.0, centred)
 
 
+def check_size(size, drafts, lowest=1, largest=None):
+    largest = drafts - 1 if largest is None else largest
+    if not lowest <= size <= largest:
+        raise InputError(f"the set size is {size}: it must be from {lowest} to {largest}, below "
+                         f"the number of drafts ({drafts})")
+
+
+def check_binary(rewards):
+    if not bool(((rewards == 0) | (rewards == 1)).all()):
+        raise InputError("this objective needs rewards of 0 or 1: use --advantage maxk or tailrl "
+                         "for real-valued ones")
+
+
 def passk_advantages(rewards, k):
     """Pass@k training (arXiv 2508.10751, eq. 11-15) for rewards 0 or 1 and N = rewards.shape[1]
     rollouts, N > k.
@@ -58,12 +74,8 @@ def passk_advantages(rewards, k):
     standardised subset reward. Zero where s is (all or none pass).
     """
     n = rewards.shape[-1]
-    if not 1 <= k < n:
-        raise InputError(f"Pass@k training needs k below the number of drafts: k is {k}, drafts "
-                         f"are {n} (n = k gives no gradient)")
-    if not bool(((rewards == 0) | (rewards == 1)).all()):
-        raise InputError("Pass@k training needs rewards of 0 or 1: use --advantage maxk for "
-                         "real-valued ones")
+    check_size(k, n)
+    check_binary(rewards)
     out = torch.zeros_like(rewards)
     for i, row in enumerate(rewards.tolist()):
         neg = row.count(0.0)
@@ -96,11 +108,8 @@ def maxk_advantages(rewards, k):
     """Max@k: f = the largest reward of the subset, for real rewards (P, N), N > k; sums to zero in
     the group. On 0/1 rewards it is passk_advantages times its sigma. (Same gradient, up to N/k - 1,
     as PKPO's leave-one-out forms, arXiv 2505.15201.)"""
-    n = rewards.shape[-1]
-    if not 1 <= k < n:
-        raise InputError(f"max@k training needs k below the number of drafts: k is {k}, drafts are "
-                         f"{n} (n = k gives no gradient)")
-    sets, member = subsets(n, k)
+    check_size(k, rewards.shape[-1])
+    sets, member = subsets(rewards.shape[-1], k)
     return set_advantages(rewards[:, sets].amax(-1), member.to(rewards))
 
 
@@ -109,9 +118,7 @@ def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
     f = mean reward of the set times its diversity D (gated by quality (P, N) if given), over
     n-subsets of the N drafts, 2 <= n < N. rewards (P, N), embeddings (P, N, dim)."""
     total = rewards.shape[-1]
-    if not 2 <= n < total:
-        raise InputError(f"the polychromic set size must be at least 2 and below the number of "
-                         f"drafts: it is {n} of {total}")
+    check_size(n, total, 2)
     sets, member = subsets(total, n)
     member = member.to(rewards)
     pairs = pair_distances(embeddings, quality, floor).to(rewards)
@@ -125,61 +132,248 @@ def coverage_advantages(right, shares, n):
     any draft of the set is right in that voice. right (P, N, V) 0 or 1, shares (P, V), 1 <= n < N.
     It asks the verifier for all voices, where Pass@k training hears of one reader."""
     total = right.shape[1]
-    if not 1 <= n < total:
-        raise InputError(f"the coverage objective's set size must be below the number of drafts: "
-                         f"it is {n} of {total}")
+    check_size(n, total)
     sets, member = subsets(total, n)
     covered = right[:, sets].amax(2)                                           # (P, sets, V)
     return set_advantages((covered * shares[:, None]).sum(-1), member.to(right))
 
 
+def passk_full_advantages(rewards, k):
+    """Pass@k training by full sampling (arXiv 2508.10751, eq. 4): the drafts in floor(N/k) groups
+    of k, as they come; all members of a group get its best reward's GRPO advantage among the
+    groups. Drafts that are left over get 0."""
+    check_size(k, rewards.shape[1], largest=rewards.shape[1] // 2)
+    whole = rewards.shape[1] // k * k
+    best = rewards[:, :whole].unflatten(1, (-1, k)).amax(2)                    # (P, groups)
+    shared = group_advantages(best).repeat_interleave(k, 1)
+    return F.pad(shared, (0, rewards.shape[1] - whole))
+
+
+def random_sets(seeds, n, size):
+    """n random sets of `size` of n drafts for each post, from the post's seed: (P, n, size)."""
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    return torch.stack([torch.rand(n, n, generator=d).argsort(1)[:, :size] for d in draws])
+
+
+def passk_bootstrap_advantages(rewards, sets):
+    """Pass@k training by bootstrap (arXiv 2508.10751, eq. 6): a draft's advantage is the sum, over
+    those of the random sets (P, groups, k) that hold it, of the set's GRPO advantage."""
+    best = rewards[:, None].expand(-1, sets.shape[1], -1).gather(2, sets).amax(2)
+    shared = group_advantages(best)[..., None].expand(sets.shape).flatten(1)
+    return torch.zeros_like(rewards).scatter_add_(1, sets.flatten(1), shared)
+
+
+def passk_mixed_advantages(rewards, k):
+    """s A_passk + (1 - s) A_group, s the share of right drafts (arXiv 2508.10751, eq. 18)."""
+    share = rewards.mean(1, keepdim=True)
+    return share * passk_advantages(rewards, k) + (1 - share) * group_advantages(rewards)
+
+
+def bon_advantages(rewards, n, fail=None):
+    """BoN-RLB (arXiv 2412.15287): n f^(n-1) (r - mean), the gradient of 1 - f^n, f the chance to
+    fail (the group's share unless given). The paper's n f^(n-1)/(1 - f^n) for right and n f/(1 - f)
+    for wrong drafts of the best-of-n policy are this, up to a baseline, for the policy's own."""
+    check_binary(rewards)
+    fail = 1 - rewards.mean(1, keepdim=True) if fail is None else fail
+    return n * fail ** (n - 1) * group_advantages(rewards, normalise=False)
+
+
+def polyepo_advantages(rewards, classes, n):
+    """Poly-EPO as published (arXiv 2604.17654; N = 8, n = 4): f = mean reward of the set times its
+    distinct answers over n, 0 for a set of one answer. classes (P, N): polylora.answer_classes."""
+    check_size(n, rewards.shape[1], 2)
+    sets, member = subsets(rewards.shape[1], n)
+    share = distinct_answers(None, None, classes[:, sets]).to(rewards)         # (P, sets)
+    f = rewards[:, sets].mean(-1) * share * (share > 1.5 / n)
+    return set_advantages(f, member.to(rewards))
+
+
+def darling_advantages(rewards, classes):
+    """DARLING (arXiv 2509.02534): Dr. GRPO on r_i max(0.1, (c - f_i)/(c - 1)), f_i of the c drafts
+    compared give i's answer: the right ones where rewards are 0 or 1, as in its code, else all.
+    Negative rewards are first raised to zero; one draft alone is fully distinct."""
+    rewards = rewards - rewards.amin(1, keepdim=True).clamp(max=0)
+    real = ((rewards != 0) & (rewards != 1)).any(1, keepdim=True)
+    compared = (rewards > 0) | real                                            # (P, k)
+    count = compared.sum(1, keepdim=True)
+    same = (alike(classes) & compared[:, None]).sum(2)
+    novelty = torch.where(count > 1, (count - same) / (count - 1).clamp(min=1), 1.0)
+    return group_advantages(rewards * novelty.clamp(min=0.1), normalise=False)
+
+
+def dra_advantages(rewards, embeddings):
+    """DRA-GRPO (arXiv 2505.09655): GRPO on r_i / (1 + sum_{j != i} s_ij), s the cosine; negative
+    ones, which centred embeddings have, count as 0."""
+    e = embeddings.to(rewards)
+    return group_advantages(rewards / (e @ e.mT).clamp(min=0).sum(-1))  # the diagonal is the 1
+
+
+def dqo_advantages(rewards, embeddings, alpha=1.0):
+    """DQO (arXiv 2509.04784): the gradient of E[sum_i r_i + alpha log det(I + L)] times (k - 1)/k:
+    (r_i - mean) + alpha (k - 1)/k log(det(I + L) / det(I + L without i))."""
+    k, volume = rewards.shape[1], leave_one_out(log_det, embeddings)
+    return group_advantages(rewards, normalise=False) + alpha * (k - 1) / k * volume.to(rewards)
+
+
+def uniqueness_advantages(rewards, classes, alpha=1.0):
+    """Uniqueness-aware RL (arXiv 2601.08763): A / f^alpha, f of the drafts give the answer."""
+    return group_advantages(rewards) / alike(classes).sum(-1) ** alpha
+
+
+def unlikeliness_advantages(rewards, likelihoods):
+    """Unlikeliness reward (arXiv 2506.02355): GRPO on r (1 - rank/(4k)), rank 0 the draft that is
+    least likely by its mean log-probability a token, likelihoods (P, k)."""
+    rank = likelihoods.argsort(dim=1, stable=True).argsort(1)
+    return group_advantages(rewards * (1 - 0.25 * rank / rewards.shape[1]))
+
+
+def evol_advantages(classes, embeddings):
+    """EVOL-RL (arXiv 2509.15194), without a verifier: GRPO on 1/2 + u/2 for the commonest answer,
+    -1 + u/2 for others, -1 for none. u = 1 - (mean cosine to its own party + largest to any)/2,
+    scaled to [0, 1] within the party: the majority, or the others."""
+    answered, self = classes >= 0, torch.eye(classes.shape[1], dtype=torch.bool)
+    most = (alike(classes).sum(-1) * answered).argmax(1, keepdim=True)
+    major = answered & (classes == classes.gather(1, most))
+    party = (major[:, None] == major[..., None]) & answered[:, None] & answered[..., None]
+    cosines = (embeddings.float() @ embeddings.float().mT).clamp(0, 1).masked_fill(self, 0)
+    own = (cosines * party).sum(-1) / (party & ~self).sum(-1).clamp(min=1)
+    novelty = (1 - (own + cosines.amax(-1)) / 2)[:, None].expand_as(cosines)   # of j, for every i
+    low = novelty.masked_fill(~party, math.inf).amin(-1)
+    high = novelty.masked_fill(~party, -math.inf).amax(-1)
+    u = torch.where(high > low, (novelty[:, 0] - low) / (high - low), 0.0)
+    rewards = torch.where(answered, torch.where(major, 0.5, -1.0) + u / 2, -1.0)
+    return group_advantages(rewards)
+
+
+def maxrl_advantages(rewards):
+    """MaxRL (arXiv 2602.02710): (r - mean)/mean, 0 where the mean is. For rewards of 0 or 1 the
+    gradient of k sum_{j<k} Pass@j / j, the first terms of log P(right)."""
+    mean = rewards.mean(1, keepdim=True)
+    if bool((rewards < 0).any()):
+        raise InputError("--advantage maxrl needs rewards of 0 or more: use tailrl")
+    return torch.where(mean > 0, group_advantages(rewards, normalise=False) / mean, 0.0)
+
+
+def tailrl_advantages(rewards):
+    """TailRL (arXiv 2609.02987): rewards ascending, w_i = w_{i-1} + k (r_i - r_{i-1})/(k - i + 1),
+    less the mean of w: MaxRL at every threshold of the reward, the gradient of k sum_{j<k}
+    E[max of j] / j."""
+    k = rewards.shape[1]
+    ordered, place = rewards.sort(1)
+    steps = ordered.diff(dim=1) * k / torch.arange(k - 1, 0, -1).to(rewards)
+    w = F.pad(steps.cumsum(1), (1, 0))
+    return torch.zeros_like(w).scatter_(1, place, w - w.mean(1, keepdim=True))
+
+
+def wreinforce_advantages(rewards, positive=0.1):
+    """W-REINFORCE (arXiv 2506.01347): r = 1 or -1, without a baseline; right drafts weigh 0.1."""
+    check_binary(rewards)
+    return (positive + 1) * rewards - 1
+
+
+def focal_advantages(rewards, gamma=1.0):
+    """F-GRPO (arXiv 2602.06717): GRPO's advantage times (1 - share of right drafts)^gamma."""
+    check_binary(rewards)
+    return group_advantages(rewards) * (1 - rewards.mean(1, keepdim=True)) ** gamma
+
+
 @dataclasses.dataclass
 class Group:
-    """What an objective may look at: k drafts for each of P posts."""
+    """What an objective or a diversity may look at: k drafts for each of P posts."""
     rewards: torch.Tensor                     # (P, k)
     embeddings: torch.Tensor | None = None    # (P, k, dim), unit length
     quality: torch.Tensor | None = None       # (P, k) in [0, 1], the gate's
     right: torch.Tensor | None = None         # (P, k, V): is the draft right in that voice
     shares: torch.Tensor | None = None        # (P, V): the readers' shares of the voices
+    classes: torch.Tensor | None = None       # (P, k): polylora.answer_classes
+    likelihoods: torch.Tensor | None = None   # (P, k): mean log-probability a token, as sampled
+    seeds: torch.Tensor | None = None         # (P,): of an objective's own random choices
+    texts: list | None = None                 # P lists of k
     set_size: int = 4
     floor: float = 0.0
 
     k = property(lambda self: self.rewards.shape[1])
-    set_weight = property(lambda self: self.k / self.set_size - 1)
+    sets = property(lambda self: random_sets(self.seeds, self.k, self.set_size))
 
 
 class Objective(NamedTuple):
-    """A line of OBJECTIVES. The expected policy gradient of `advantages` is weight(group) times the
-    gradient of what it maximises: what D beside it is multiplied with, so that --diversity-weight
-    means the same for every objective and k."""
-    advantages: Callable                      # Group -> (P, k)
-    weight: Callable                          # Group -> float
+    """A line of OBJECTIVES. The expected policy gradient of its advantages is weight(group) times
+    the gradient of what it maximises, quotients by a group's own std apart; D beside it is
+    multiplied with that, so that --diversity-weight means the same for every objective and k."""
+    function: Callable                        # -> advantages (P, k)
+    takes: str                                # its arguments: names of a Group's fields
+    weight: Callable                          # Group -> float, or (P, 1)
     about: str
-    needs: tuple = ()                         # of "set", "embeddings", "voices"
+
+    def advantages(self, group):
+        return self.function(*(getattr(group, name) for name in self.takes.split()))
+
+
+def of_drafts(group):
+    """The weight of rewards less the mean over k drafts."""
+    return group.k - 1
+
+
+def of_sets(group):
+    """The weight of set_advantages."""
+    return group.k / group.set_size - 1
+
+
+def of_both(group):
+    share = group.rewards.mean(1, keepdim=True)
+    return share * of_sets(group) + (1 - share) * of_drafts(group)
 
 
 OBJECTIVES = {
-    "group": Objective(lambda g: group_advantages(g.rewards), lambda g: g.k - 1,
+    "group": Objective(group_advantages, "rewards", of_drafts,
                        "GRPO, r less the group's mean over its std (arXiv 2402.03300)"),
-    "drgrpo": Objective(lambda g: group_advantages(g.rewards, normalise=False), lambda g: g.k - 1,
+    "drgrpo": Objective(partial(group_advantages, normalise=False), "rewards", of_drafts,
                         "Dr. GRPO, without the std (arXiv 2503.20783)"),
-    "passk": Objective(lambda g: passk_advantages(g.rewards, g.set_size), lambda g: g.set_weight,
-                       "Pass@k training, analytic (arXiv 2508.10751)", ("set",)),
-    "maxk": Objective(lambda g: maxk_advantages(g.rewards, g.set_size), lambda g: g.set_weight,
-                      "best of k for real rewards (PKPO, arXiv 2505.15201)", ("set",)),
-    "polychromic": Objective(lambda g: polychromic_advantages(g.rewards, g.embeddings, g.set_size,
-                                                              g.quality, g.floor),
-                             lambda g: g.set_weight,
-                             "mean reward of a set times its D (arXiv 2509.25424, 2604.17654)",
-                             ("set", "embeddings")),
-    "coverage": Objective(lambda g: coverage_advantages(g.right, g.shares, g.set_size),
-                          lambda g: g.set_weight,
-                          "readers pleased by a set, all voices asked of the verifier",
-                          ("set", "voices")),
+    "passk": Objective(passk_advantages, "rewards set_size", of_sets,
+                       "Pass@k training, analytic (arXiv 2508.10751)"),
+    "passk-full": Objective(passk_full_advantages, "rewards set_size",
+                            lambda group: group.k // group.set_size - 1,
+                            "Pass@k training in disjoint groups (arXiv 2508.10751)"),
+    "passk-bootstrap": Objective(passk_bootstrap_advantages, "rewards sets",
+                                 lambda group: (group.k - 1) * (1 - group.set_size / group.k),
+                                 "Pass@k training in k random groups (arXiv 2508.10751)"),
+    "passk-mixed": Objective(passk_mixed_advantages, "rewards set_size", of_both,
+                             "Pass@k and GRPO by the share of right drafts (arXiv 2508.10751)"),
+    "maxk": Objective(maxk_advantages, "rewards set_size", of_sets,
+                      "best of k for real rewards (PKPO, arXiv 2505.15201)"),
+    "bon": Objective(bon_advantages, "rewards set_size", of_drafts,
+                     "best-of-n aware, BoN-RLB (arXiv 2412.15287)"),
+    "polychromic": Objective(polychromic_advantages, "rewards embeddings set_size quality floor",
+                             of_sets,
+                             "mean reward of a set times its D (arXiv 2509.25424, 2604.17654)"),
+    "polyepo": Objective(polyepo_advantages, "rewards classes set_size", of_sets,
+                         "the same with distinct answers for D (Poly-EPO, arXiv 2604.17654)"),
+    "coverage": Objective(coverage_advantages, "right shares set_size", of_sets,
+                          "readers pleased by a set, all voices asked of the verifier"),
+    "darling": Objective(darling_advantages, "rewards classes", of_drafts,
+                         "reward times distinctness (arXiv 2509.02534)"),
+    "dra": Objective(dra_advantages, "rewards embeddings", of_drafts,
+                     "reward over likeness to the others, DRA-GRPO (arXiv 2505.09655)"),
+    "dqo": Objective(dqo_advantages, "rewards embeddings", of_drafts,
+                     "reward and log-determinant (arXiv 2509.04784)"),
+    "uniqueness": Objective(uniqueness_advantages, "rewards classes", of_drafts,
+                            "advantage over the answer's frequency (arXiv 2601.08763)"),
+    "unlikeliness": Objective(unlikeliness_advantages, "rewards likelihoods", of_drafts,
+                              "less for the likelier right drafts (arXiv 2506.02355)"),
+    "evol": Objective(evol_advantages, "classes embeddings", of_drafts,
+                      "majority and novelty, no verifier: EVOL-RL (arXiv 2509.15194)"),
+    "maxrl": Objective(maxrl_advantages, "rewards", lambda group: group.k,
+                       "maximum likelihood RL (arXiv 2602.02710)"),
+    "tailrl": Objective(tailrl_advantages, "rewards", lambda group: group.k,
+                        "the same for real rewards (arXiv 2609.02987)"),
+    "wreinforce": Objective(wreinforce_advantages, "rewards", lambda group: 1.1 * group.k,
+                            "W-REINFORCE, right drafts weigh a tenth (arXiv 2506.01347)"),
+    "focal": Objective(focal_advantages, "rewards", of_drafts,
+                       "F-GRPO, less for easy posts (arXiv 2602.06717)"),
 }
 
 
-def advantages_of(objective, group, diversity_weight=0.0):
+def advantages_of(objective, group, diversity_weight=0.0, diversity="cosine"):
     """The advantages (P, k) of an Objective, plus diversity_weight times the gradient of D.
 
     E[sum_i a_i grad log pi(y_i)] is grad E[D] for D's own a_i, and `weight` times the gradient of
@@ -187,7 +381,7 @@ def advantages_of(objective, group, diversity_weight=0.0):
     """
     out = objective.advantages(group)
     if diversity_weight:
-        spread = diversity_advantages(group.embeddings, group.quality, group.floor)
+        _, spread = measure(diversity, group)
         out = out + diversity_weight * objective.weight(group) * spread
     return out
 
@@ -229,6 +423,12 @@ def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence
     loss = -torch.minimum(ratio * advantages, clipped * advantages) + penalty
     outside = (clipped * advantages < ratio * advantages).float().sum()
     return loss.sum() / denominator, outside, kl.detach().sum()
+
+
+def overlong_penalty(lengths, longest, cache):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), added to rewards: from 0 at
+    longest - cache tokens to -1 at the longest draft."""
+    return ((longest - cache - lengths) / cache).clamp(-1, 0)
 
 
 # ---- Rewards: called with P posts, for each a list of texts, and the step's random streams -------
@@ -415,12 +615,22 @@ class Rollout:
 
     def take(self, chosen):
         """The posts at the places `chosen` alone."""
-        some = lambda values: [values[i] for i in chosen]
-        cut = lambda value: value[chosen] if isinstance(value, torch.Tensor) else value
-        group = Group(**{name: cut(value) for name, value in vars(self.group).items()})
-        samples = type(self.samples)(*(some(getattr(self.samples, n)) for n in
-                                       ("tokens", "logprobs", "finished")))
-        return Rollout(some(self.visits), some(self.prompts), samples, some(self.texts), group)
+        return mapped(lambda x: x[chosen] if isinstance(x, torch.Tensor) else
+                      [x[i] for i in chosen], self)
+
+
+def mapped(work, *values):
+    """`work` of the tensors and lists in dataclasses of one kind; all else is the first one's."""
+    first = values[0]
+    if dataclasses.is_dataclass(first):
+        parts = zip(*(vars(v).values() for v in values))
+        return type(first)(*(mapped(work, *each) for each in parts))
+    return work(*values) if isinstance(first, (torch.Tensor, list)) else first
+
+
+def joined(parts):
+    """Several Rollouts as one."""
+    return mapped(lambda *x: torch.cat(x) if isinstance(x[0], torch.Tensor) else sum(x, []), *parts)
 
 
 @dataclasses.dataclass
@@ -447,6 +657,12 @@ def draw(session, visits, step):
     streams = [session.stream("reader", step, v) for v in visits]
     group = Group(torch.tensor(session.reward(posts, texts, streams)), set_size=args.set_size,
                   floor=args.gate_floor)
+    if args.overlong:
+        lengths = torch.tensor([list(map(len, drafts)) for drafts in samples.tokens])
+        group.rewards += overlong_penalty(lengths, args.max_new_tokens, args.overlong)
+    group.texts, group.seeds = texts, torch.tensor(streams)
+    group.classes = answer_classes(domain, posts, texts)
+    group.likelihoods = torch.tensor([[sum(p) / len(p) for p in ps] for ps in samples.logprobs])
     group.quality = session.gate(visits, samples, texts, streams)
     if session.embedder is not None:
         group.embeddings = session.embedder(texts).cpu()
@@ -484,18 +700,6 @@ def draw_batch(session, step, tally):
     return joined(parts)
 
 
-def joined(parts):
-    """Several Rollouts as one."""
-    first, fields = parts[0], {}
-    for name, value in vars(first.group).items():
-        whole = isinstance(value, torch.Tensor)
-        fields[name] = torch.cat([getattr(p.group, name) for p in parts]) if whole else value
-    group, flat = Group(**fields), lambda name: [x for p in parts for x in getattr(p, name)]
-    samples = type(first.samples)(*([x for p in parts for x in getattr(p.samples, n)]
-                                    for n in ("tokens", "logprobs", "finished")))
-    return Rollout(flat("visits"), flat("prompts"), samples, flat("texts"), group)
-
-
 def rollout(session, step, tally):
     """Drafts, rewards and advantages of this rank's share of a batch -> list of Batch, and the
     step's token count over all ranks."""
@@ -504,7 +708,8 @@ def rollout(session, step, tally):
     group, samples = drawn.group, drawn.samples
     if not drawn.visits:  # of the posts that --resample kept this rank drew none
         return [], session.ranks.sum([0])[0]
-    advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight)
+    advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight,
+                               args.diversity)
     flat = advantages.flatten().to(device)                                     # one a draft
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
     for rows in session.micro_batches(list(zip(drawn.prompts, samples.tokens))):
@@ -520,11 +725,11 @@ def rollout(session, step, tally):
         batches.append(Batch(rows, flat[rows.draft], sampled, old, reference))
         if old is not None:
             tally.add("mismatch", (old - sampled).abs().sum(), len(old))
-    tally_rollout(drawn, advantages, tally)
+    tally_rollout(drawn, advantages, args.diversity, tally)
     return batches, session.ranks.sum([sum(map(len, logprobs))])[0]
 
 
-def tally_rollout(drawn, advantages, tally):
+def tally_rollout(drawn, advantages, diversity, tally):
     """What the log says of a rollout."""
     group, samples = drawn.group, drawn.samples
     posts, drafts = group.rewards.shape[0], group.rewards.numel()
@@ -535,13 +740,13 @@ def tally_rollout(drawn, advantages, tally):
     tally.add("length", sum(len(d) for ds in samples.tokens for d in ds), drafts)
     if group.right is not None:
         tally.add("valid", group.right.amax(-1).sum(), drafts)
-    if group.embeddings is not None:
-        tally.add("D", diversity(group.embeddings).sum(), posts)
     if group.quality is not None:
         tally.add("quality", group.quality.sum(), drafts)
-        if group.embeddings is not None:
-            gated = diversity(group.embeddings, group.quality, group.floor)
-            tally.add("gated_D", gated.sum(), posts)
+    if group.embeddings is not None or not DIVERSITIES[diversity].embeds:
+        plain = dataclasses.replace(group, quality=None)
+        tally.add("D", measure(diversity, plain)[0].sum(), posts)
+        if group.quality is not None:
+            tally.add("gated_D", measure(diversity, group)[0].sum(), posts)
 
 
 def grpo_step(session, step):
@@ -565,14 +770,16 @@ def grpo_step(session, step):
         if batch.old is None:
             tally.add("mismatch", (logp.detach() - batch.sampled).abs().sum(), len(logp))
         if args.beta:
-            tally.add("kl", kl, len(logp))
+            k1 = (logp - batch.reference).detach()
+            for name, value in (("k1", k1.sum()), ("k2", (k1 ** 2).sum() / 2), ("kl", kl)):
+                tally.add(name, value, len(logp))
         tally.add("tokens", batch.rows.tokens.numel() + len(logp))
     session.ranks.sum_gradients(session.params)
     return tally
 
 
 LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "reward_std", "advantage",
-          "zero_variance", "clipped", "kl", "mismatch", "length", "truncated"]
+          "zero_variance", "clipped", "kl", "k1", "k2", "mismatch", "length", "truncated"]
 
 
 def run_grpo(args):
@@ -583,14 +790,15 @@ def run_grpo(args):
         return
     session.load()
     same_domain(Path(args.start), session.domain)
-    needs = OBJECTIVES[args.advantage].needs
-    if "voices" in needs and not session.domain.voices:
+    needs = OBJECTIVES[args.advantage].takes.split()
+    if "right" in needs and not session.domain.voices:
         raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of voices")
     load_adapter(session.model, start, dropout=0.0)  # dropout would make ratios differ from 1
     session.start = frozen_copy(session.model)
     session.shard_model()
     session.start = {n: t.to(session.ranks.device) for n, t in session.start.items()}
-    if args.diversity_weight or "embeddings" in needs:
+    embeds = args.diversity_weight and DIVERSITIES[args.diversity].embeds
+    if embeds or "embeddings" in needs:
         load_embedder(session)
     session.reward = make_reward(args.reward, session)
     session.gate = Gate(session, args.gate)
@@ -631,19 +839,13 @@ def check_grpo(args):
         raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
     if args.k < 2:
         raise InputError(f"--k {args.k}: a group needs at least 2 drafts")
-    if "set" in OBJECTIVES[args.advantage].needs and not 1 <= args.set_size < args.k:
-        raise InputError(f"--set-size {args.set_size} must be at least 1 and below --k {args.k}")
-    if args.advantage == "polychromic" and args.set_size < 2:
-        raise InputError("--set-size must be at least 2 for --advantage polychromic")
+    check_diversity(args)
+    if " set" in OBJECTIVES[args.advantage].takes:
+        check_size(args.set_size, args.k, 1 + args.advantage.startswith("poly"),
+                   args.k // 2 if args.advantage == "passk-full" else None)
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: GRPO needs drafts that are sampled")
     return start
-
-
-def listed(table):
-    """"name (one line), .." for a flag's help."""
-    about = {name: row[1] if len(row) == 2 else row.about for name, row in table.items()}
-    return "; ".join(f"{name}: {text}" for name, text in about.items())
 
 
 def parser():
@@ -667,6 +869,9 @@ def parser():
              f"have several replies, else relevance; {listed(REWARDS)}")
     add("--reward-model", default=None,
         help="Qwen3 folder or hub name for --reward model (scalar head) or judge (chat model)")
+    add("--overlong", type=int, default=0,
+        help="tokens before --max-new-tokens over which a draft loses up to 1 of its reward, "
+             "DAPO's soft overlong punishment (arXiv 2503.14476)")
     add("--valid-weight", type=float, default=0.0,
         help="added to --reward reader for a draft that is right in any voice")
     add("--flip", type=float, default=0.0, help="share of the verifier's verdicts turned round")

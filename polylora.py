@@ -14,9 +14,13 @@ import argparse
 import dataclasses
 import math
 import random
+import re
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +29,9 @@ from torch import nn
 
 import data
 from data import InputError, beside, command, read_json, write_json
-from model import NF4, Config, Parts, Qwen3, read_tensors, token_logprobs
-from trainer import (Session, Tally, batch_visits, check_common, common_flags, load_model, seed_of,
-                     set_gradient, train)
+from model import NF4, Parts, full_attention, read_tensors, token_logprobs, token_losses
+from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
+                     common_flags, load_model, seed_of, set_gradient, train)
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -267,43 +271,173 @@ def merge_lora(model, dtype=torch.float32):
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
-def pair_distances(embeddings, quality=None, floor=0.0):
-    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal.
-    (P, k, dim) -> (P, k, k) in fp32."""
-    e = embeddings.float()
-    delta = 1 - e @ e.transpose(-1, -2)
+def gated(delta, quality=None, floor=0.0):
+    """Distances delta (P, k, k) without their diagonal; with quality (floor + delta_ij) q_i q_j."""
     if quality is not None:
         q = quality.float()
         delta = (floor + delta) * q[..., None] * q[..., None, :]
     return delta - torch.diag_embed(delta.diagonal(dim1=-2, dim2=-1))
 
 
+def pair_distances(embeddings, quality=None, floor=0.0):
+    """delta_ij = 1 - e_i . e_j, when gated (floor + delta_ij) q_i q_j; zero on the diagonal.
+    (P, k, dim) -> (P, k, k) in fp32."""
+    e = embeddings.float()
+    return gated(1 - e @ e.transpose(-1, -2), quality, floor)
+
+
+def pair_mean(pairs):
+    """D (P,) of distances (P, k, k): their mean, 2/(k(k-1)) sum_{i<j} delta_ij."""
+    k = pairs.shape[-1]
+    if k < 2:
+        raise InputError("diversity needs at least two drafts (k >= 2)")
+    return pairs.sum((-1, -2)) / (k * (k - 1))
+
+
 def diversity(embeddings, quality=None, floor=0.0):
-    """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance,
-    2/(k(k-1)) sum_{i<j} delta_ij.
+    """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance.
 
     With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are wrong
     earn nothing by being different, and with a floor two right ones are worth something even when
     alike. """
-    k = embeddings.shape[-2]
-    if k < 2:
-        raise InputError("diversity needs at least two drafts (k >= 2)")
-    return pair_distances(embeddings, quality, floor).sum((-1, -2)) / (k * (k - 1))
+    return pair_mean(pair_distances(embeddings, quality, floor))
 
 
-def diversity_advantages(embeddings, quality=None, floor=0.0):
+def pair_advantages(pairs):
     """a_i = D - D_without_i (P, k): what draft i adds to D. With it, E[sum_i a_i grad log pi(y_i)]
     = grad E[D].
 
     D_without_i does not depend on y_i, so subtracting it leaves the score-function gradient
     unbiased. With k = 2 there is no D without i; the baseline is then 0: unbiased too, but noisier.
     """
-    k, total = embeddings.shape[-2], diversity(embeddings, quality, floor)
-    pairs = pair_distances(embeddings, quality, floor)
+    k, total = pairs.shape[-1], pair_mean(pairs)
     if k == 2:
         return total[:, None].expand(-1, 2)
     without = (pairs.sum((-1, -2))[:, None] - 2 * pairs.sum(-1)) / ((k - 1) * (k - 2))
     return total[:, None] - without
+
+
+def diversity_advantages(embeddings, quality=None, floor=0.0):
+    """pair_advantages of the cosine distance."""
+    return pair_advantages(pair_distances(embeddings, quality, floor))
+
+
+def leave_one_out(measure, *parts):
+    """pair_advantages for any D: a_i = D - D_without_i (P, k), D = measure(*parts) (P,), each part
+    (P, k, ..) or None."""
+    k, total = next(x.shape[1] for x in parts if x is not None), measure(*parts)
+    if k == 2:
+        return total[:, None].expand(-1, 2)
+    others = [[j for j in range(k) if j != i] for i in range(k)]
+    without = [measure(*(x if x is None else x[:, o] for x in parts)) for o in others]
+    return total[:, None] - torch.stack(without, 1)
+
+
+def log_det(embeddings, quality=None, classes=None):
+    """log det(I + L), L_ij = q_i q_j e_i . e_j: the volume that the drafts span (DQO, arXiv
+    2509.04784, with the I that keeps it finite)."""
+    e = embeddings.float()
+    e = e if quality is None else e * quality.float()[..., None]
+    return torch.logdet(e @ e.mT + torch.eye(e.shape[1], device=e.device))
+
+
+def vendi(embeddings, quality=None, classes=None):
+    """The Vendi score: exp(-sum w log w), w the eigenvalues of the cosines / k, from 1 to k (arXiv
+    2210.02410); times the mean quality (arXiv 2405.02449)."""
+    e = embeddings.float()
+    w = torch.linalg.eigvalsh(e @ e.mT / e.shape[1]).clamp(min=0)
+    score = torch.special.entr(w).sum(-1).exp()
+    return score if quality is None else score * quality.float().mean(-1)
+
+
+def alike(classes):
+    """(.., k, k) bool of answer_classes (.., k): do two drafts give one answer? A draft without an
+    answer is like itself alone."""
+    same = (classes[..., None] == classes[..., None, :]) & (classes >= 0)[..., None]
+    return same | torch.eye(classes.shape[-1], dtype=torch.bool, device=classes.device)
+
+
+def distinct_answers(embeddings, quality=None, classes=None):
+    """Different answers over k; with quality each counts by its drafts' mean quality."""
+    counted = (classes >= 0).float() if quality is None else (classes >= 0) * quality.float()
+    return (counted / alike(classes).sum(-1)).mean(-1)
+
+
+def answer_classes(domain, posts, texts):
+    """Ids (P, k) of drafts, P lists of k: equal ids, equal answers. An answer is the voices that a
+    draft is right in, or without a verifier its text but for case and punctuation; -1 is none."""
+    ids, find = [], domain.voices_of
+    for post, group in zip(posts, texts):
+        keys = [frozenset(find(post, t)) if domain.voices else data.normalise(t) for t in group]
+        seen = {}
+        ids.append([seen.setdefault(key, len(seen)) if key else -1 for key in keys])
+    return torch.tensor(ids)
+
+
+def edit_distance(a, b):
+    """Levenshtein's distance of two lists of words, over the longer one's length."""
+    row = range(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1] / max(len(a), len(b), 1)
+
+
+def ngram_distance(a, b):
+    """The share of words and word pairs that only one of two lists of words has (Jaccard)."""
+    a, b = ({*words, *zip(words, words[1:])} for words in (a, b))
+    return len(a ^ b) / max(len(a | b), 1)
+
+
+def word_distances(distance):
+    """texts, P lists of k -> (P, k, k) of a distance between their words."""
+    def pairs(drafts):
+        words = [[re.findall(r"\w+", t.lower()) for t in texts] for texts in drafts.texts]
+        return torch.tensor([[[distance(a, b) for b in group] for a in group] for group in words])
+    return pairs
+
+
+@dataclasses.dataclass
+class Drafts:
+    """What a diversity may look at: k drafts for each of P posts."""
+    texts: list
+    embeddings: torch.Tensor | None           # (P, k, dim), unit length
+    quality: torch.Tensor | None              # (P, k) in [0, 1], the gate's
+    classes: torch.Tensor                     # (P, k), answer_classes
+    floor: float = 0.0
+
+
+class Diversity(NamedTuple):
+    """A line of DIVERSITIES. `pairs`: Drafts -> distances (P, k, k), whose mean is D; or `of`: D
+    (P,) of embeddings, quality and classes."""
+    about: str
+    pairs: Callable | None = None
+    of: Callable | None = None
+    embeds: bool = True
+
+
+DIVERSITIES = {
+    "cosine": Diversity("mean pairwise cosine distance of embeddings",
+                        lambda drafts: pair_distances(drafts.embeddings)),
+    "dpp": Diversity("log-determinant of the embeddings' kernel (arXiv 2509.04784)", of=log_det),
+    "vendi": Diversity("Vendi score of the embeddings (arXiv 2210.02410)", of=vendi),
+    "distinct": Diversity("different right answers over k", of=distinct_answers, embeds=False),
+    "ngram": Diversity("words and word pairs not shared", word_distances(ngram_distance),
+                       embeds=False),
+    "levenshtein": Diversity("edit distance of the words", word_distances(edit_distance),
+                             embeds=False),
+}
+
+
+def measure(name, drafts):
+    """D (P,) by its name in DIVERSITIES, and its advantages (P, k)."""
+    kind = DIVERSITIES[name]
+    if kind.pairs:
+        pairs = gated(kind.pairs(drafts), drafts.quality, drafts.floor)
+        return pair_mean(pairs), pair_advantages(pairs)
+    parts = drafts.embeddings, drafts.quality, drafts.classes
+    return kind.of(*parts), leave_one_out(kind.of, *parts)
 
 
 class Embedder:
@@ -455,23 +589,108 @@ def mean_logprobs(session, pairs):
     return (total / count).view(len(pairs), -1)
 
 
+# ---- SFT losses: fp32 logits (N, V) of reply tokens and their targets (N,) -> losses (N,) ---------
+
+def gem_loss(logits, target, beta=0.7, logsigmoid=False):
+    """GEM (arXiv 2408.16673): -sum_v q_v w_v (log p_y - log p_v), q = softmax(z / beta) and w held
+    fixed; w is 1 (linear) or sigmoid((z_v - z_y) / 100). The linear one has exactly the gradient of
+    beta CE(z / beta): cross-entropy, sampled hotter, is what to compare it with."""
+    logp, own = logits.log_softmax(-1), target[:, None]
+    weight = (logits / beta).softmax(-1)
+    if logsigmoid:
+        weight = weight * (0.01 * (logits - logits.gather(-1, own))).sigmoid()
+    return (weight.detach() * (logp - logp.gather(-1, own))).sum(-1)
+
+
+def entropy_loss(logits, target, weight=0.1):
+    """Cross-entropy less weight times the entropy of the token's distribution."""
+    logp = logits.log_softmax(-1)
+    return F.nll_loss(logp, target, reduction="none") + weight * (logp.exp() * logp).sum(-1)
+
+
+def unlikelihood_loss(logits, target, earlier, weight=1.0):
+    """Cross-entropy less weight times the sum of log(1 - p_c) over the reply's earlier tokens c
+    (N, C), padded with -1 (arXiv 1908.04319, eq. 5)."""
+    logp = logits.log_softmax(-1)
+    repeated = torch.log1p(-logp.gather(-1, earlier.clamp(min=0)).exp().clamp(max=1 - 1e-6))
+    penalty = repeated.masked_fill(earlier < 0, 0.0).sum(-1)
+    return F.nll_loss(logp, target, reduction="none") - weight * penalty
+
+
+def earlier_tokens(session, rows):
+    """For each reply token the different tokens before it, itself apart: (N, C), padded with -1."""
+    seen, lists = {}, []
+    for draft, token in zip(rows.draft.tolist(), rows.target.tolist()):
+        before = seen.setdefault(draft, {})
+        lists.append(torch.tensor([t for t in before if t != token], dtype=torch.long))
+        before[token] = None
+    padded = nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
+    return (padded.to(rows.target.device),)
+
+
+def ba_lora_regularizer(logits, base_logits, draft, heat=2.0, top=20, leading=10):
+    """BA-LoRA's three terms (arXiv 2408.04556, v6), weighed 0.025, 0.005 and 0.005: heat^2 KL(base
+    || model) at temperature `heat`; minus the entropy of the renormalised `top` largest logits;
+    minus the `leading` singular values' sum over the Frobenius norm. That is of each reply's own
+    logits (its tokens, V), draft (N,), where the paper's code takes the batch's."""
+    model, teacher = ((z / heat).log_softmax(-1) for z in (logits, base_logits))
+    drift = heat ** 2 * (teacher.exp() * (teacher - model)).sum(-1)
+    best = logits.topk(min(top, logits.shape[-1])).values.log_softmax(-1)
+    focus = (best.exp() * best).sum(-1)
+    rank = torch.zeros_like(focus)
+    for i in draft.unique().tolist():
+        z = logits[draft == i]
+        squares = torch.linalg.eigvalsh(z @ z.mT).clamp(min=1e-12)             # of singular values
+        rank = torch.where(draft == i, -squares[-leading:].sqrt().sum() / squares.sum().sqrt(), rank)
+    return 0.025 * drift + 0.005 * focus + 0.005 * rank
+
+
+def ba_lora_loss(logits, target, base_hidden, draft, head, weight=1.0):
+    base_logits = F.linear(base_hidden, head).float()
+    extra = ba_lora_regularizer(logits, base_logits, draft)
+    return F.cross_entropy(logits, target, reduction="none") + weight * extra
+
+
+def base_states(session, rows):
+    """The base's final hidden states (N, hidden), and the token's draft (N,)."""
+    model = session.model
+    with torch.no_grad(), base(model):
+        hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
+    return hidden.flatten(0, 1)[rows.predict], rows.draft
+
+
+class Loss(NamedTuple):
+    """A line of SFT_LOSSES. function(logits, target, *extra) -> losses (N,)."""
+    about: str
+    function: Callable | None = None          # None: cross-entropy, the short way
+    knob: str = ""                            # the function's argument that --loss-value sets
+    extra: Callable | None = None             # (session, rows) -> tensors of N rows
+
+
+SFT_LOSSES = {
+    "ce": Loss("cross-entropy"),
+    "gem": Loss("GEM, linear; value: beta, 0.7 (arXiv 2408.16673)", gem_loss, "beta"),
+    "gem-logsigmoid": Loss("GEM's default form; value: beta", partial(gem_loss, logsigmoid=True),
+                           "beta"),
+    "entropy": Loss("less entropy; value: its weight, 0.1", entropy_loss, "weight"),
+    "unlikelihood": Loss("against repeated tokens; value: weight, 1 (arXiv 1908.04319)",
+                         unlikelihood_loss, "weight", earlier_tokens),
+    "ba-lora": Loss("three regularizers; value: times their weights, 1 (arXiv 2408.04556)",
+                    ba_lora_loss, "weight", base_states),
+}
+
+
+def reply_losses(session, rows):
+    """The losses (N,) of --loss, with their gradient."""
+    args, kind = session.args, SFT_LOSSES[session.args.loss]
+    options = {} if args.loss_value is None else {kind.knob: args.loss_value}
+    if kind.extra is base_states:
+        options["head"] = session.model.head_weight()
+    extra = kind.extra(session, rows) if kind.extra else ()
+    return token_losses(session.model, rows, partial(kind.function, **options), extra=extra)
+
+
 # ---- Phase one -----------------------------------------------------------------------------------
-
-def add_cross_entropy(session, visits, reply, tally):
-    """Adds the gradient of the mean token cross-entropy of the step's replies; `reply(visit)` gives
-    the text.
-
-    Every rank works out the whole batch's token count, which is the one denominator of all ranks'
-    and micro-batches' sums. """
-    replies = [data.encode_reply(session.tokenizer, reply(v)) for v in visits]
-    pairs = [(session.prompt(v.index), [ids]) for v, ids in zip(visits, replies)]
-    count = sum(map(len, replies))
-    for rows in session.micro_batches(pairs[session.ranks.rank::session.ranks.world]):
-        logp, _ = token_logprobs(session.model, rows)
-        (-logp.sum() / count).backward()
-        tally.add("ce", -logp.sum().detach(), len(logp))
-        tally.add("tokens", rows.tokens.numel())
-
 
 def diversity_loss(logp, draft, advantages, posts):
     """-lambda-free diversity term: -(1 / posts) sum over drafts of a_i log pi(y_i), log pi summed
@@ -487,18 +706,22 @@ def add_diversity(session, visits, step, tally):
     if not mine:
         return
     prompts, samples, texts = session.sample_drafts(mine, step, args.k)
-    embeddings = session.embedder(texts)                                       # (P, k, dim)
-    quality = session.gate(mine, samples, texts)
-    quality = quality if quality is None else quality.to(embeddings.device)
-    advantages = diversity_advantages(embeddings, quality, args.gate_floor).flatten()
+    quality, device = session.gate(mine, samples, texts), session.ranks.device
+    quality = quality if quality is None else quality.to(device)
+    classes = answer_classes(session.domain, [session.posts[v.index] for v in mine], texts)
+    embeddings = session.embedder(texts) if session.embedder else None          # (P, k, dim)
+    drafts = Drafts(texts, embeddings, quality, classes.to(device), args.gate_floor)
+    value, advantages = measure(args.diversity, drafts)
+    advantages = advantages.flatten().to(device)
     for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(session.model, rows, args.temperature)
         diversity_loss(logp, rows.draft, advantages, len(visits)).backward()
         tally.add("tokens", rows.tokens.numel() + len(logp))
-    tally.add("D", diversity(embeddings).sum(), len(mine))
     if quality is not None:
-        tally.add("gated_D", diversity(embeddings, quality, args.gate_floor).sum(), len(mine))
+        tally.add("gated_D", value.sum(), len(mine))
         tally.add("quality", quality.sum(), quality.numel())
+        value, _ = measure(args.diversity, dataclasses.replace(drafts, quality=None))
+    tally.add("D", value.sum(), len(mine))
     tally.add("truncated", sum(not f for fs in samples.finished for f in fs), len(mine) * args.k)
 
 
@@ -516,7 +739,8 @@ def sft_step(session, step):
         post, rng = session.posts[visit.index], random.Random(session.stream("reply", step, visit))
         return session.domain.reply(post, session.domain.writer(post, rng), rng)
     session.model.train()
-    add_cross_entropy(session, visits, reply, tally)
+    losses = reply_losses if SFT_LOSSES[args.loss].function else None
+    add_cross_entropy(session, visits, reply, tally, losses)
     session.model.eval()  # drafts are written and scored without dropout
     if not (args.lam or args.lambda_share) or step % args.draft_every:
         ranks.sum_gradients(session.params)
@@ -537,7 +761,7 @@ def sft_step(session, step):
     return tally
 
 
-SFT_LOGGED = ["ce", "D", "gated_D", "quality", "D_share", "lambda", "truncated"]
+SFT_LOGGED = ["ce", "loss", "D", "gated_D", "quality", "D_share", "lambda", "truncated"]
 
 
 def run_sft(args):
@@ -558,7 +782,8 @@ def run_sft(args):
         if args.shard and min(args.draft_posts, args.batch) < session.ranks.world:
             raise InputError(f"--shard needs a drafting post for each of the {session.ranks.world} "
                              "ranks: raise --draft-posts and --batch")
-        load_embedder(session)
+        if DIVERSITIES[args.diversity].embeds:
+            load_embedder(session)
         session.gate = Gate(session, args.gate)
     args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
     session.params = list(adapter_state(session.model).values())
@@ -576,55 +801,19 @@ def finish_adapter(session, summary):
     session.ranks.close()
 
 
-def base_step(session, step):
-    """One step of making the pocket base: cross-entropy on noisy, evenly spread replies, all
-    parameters."""
-    args = session.args
-    visits = batch_visits(len(session.posts), args.batch, step, args.seed)
-    tally = Tally(visits)
-
-    def reply(visit):
-        rng = random.Random(session.stream("noisy", step, visit))
-        post = session.posts[visit.index]
-        return session.domain.noisy_reply(post, session.posts, rng, args.noise)
-    add_cross_entropy(session, visits, reply, tally)
-    session.ranks.sum_gradients(session.params)
-    return tally
-
-
-def run_base(args):
-    """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder in
-    OUT."""
-    check_base(args)
-    session = Session(args, "base")
-    if not session.open_run():
-        return
-    session.load_posts()
-    if not session.domain.voices:
-        raise InputError(f"{args.data}: a base is made from posts with replies by voice; for posts "
-                         "like these give --model a Qwen3 checkpoint")
-    texts = [t for p in session.posts for t in (p.post, *p.replies)]
-    session.tokenizer, session.chat = data.train_tokenizer(texts, args.vocab), data.ChatFormat()
-    torch.manual_seed(seed_of(args.seed, "weights"))
-    config = Config(session.tokenizer.get_vocab_size(), args.hidden, 3 * args.hidden, args.layers,
-                    args.heads, args.heads // 2, args.hidden // args.heads,
-                    tie_word_embeddings=True)
-    session.model = Qwen3(config).to(session.ranks.device)
-    for name, p in session.model.named_parameters():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
-    session.model.checkpointing = args.checkpointing
-    session.params = list(session.model.parameters())
-    summary = train(session, session.params, lambda step: base_step(session, step), ["ce"])
-    if session.ranks.main:
-        folder = session.run.folder / "model"
-        session.model.save_pretrained(folder)
-        session.tokenizer.save(str(folder / "tokenizer.json"))
-    session.run.finish(summary | {"domain": session.domain.record()})
-    session.ranks.close()
-
-
 # ---- Commands ------------------------------------------------------------------------------------
+
+def listed(table):
+    """"name: one line; .." of a register, for a flag's help."""
+    about = {name: getattr(row, "about", row[-1]) for name, row in table.items()}
+    return "; ".join(f"{name}: {text}" for name, text in about.items())
+
+
+def check_diversity(args):
+    if args.gate_floor and DIVERSITIES[args.diversity].of:
+        raise InputError(f"--gate-floor is for distances of pairs: --diversity {args.diversity} "
+                         "has none")
+
 
 def draft_flags(p, k):
     """Flags of the drafts a phase samples and of the diversity among them."""
@@ -634,6 +823,8 @@ def draft_flags(p, k):
         help="longest draft, in tokens, stop token included")
     add("--temperature", type=float, default=1.0,
         help="of sampling, and of the distribution whose log-probabilities are trained")
+    add("--diversity", default="cosine", choices=DIVERSITIES,
+        help=f"what D is, of the k drafts. {listed(DIVERSITIES)}")
     add("--gate", default="none", choices=("none", "verifier", "likelihood", "reward"),
         help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), the "
              "domain's verifier, likelihood under the frozen base, or (phase two) the reward")
@@ -648,16 +839,7 @@ def draft_flags(p, k):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sub = p.add_subparsers(dest="command", required=True)
-    b = sub.add_parser("base", help="make a small Qwen3 from nothing, for the pocket study")
-    common_flags(b, lr=3e-3, steps=500, batch=64)
-    add = b.add_argument
-    add("--noise", type=float, default=0.3,
-        help="share of pretraining replies that belong to another post")
-    add("--vocab", type=int, default=1024, help="tokens of the BPE vocabulary")
-    add("--hidden", type=int, default=128, help="width of the model")
-    add("--layers", type=int, default=4, help="blocks of the model")
-    add("--heads", type=int, default=4, help="query heads; half as many key/value heads")
-    b.set_defaults(run=run_base)
+    base_command(sub)
     f = sub.add_parser("sft", help="phase one: LoRA fine-tuning, with --lambda > 0 for diversity")
     add = f.add_argument
     add("--model", required=True, help="Qwen3 checkpoint: folder or hub name")
@@ -666,6 +848,10 @@ def parser():
     add("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
     add("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
     add("--targets", default=",".join(LINEARS), help="linear layers with LoRA, comma-separated")
+    add("--loss", default="ce", choices=SFT_LOSSES,
+        help=f"of the reply's tokens. {listed(SFT_LOSSES)}")
+    add("--loss-value", type=float, default=None, help="the number that --loss names; default: its "
+                                                       "paper's")
     add("--lambda", dest="lam", type=float, default=0.0,
         help="weight of D, in nats per token for one unit of D")
     add("--lambda-share", type=float, default=0.0,
@@ -679,20 +865,6 @@ def parser():
     return p
 
 
-def check_base(args):
-    """The shape of a model made from nothing."""
-    check_common(args)
-    if args.nf4 or args.shard:
-        raise InputError("--nf4 and --shard are for a frozen base: a base is made in full")
-    uneven = args.heads < 2 or args.heads % 2 or args.hidden % (2 * max(args.heads, 1))
-    if args.layers < 1 or args.hidden < 1 or uneven:
-        raise InputError(f"--layers {args.layers}, --heads {args.heads}, --hidden {args.hidden}: a "
-                         "model has at least one layer, an even number of heads, and a width that "
-                         "is a multiple of twice that number")
-    if args.vocab < 261:
-        raise InputError(f"--vocab {args.vocab}: the 256 bytes and 5 chat tokens need at least 261")
-
-
 def check_sft(args):
     check_common(args)
     drafting = args.lam or args.lambda_share
@@ -704,6 +876,9 @@ def check_sft(args):
     if drafting and args.temperature <= 0:
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are "
                          "sampled")
+    check_diversity(args)
+    if args.loss_value is not None and not SFT_LOSSES[args.loss].knob:
+        raise InputError(f"--loss-value has no meaning for --loss {args.loss}")
     if args.gate == "reward":
         raise InputError("--gate reward is for phase two, which has a reward: use likelihood or "
                          "verifier")

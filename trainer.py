@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 import data
 from data import InputError, beside, read_json, write_json
 from generate import generate
-from model import Qwen3, pack
+from model import Config, Qwen3, pack, token_logprobs
 
 try:
     import fcntl
@@ -729,8 +730,8 @@ RANGES = {
                      "draft_every", "draft_posts", "updates"), FROM_ONE),
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
-                     "valid_weight"), FROM_ZERO),
-    **dict.fromkeys(("clip", "alpha"), POSITIVE),
+                     "overlong", "valid_weight"), FROM_ZERO),
+    **dict.fromkeys(("clip", "alpha", "loss_value"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
 
 
@@ -744,3 +745,97 @@ def check_common(args):
             raise InputError(f"{flag} is {value:g}: it must be "
                              + (f"{low} or more" if closed else f"above {low}")
                              + (f" and below {high}" if high < math.inf else " and finite"))
+
+
+# ---- The simplest phase: a base from nothing, for the pocket study ---------------------------------
+
+def add_cross_entropy(session, visits, reply, tally, losses=None):
+    """Adds the gradient of the mean token cross-entropy of the step's replies, or of another loss,
+    losses(session, rows) -> (N,); `reply(visit)` gives the text.
+
+    Every rank works out the whole batch's token count, which is the one denominator of all ranks'
+    and micro-batches' sums. """
+    replies = [data.encode_reply(session.tokenizer, reply(v)) for v in visits]
+    pairs = [(session.prompt(v.index), [ids]) for v, ids in zip(visits, replies)]
+    count = sum(map(len, replies))
+    for rows in session.micro_batches(pairs[session.ranks.rank::session.ranks.world]):
+        loss = losses(session, rows) if losses else -token_logprobs(session.model, rows)[0]
+        (loss.sum() / count).backward()
+        tally.add("loss" if losses else "ce", loss.sum().detach(), len(loss))
+        tally.add("tokens", rows.tokens.numel())
+
+
+def base_step(session, step):
+    """One step of making the pocket base: cross-entropy on noisy, evenly spread replies, all
+    parameters."""
+    args = session.args
+    visits = batch_visits(len(session.posts), args.batch, step, args.seed)
+    tally = Tally(visits)
+
+    def reply(visit):
+        rng = random.Random(session.stream("noisy", step, visit))
+        post = session.posts[visit.index]
+        return session.domain.noisy_reply(post, session.posts, rng, args.noise)
+    add_cross_entropy(session, visits, reply, tally)
+    session.ranks.sum_gradients(session.params)
+    return tally
+
+
+def run_base(args):
+    """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder in
+    OUT."""
+    check_base(args)
+    session = Session(args, "base")
+    if not session.open_run():
+        return
+    session.load_posts()
+    if not session.domain.voices:
+        raise InputError(f"{args.data}: a base is made from posts with replies by voice; for posts "
+                         "like these give --model a Qwen3 checkpoint")
+    texts = [t for p in session.posts for t in (p.post, *p.replies)]
+    session.tokenizer, session.chat = data.train_tokenizer(texts, args.vocab), data.ChatFormat()
+    torch.manual_seed(seed_of(args.seed, "weights"))
+    config = Config(session.tokenizer.get_vocab_size(), args.hidden, 3 * args.hidden, args.layers,
+                    args.heads, args.heads // 2, args.hidden // args.heads,
+                    tie_word_embeddings=True)
+    session.model = Qwen3(config).to(session.ranks.device)
+    for name, p in session.model.named_parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+    session.model.checkpointing = args.checkpointing
+    session.params = list(session.model.parameters())
+    summary = train(session, session.params, lambda step: base_step(session, step), ["ce"])
+    if session.ranks.main:
+        folder = session.run.folder / "model"
+        session.model.save_pretrained(folder)
+        session.tokenizer.save(str(folder / "tokenizer.json"))
+    session.run.finish(summary | {"domain": session.domain.record()})
+    session.ranks.close()
+
+
+def base_command(sub):
+    """`base` among the commands of polylora.py."""
+    b = sub.add_parser("base", help="make a small Qwen3 from nothing, for the pocket study")
+    common_flags(b, lr=3e-3, steps=500, batch=64)
+    add = b.add_argument
+    add("--noise", type=float, default=0.3,
+        help="share of pretraining replies that belong to another post")
+    add("--vocab", type=int, default=1024, help="tokens of the BPE vocabulary")
+    add("--hidden", type=int, default=128, help="width of the model")
+    add("--layers", type=int, default=4, help="blocks of the model")
+    add("--heads", type=int, default=4, help="query heads; half as many key/value heads")
+    b.set_defaults(run=run_base)
+
+
+def check_base(args):
+    """The shape of a model made from nothing."""
+    check_common(args)
+    if args.nf4 or args.shard:
+        raise InputError("--nf4 and --shard are for a frozen base: a base is made in full")
+    uneven = args.heads < 2 or args.heads % 2 or args.hidden % (2 * max(args.heads, 1))
+    if args.layers < 1 or args.hidden < 1 or uneven:
+        raise InputError(f"--layers {args.layers}, --heads {args.heads}, --hidden {args.hidden}: a "
+                         "model has at least one layer, an even number of heads, and a width that "
+                         "is a multiple of twice that number")
+    if args.vocab < 261:
+        raise InputError(f"--vocab {args.vocab}: the 256 bytes and 5 chat tokens need at least 261")
