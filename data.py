@@ -16,7 +16,6 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import os
 import random
 import re

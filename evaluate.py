@@ -1,22 +1,26 @@
-"""Judging runs: unbiased Pass@k, diversity and quality of drafts, intervals over posts, the report.
+"""Judging runs: unbiased Pass@k, diversity and quality of drafts, intervals, the report.
 
-A run is judged by n drafts for each held-out post. Everything is counted within a post, then averaged over
-posts: drafts of different posts differ anyway, so pooling them would hide a model that always says the same
-thing. A number that cannot be computed is an error, or is left out and counted, never a zero.
+A run is judged by n drafts for each held-out post. Everything is counted within a post, then
+averaged over posts: drafts of different posts differ anyway, so pooling them would hide a model
+that always says the same thing. Pass@k asks whether any of k drafts pleases the reader whom the
+reward draws; how far that can go at all is known where the readers' shares are (attainable). A
+number that cannot be computed is an error, or is left out and counted, never a zero.
 
-    python evaluate.py report runs/lora-0 runs/lora-1 runs/poly-0 runs/poly-1 --out results --against lora
+    python evaluate.py measure runs/lora-1 runs/poly-1 --data eval.jsonl --bare runs/base-1
+    python evaluate.py report runs/base-1 runs/lora-1 runs/poly-1 --out results --against lora
+    python evaluate.py drafts runs/poly-1 "Just adopted a kitten!"
 
-A run folder holds config.json ("seed", perhaps "arm"), evaluation.json (one record a post) and metrics.jsonl
-(the training log). A record is {"id", "post", "drafts": n texts, "rewards": n floats, "finished": n bools,
-"semantic", "vendi"} with "voices": n lists (the voices in which that draft is right, [] = wrong) or else
-"passed": n bools.
-"""
+A run folder holds config.json ("seed", perhaps "arm"), evaluation.json (one record a post) and
+metrics.jsonl (the training log). A record is {"id", "post", "intent", "drafts": n texts, "rewards":
+n floats, "finished": n bools, "semantic", "vendi"} with "voices": n lists (the voices in which that
+draft is right, [] = wrong) and "readers": {voice: share of this post's readers}, or else "passed":
+n bools. """
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections import Counter
@@ -27,364 +31,423 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from grpo import REWARDS, make_reward
-from data import InputError, read_json
-from polylora import diversity, drop_lora, load_adapter, load_embedder
-from trainer import Session, Visit, peak_bytes, model_flags
+from data import InputError, command, printable, read_json, write_text
+from grpo import REWARDS, make_reward, same_domain
+from model import tensor_files
+from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
+    KS, distinct_n, front, holm, interval, mean_limit, pareto_front, pass_at_k, post_metrics,
+    reader_shares, self_bleu, sign_flip, vendi_score)
+from polylora import (diversity, drop_lora, held_out, load_adapter, load_embedder,
+                      read_adapter_config)
+from trainer import Session, Visit, file_hash, model_flags, peak_bytes
 
-KS = (1, 3, 5, 10)  # the k of Pass@k in every table and picture
-
-
-# ---- Metrics of one post -----------------------------------------------------------------------------------
-
-def pass_at_k(n, c, k):
-    """Chance that k of n drafts, drawn without replacement, hold one of the c right: 1 - C(n-c, k) / C(n, k).
-
-    Unbiased for independent drafts (Chen et al. 2021, arXiv 2107.03374, eq. 1); 1 - (1 - c/n)^k is not, it
-    reads low. ValueError unless n >= k >= 1 and 0 <= c <= n.
-    """
-    if not n >= k >= 1:
-        raise ValueError(f"pass@{k} needs k between 1 and the number of drafts, and there are {n} drafts")
-    if not 0 <= c <= n:
-        raise ValueError(f"{c} right drafts among {n} is not a count")
-    every = math.comb(n, k)  # whole numbers up to the one division, so nothing rounds for large n
-    return (every - math.comb(n - c, k)) / every
-
-
-def max_at_k(rewards, k):
-    """Unbiased estimate of E[best of k rewards] from n >= k real rewards: the mean maximum over k-subsets.
-
-    The i-th smallest reward is the maximum of C(i-1, k-1) subsets (PKPO, arXiv 2505.15201, max_g@k). Equals
-    pass_at_k for rewards of 0 and 1. ValueError for k outside 1..n or a reward that is not finite.
-    """
-    n = len(rewards)
-    if not n >= k >= 1 or not all(map(math.isfinite, rewards)):
-        raise ValueError(f"max@{k} needs at least {k} finite rewards and k >= 1, got {list(rewards)}")
-    every = math.comb(n, k)
-    return math.fsum(math.comb(i, k - 1) / every * reward for i, reward in enumerate(sorted(rewards)))
-
-
-def words(text):
-    """Lower-cased words ("don't" is one) and single punctuation marks or emoji: what all metrics count."""
-    return re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text.lower())
-
-
-def ngrams(tokens, n):
-    """Counter of the n-grams (tuples) of a token list; empty when the list is shorter than n."""
-    return Counter(zip(*(tokens[i:] for i in range(n))))
-
-
-def distinct_n(texts, n):
-    """Different n-grams / all n-grams over the drafts of one post, in (0, 1]; higher is more diverse.
-
-    The form that divides by n-grams (Li et al. 2016, arXiv 1510.03055, divide by words). It falls with
-    length: read it beside the mean length. A draft shorter than n words adds nothing; ValueError when no
-    draft has an n-gram.
-    """
-    counts = Counter()
-    for text in texts:
-        counts.update(ngrams(words(text), n))
-    if not counts:
-        raise ValueError(f"distinct-{n} needs a draft of at least {n} words")
-    return len(counts) / counts.total()
-
-
-def self_bleu(texts, max_n=4):
-    """Mean BLEU of each draft against all the others of its post, in [0, 1]; lower is more diverse.
-
-    Orders 1..max_n weigh the same; no match in an order counts as 0.1 (nltk's method1 smoothing); the brevity
-    penalty takes the other draft closest in length, the shorter of two. A draft that shares no word with
-    another scores 0, and so does an empty one, as in nltk. ValueError for fewer than 2 drafts or when all are
-    empty.
-    """
-    drafts = [words(text) for text in texts]
-    if len(drafts) < 2 or not any(drafts):
-        raise ValueError("self-BLEU needs two drafts and at least one word")
-    matches = []  # [order][draft] -> (clipped matches, n-grams)
-    for n in range(1, max_n + 1):
-        counts = [ngrams(draft, n) for draft in drafts]
-        best, second, owner = {}, {}, {}  # an n-gram's two largest counts and whose the largest is:
-        for i, count in enumerate(counts):  # enough to know its maximum over all drafts but one
-            for gram, times in count.items():
-                if times > best.get(gram, 0):
-                    second[gram], best[gram], owner[gram] = best.get(gram, 0), times, i
-                elif times > second[gram]:
-                    second[gram] = times
-        matches.append([(sum(min(times, second[gram] if owner[gram] == i else best[gram])
-                             for gram, times in count.items()), max(1, count.total()))
-                        for i, count in enumerate(counts)])
-    scores, lengths = [], [len(draft) for draft in drafts]
-    for i, length in enumerate(lengths):
-        if matches[0][i][0] == 0:
-            scores.append(0.0)
-            continue
-        _, closest = min((abs(other - length), other) for j, other in enumerate(lengths) if j != i)
-        logs = [math.log((matched[i][0] or 0.1) / matched[i][1]) for matched in matches]
-        scores.append(min(1.0, math.exp(1 - closest / length)) * math.exp(math.fsum(logs) / max_n))
-    return math.fsum(scores) / len(scores)
-
-
-def vendi_score(embeddings):
-    """Effective number of different drafts, in [1, n]: exp of the entropy of the eigenvalues of E E^T / n.
-
-    embeddings (n, dim) with unit rows (Friedman and Dieng 2023, arXiv 2210.02410); ValueError otherwise.
-    """
-    rows = np.asarray(embeddings, dtype=np.float64)
-    if rows.ndim != 2 or not len(rows) or not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3):
-        raise ValueError(f"the Vendi score needs embeddings (n, dim) of unit length, got shape {rows.shape}")
-    values = np.linalg.eigvalsh(rows @ rows.T / len(rows))
-    values = values[values > 1e-12]  # 0 log 0 = 0; rounding leaves eigenvalues of about -1e-17
-    return float(np.exp(-(values * np.log(values)).sum()))
-
-
-def pareto_front(points):
-    """Indices of the points (quality, diversity), both better when larger, that no other point beats.
-
-    A point is beaten by one at least as good in both and better in one, so equal points stay together.
-    """
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or not np.isfinite(points).all():
-        raise ValueError("a Pareto front needs rows of finite numbers")
-    return [i for i, point in enumerate(points)
-            if not ((points >= point).all(axis=1) & (points > point).any(axis=1)).any()]
-
-
-def post_metrics(record, tastes, ks=KS):
-    """One post's record -> {metric: float}. tastes {voice: share of readers} sums to 1; None without voices.
-
-    With voices, pass@k = sum over v of tastes[v] * pass_at_k(n, c_v, k), c_v the number of drafts right in
-    voice v: the exact mean over readers drawn by taste and over k of the n drafts, so no reader is simulated.
-    Otherwise c is the number of passed drafts. `valid` is the share of right drafts, `stances` the number of
-    voices among them, `words` the mean length in tokens, `truncated` the share cut off. distinct-n and
-    self-bleu are absent where no draft is long enough. ValueError says which field is wrong.
-    """
-    drafts, n, voiced = record["drafts"], len(record["drafts"]), "voices" in record
-    for name in ("rewards", "finished", "voices" if voiced else "passed"):
-        if len(record[name]) != n or not n:
-            raise ValueError(f'"{name}" has {len(record[name])} entries for {n} drafts')
-    if voiced:
-        if not tastes or min(tastes.values()) < 0 or abs(math.fsum(tastes.values()) - 1) > 1e-6:
-            raise ValueError("drafts judged by voice need tastes, shares of readers by voice that sum to 1")
-        counts = Counter(voice for right in record["voices"] for voice in set(right))
-        if set(counts) - set(tastes):
-            raise ValueError(f"no taste is given for the voice {sorted(set(counts) - set(tastes))[0]!r}")
-        out = {f"pass@{k}": math.fsum(tastes[v] * pass_at_k(n, counts[v], k) for v in tastes) for k in ks}
-        out |= {"valid": sum(map(bool, record["voices"])) / n, "stances": float(len(counts))}
-    else:
-        passed = sum(map(bool, record["passed"]))
-        out = {f"pass@{k}": pass_at_k(n, passed, k) for k in ks} | {"valid": passed / n}
-    lengths = [len(words(draft)) for draft in drafts]
-    if max(lengths) >= 1 and n > 1:  # where every draft is too short there is nothing to count
-        out["self-bleu"] = self_bleu(drafts)
-    out |= {f"distinct-{i}": distinct_n(drafts, i) for i in (1, 2) if max(lengths) >= i}
-    out |= {"semantic": record["semantic"], "vendi": record["vendi"],
-            "reward": math.fsum(record["rewards"]) / n,
-            f"max@{max(ks)}": max_at_k(record["rewards"], max(ks)), "words": sum(lengths) / n,
-            "truncated": sum(not done for done in record["finished"]) / n}
-    for name, value in out.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}, not a finite number")
-    return out
-
-
-# ---- Intervals over posts ----------------------------------------------------------------------------------
-
-def bootstrap_interval(values, *, seed=0, draws=2000, level=0.95):
-    """(low, high): percentile bootstrap interval of the mean of values, one a post; fixed by its seed.
-
-    Posts are the unit drawn again, since the n drafts of a post are no independent evidence (Efron 1979).
-    ValueError for fewer than 2 values or one that is not finite.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"an interval needs at least 2 finite values, one a post, got shape {values.shape}")
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)), dtype=np.int32)
-    low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def paired_interval(a, b, *, seed=0, draws=2000, level=0.95):
-    """(low, high) of the mean of a - b, where a[i] and b[i] belong to the same post; ValueError as above.
-
-    Most of the spread over posts is how hard a post is: common to both, it drops out of the difference.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired values must be of the same posts, got {a.shape} and {b.shape}")
-    return bootstrap_interval(a - b, seed=seed, draws=draws, level=level)
-
-
-# ---- Runs and their summary --------------------------------------------------------------------------------
+# ---- Runs and their summary ----------------------------------------------------------------------
 
 def read_object(path, text=None):
-    """The JSON object in a file, or in one line of it; NaN reads as null, which no metric accepts."""
+    """The JSON object in a file, or in one line of it; NaN reads as null, which no metric
+    accepts."""
     try:
         text = Path(path).read_text(encoding="utf-8") if text is None else text
         value = json.loads(text, parse_constant=lambda word: None)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; give folders of runs that were measured") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); mend it or make it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON ({str(error)[:100]}); mend it or make it "
+                         "again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object; mend it or make it again")
     return value
 
 
-def read_run(folder):
-    """-> {"folder", "arm", "seed", "shared": what runs must agree on, "values": {metric: (posts,)}, "ends"}.
+def read_run(folder, ks=KS):
+    """-> a dict: folder, arm, seed, `shared` (what all runs must agree on), `posts` {id: text},
+    clusters, values {metric: (posts,)}, `readers` (Counter of reader_shares), ends, scale, adapter,
+    warnings.
 
-    Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each stage's log.
-    """
+    Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each
+    stage's log. """
     folder = Path(folder)
-    place, log, posts, texts, ends = folder / "evaluation.json", folder / "metrics.jsonl", {}, {}, []
+    place, log, metrics, found = folder / "evaluation.json", folder / "metrics.jsonl", {}, {}
     config, evaluation = read_object(folder / "config.json"), read_object(place)
     arm, seed = config.get("arm") or folder.resolve().name, config.get("seed")
     if type(seed) is not int or not isinstance(arm, str) or not arm.isprintable():
-        raise InputError(f'{folder / "config.json"} needs "seed", a whole number, and "arm", if any, a name')
-    domain, settings, tastes, records = map(evaluation.get, ("domain", "settings", "tastes", "records"))
-    if evaluation.get("version") != 1 or not isinstance(settings, dict) or not isinstance(records, list):
-        raise InputError(f"{place} lacks version 1, settings or records; measure the run again")
+        raise InputError(f'{folder / "config.json"} needs "seed", a whole number, and "arm", if '
+                         "any, a name")
+    domain, settings, records = map(evaluation.get, ("domain", "settings", "records"))
+    whole = isinstance(settings, dict) and isinstance(records, list)
+    if evaluation.get("version") != 2 or not whole:
+        raise InputError(f"{place} lacks version 2, settings or records; measure the run again")
     for number, record in enumerate(records, 1):
         try:
             n = len(records[0]["drafts"])  # k above n cannot be estimated: that column is left out
-            metrics = post_metrics(record, tastes, [k for k in KS if k <= n])
-            if record["id"] in posts:
+            row = post_metrics(record, [k for k in ks if k <= n])
+            if record["id"] in metrics:
                 raise ValueError(f"the post {record['id']!r} was there before")
-            posts[record["id"]], texts[record["id"]] = metrics, record["post"]
+            metrics[record["id"]], found[record["id"]] = row, record
+            record["post"]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             what = f"there is no field {error}" if isinstance(error, KeyError) else error
             raise InputError(f"{place}, record {number}: {what}; measure the run again") from None
-    values = {name: np.array([posts[i].get(name, math.nan) for i in sorted(posts, key=str)])
-              for name in dict.fromkeys(name for metrics in posts.values() for name in metrics)}
+    order = sorted(metrics, key=str)
+    names = dict.fromkeys(name for row in metrics.values() for name in row)
+    values = {name: np.array([metrics[i].get(name, math.nan) for i in order]) for name in names}
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    for number, line in enumerate(lines, 1):
-        event = read_object(f"{log}, line {number}", line)
-        ends += [event] if event.get("event") == "end" else []
-    shared = {"domain": domain} | settings | {"tastes": tastes, "the posts": texts}
-    return {"folder": str(folder), "arm": arm, "seed": seed, "shared": shared, "values": values, "ends": ends}
+    events = [read_object(f"{log}, line {number}", line) for number, line in enumerate(lines, 1)]
+    own = ("adapter", "posts", "seed")       # what a run has for itself
+    shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
+    readers = Counter(reader_shares(r) for r in records if "readers" in r)
+    ends = [event for event in events if event.get("event") == "end"]
+    return {"folder": str(folder), "arm": arm, "seed": seed, "shared": shared, "values": values,
+            "posts": {i: found[i]["post"] for i in order}, "ends": ends, "readers": readers,
+            "clusters": [found[i].get("intent") or i for i in order],
+            "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
+            "trained_by": config.get("embedder"),
+            "warnings": [w for event in ends for w in event.get("warnings") or ()]}
 
 
-def group_runs(run_folders):
-    """Run folders -> {arm: [run, ...]} by first appearance; InputError unless all were measured alike."""
-    arms, first = {}, None
-    for run in map(read_run, run_folders):
+def group_runs(run_folders, ks=KS):
+    """Run folders -> {arm: [run, ...]} by first appearance; InputError unless all were measured
+    alike, and those of one seed on the same posts."""
+    arms, first, by_seed = {}, None, {}
+    for run in (read_run(folder, ks) for folder in run_folders):
         first = first or run
+        other = by_seed.setdefault(run["seed"], run)
         for name in first["shared"] | run["shared"]:
             a, b = first["shared"].get(name), run["shared"].get(name)
-            if a != b:
+            if a != b and not (name == "temperature" and "@" in run["arm"] + first["arm"]):
                 values = "" if isinstance(a, dict) else f" ({a} and {b})"
                 raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
                                  "measure both on the same posts with the same settings")
+        if other["posts"] != run["posts"]:
+            raise InputError(f"{other['folder']} and {run['folder']} differ in the posts; measure "
+                             "both on the same posts with the same settings")
         for other in arms.setdefault(run["arm"], []):
             if other["seed"] == run["seed"]:
                 raise InputError(f"{other['folder']} and {run['folder']} are the same arm and seed "
-                                 f"({run['arm']}, {run['seed']}); give one of them, or name their arms apart")
+                                 f"({run['arm']}, {run['seed']}); give one of them, or name their "
+                                 "arms apart")
         arms[run["arm"]].append(run)
-    if len(first["shared"]["the posts"]) < 2:
-        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval; measure more")
+    if len(first["posts"]) < 2:
+        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval; "
+                         "measure more")
     return arms
 
 
-def summarise(arms, against=None):
-    """{arm: runs} -> what report.json holds: means, intervals, spread, differences, stages, front."""
+def over_seeds(runs, values):
+    """interval's arguments for `values`, arrays over posts, one a run: posts that lack the metric
+    in any seed that shares them are left out. -> (values, clusters, shared, number left out)."""
+    shared = all(run["posts"] == runs[0]["posts"] for run in runs)
+    keep = [np.isfinite(v) for v in values]
+    if shared:
+        keep = [np.logical_and.reduce(keep)] * len(values)
+    clusters = [list(itertools.compress(run["clusters"], k)) for run, k in zip(runs, keep)]
+    left_out = int((~keep[0]).sum()) if shared else int(sum((~k).sum() for k in keep))
+    return [v[k] for v, k in zip(values, keep)], clusters, shared, left_out
+
+
+def metric_row(runs, name):
+    missing = runs[0]["values"]["valid"] * math.nan
+    values = [run["values"].get(name, run["values"]["valid"] * math.nan) for run in runs]
+    values, clusters, shared, left_out = over_seeds(runs, values)
+    row = {"mean": None, "posts_left_out": left_out}
+    if all(len(v) > 1 for v in values) and len(missing):
+        mean, low, high = interval(values, clusters, shared)
+        seeds = [float(v.mean()) for v in values]
+        spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
+        row |= {"mean": mean, "low": low, "high": high, "per_seed": seeds, "sd_over_seeds": spread}
+    return row
+
+
+def paired(runs, others, name):
+    """The difference `runs` - `others` in a metric, paired by seed and post: mean, interval, p;
+    None without two seeds or posts in common."""
+    by_seed = {run["seed"]: run for run in others}
+    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if not pairs or any(name not in run["values"] for pair in pairs for run in pair):
+        return None
+    values = [a["values"][name] - b["values"][name] for a, b in pairs]
+    values, clusters, shared, _ = over_seeds([a for a, _ in pairs], values)
+    if not all(len(v) > 1 for v in values):
+        return None
+    mean, low, high = interval(values, clusters, shared)
+    if len(pairs) > 1:
+        p = sign_flip([v.mean() for v in values])
+    else:
+        labels, where = np.unique(clusters[0], return_inverse=True)
+        p = sign_flip(np.bincount(where, values[0]))
+    return {"mean": mean, "low": low, "high": high, "p": p, "smallest": (high - low) / 2,
+            "seeds": len(pairs)}
+
+
+COMPARED = ("pass@1", "pass@5", "pass@10", "coverage@10", "valid", "stances")
+
+
+def summarise(arms, against=None, ks=KS):
+    """{arm: runs} -> what report.json holds: means, intervals, limits, differences, stages,
+    front."""
     if against is not None and against not in arms:
         raise InputError(f"--against {against}: no such arm; the arms are {', '.join(arms)}")
-    first = next(iter(arms.values()))[0]
-    names = dict.fromkeys(name for runs in arms.values() for run in runs for name in run["values"])
-    ks, means = [k for k in KS if f"pass@{k}" in names], {}
-    out = {"version": 1, "measured": {k: v for k, v in first["shared"].items() if k != "the posts"},
-           "posts": len(first["shared"]["the posts"]), "ks": ks, "against": against,
-           "arms": {}, "differences": {}, "stages": []}
+    every = [run for runs in arms.values() for run in runs]
+    first = every[0]
+    names = dict.fromkeys(name for run in every for name in run["values"])
+    ks = [k for k in ks if f"pass@{k}" in names]
+    shared = all(run["posts"] == first["posts"] for run in every)
+    out = {"version": 2, "measured": first["shared"], "posts": len(first["posts"]), "ks": ks,
+           "same_posts_for_all_seeds": shared, "against": against, "arms": {}, "differences": {},
+           "stages": [], "limits": {}, "scale": first["scale"], "refused": None, "notes": []}
     for arm, runs in arms.items():
-        rows = {}
-        for name in names:
-            table = np.array([run["values"].get(name, first["values"]["valid"] * math.nan) for run in runs])
-            mean = means[arm, name] = table.mean(axis=0)  # (posts,), NaN where any seed lacks the metric
-            kept = np.isfinite(mean)
-            row = rows[name] = {"mean": None, "posts_left_out": int((~kept).sum())}
-            if kept.sum() >= 2:
-                seeds, (low, high) = table[:, kept].mean(axis=1), bootstrap_interval(mean[kept])
-                row |= {"mean": float(seeds.mean()), "low": low, "high": high, "per_seed": seeds.tolist(),
-                        "sd_over_seeds": float(seeds.std(ddof=1)) if len(runs) > 1 else None}
-        out["arms"][arm] = {"seeds": [run["seed"] for run in runs], "runs": [run["folder"] for run in runs],
-                            "metrics": rows}
-        ends = [{event.get("stage", "run"): event for event in run["ends"]} for run in runs]  # a stage's last
-        for stage in dict.fromkeys(stage for run in ends for stage in run):
-            row = {"arm": arm, "stage": stage}
-            for key, combine in (("seconds", np.mean), ("tokens_per_second", np.mean), ("peak_bytes", max)):
-                got = [run[stage][key] for run in ends if run.get(stage, {}).get(key) is not None]
-                row[key] = float(combine(got)) if got else None
-            out["stages"].append(row)
+        out["arms"][arm] = {"seeds": [run["seed"] for run in runs],
+                            "runs": [run["folder"] for run in runs],
+                            "trained_by": runs[0]["trained_by"],
+                            "metrics": {name: metric_row(runs, name) for name in names}}
+        out["stages"] += stage_rows(arm, runs)
+        out["notes"] += sorted({f"{arm}: {w}" for run in runs for w in run["warnings"]})
+    out["notes"] += equal_adapters(every)
+    readers = sum((run["readers"] for run in every), Counter())
+    if readers:
+        add_limits(out, readers)
+    else:
+        refuse_saturated(out)
     for arm in arms if against else ():
-        for name in dict.fromkeys(("pass@1", f"pass@{ks[-1]}", "valid", "stances")):
-            if arm != against and name in names:
-                a, b = means[arm, name], means[against, name]
-                row = dict(zip(("mean", "low", "high"), (float((a - b).mean()), *paired_interval(a, b))))
-                out["differences"].setdefault(arm, {})[name] = row
-    places = [[a["metrics"][name]["mean"] for name in ("valid", "semantic")] for a in out["arms"].values()]
+        if arm != against:
+            compared = [name for name in COMPARED if name in names]
+            rows = {name: paired(arms[arm], arms[against], name) for name in compared}
+            rows = {name: row for name, row in rows.items() if row}
+            out["differences"][arm] = rows
+    adjusted = holm({(arm, name): row["p"] for arm, rows in out["differences"].items()
+                     for name, row in rows.items()})
+    for (arm, name), p in adjusted.items():
+        out["differences"][arm][name]["p_holm"] = p
+    places = [[a["metrics"][name]["mean"] for name in ("valid", "semantic")]
+              for a in out["arms"].values()]
     return out | {"pareto": [list(arms)[i] for i in pareto_front(places)]}
 
 
+def stage_rows(arm, runs):
+    """Cost of each stage of an arm: means over seeds, the largest peak."""
+    # A stage's last line counts.
+    ends = [{event.get("stage", "run"): event for event in run["ends"]} for run in runs]
+    out = []
+    for stage in dict.fromkeys(stage for run in ends for stage in run):
+        row = {"arm": arm, "stage": stage}
+        for key, combine in (("seconds", np.mean), ("tokens_per_second", np.mean),
+                             ("peak_bytes", max)):
+            got = [run[stage][key] for run in ends if run.get(stage, {}).get(key) is not None]
+            row[key] = float(combine(got)) if got else None
+        out.append(row)
+    return out
+
+
+def equal_adapters(runs):
+    """A sentence for each group of runs whose adapters are the same, bit for bit."""
+    by_hash = {}
+    for run in runs:
+        if run["adapter"]:
+            by_hash.setdefault(run["adapter"], []).append(f"{run['arm']} (seed {run['seed']})")
+    return [f"The adapters of {', '.join(names)} are equal, bit for bit: something trained nothing."
+            for names in by_hash.values() if len(names) > 1]
+
+
+def add_limits(out, readers):
+    """The best attainable Pass@k, for everybody and for each arm at its own validity."""
+    for k in out["ks"]:
+        joint = sum(sum(s[:k]) * n for s, n in readers.items()) / readers.total()
+        out["limits"][str(k)] = {"independent": mean_limit(readers, k), "joint": joint}
+    for arm in out["arms"].values():
+        valid = arm["metrics"]["valid"]["mean"]
+        arm["limits"] = {str(k): mean_limit(readers, k, max(valid, 1e-6)) for k in out["ks"]}
+    if 5 in out["ks"]:
+        out["front"] = front(readers)
+
+
+def refuse_saturated(out):
+    """Without a verifier passing must be a feat: else the column is refused, in a sentence."""
+    scale = out["scale"]
+    base = out["arms"].get("base", {"metrics": {}})["metrics"].get("pass@10", {}).get("mean")
+    if scale and scale["shuffled"] is not None and scale["shuffled"] > 0.2:
+        out["refused"] = (f"Pass@k is not shown: a reply to another post passes "
+                          f"{scale['shuffled']:.0%} of the time: passing means nothing here.")
+    elif base is not None and base > 0.95:
+        out["refused"] = (f"Pass@k is not shown: the base's Pass@10 is {base:.2f} already, which "
+                          "leaves no room for any method to be better.")
+    if out["refused"]:
+        for arm in out["arms"].values():
+            for name in [n for n in arm["metrics"] if n.startswith(("pass@", "longest@"))]:
+                arm["metrics"][name] = {"mean": None, "posts_left_out": 0}
+
+
+def primary(arms, arm, against, margin=0.02):
+    """The primary endpoint, in order, each step only if the one before held: Pass@5 superior,
+    Pass@1 not inferior by more than `margin`, Pass@10 superior. -> sentences that claim what the
+    intervals show."""
+    for name in (arm, against):
+        if name not in arms:
+            raise InputError(f"--primary {name}: no such arm; the arms are {', '.join(arms)}")
+    out = []
+    for metric, floor, claim in (("pass@5", 0.0, "superior"), ("pass@1", -margin, "not inferior"),
+                                 ("pass@10", 0.0, "superior")):
+        row = paired(arms[arm], arms[against], metric)
+        if row is None:
+            raise InputError(f"--primary {arm} {against}: no seed or post in common for {metric}")
+        held = row["low"] > floor
+        verdict = claim if held else f"not shown to be {claim}"
+        out.append(f"{metric}: {arm} is {verdict} to {against}: {row['mean']:+.3f} "
+                   f"[{row['low']:+.3f}, {row['high']:+.3f}] over {row['seeds']} seeds"
+                   + (f", margin {margin}" if floor else ""))
+        if not held:
+            out.append("The steps after it are not tested.")
+            break
+    return out
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def cell(row, form, key="mean"):
+    if not row or row.get(key) is None:
+        return "-"
+    half = (row["high"] - row["low"]) / 2 if "low" in row else None
+    return form.format(row[key], half=half, **row)
+
+
 def tables(summary):
-    """summary -> [(title, header, rows of strings)]; "±" is half the width of the 95% interval over posts."""
-    def cell(row, form, key="mean"):
-        half = (row["high"] - row["low"]) / 2 if "low" in row else None
-        return "-" if row.get(key) is None else form.format(row[key], half=half, **row)
+    """summary -> [(title, header, rows of strings)]; "±" is half the width of the 95% interval."""
+    arms, differences, ks = summary["arms"], summary["differences"], summary["ks"]
+    known = next(iter(arms.values()))["metrics"]
 
     def by_arm(title, names, form, key="mean"):
-        names = [name for name in names if name in next(iter(arms.values()))["metrics"]]
-        return title, ["arm", "seeds", *names], [[arm, str(len(a["seeds"])), *(
-            cell(a["metrics"][name], form, key) for name in names)] for arm, a in arms.items()]
-
-    arms, differences = summary["arms"], summary["differences"]
-    judged = [*(f"pass@{k}" for k in summary["ks"]), "valid", "stances"]
-    out = [by_arm("Quality: mean, ± half the 95% interval over posts", judged, "{:.3f} ±{half:.3f}"),
-           by_arm("Diversity and the rest: mean", [
-               "distinct-1", "distinct-2", "self-bleu", "semantic", "vendi", "reward",
-               f"max@{summary['ks'][-1]}", "words", "truncated"], "{:.3f}")]
+        names = [name for name in names if name in known]
+        cells = lambda a: [cell(a["metrics"][name], form, key) for name in names]
+        rows = [[arm, str(len(a["seeds"])), *cells(a)] for arm, a in arms.items()]
+        return title, ["arm", "seeds", *names], rows
+    passes = [] if summary["refused"] else [f"pass@{k}" for k in ks]
+    title = "For the readers of the reward: mean, ± half the 95% interval over seeds and posts"
+    out = [by_arm(title, [*passes, "valid"], "{:.3f} ±{half:.3f}")]
+    if summary["limits"]:
+        rows = [limit_cells(arm, a, summary) for arm, a in arms.items()]
+        tops = [k for k in (5, 10) if k in ks]
+        columns = ("limit(1) - limit(v)", "limit(v) - reached", "share of limit(1)")
+        header = ["arm", *(f"{what} @{k}" for k in tops for what in columns)]
+        out.append(("What is left up to the limit, v the arm's own validity", header, rows))
+        some = [f"coverage@{k}" for k in ks if k in (1, 5, 10, 20)]
+        out.append(by_arm("Coverage: readers of every voice alike", [*some, "stances"],
+                          "{:.3f} ±{half:.3f}"))
+    out.append(by_arm("Diversity and the rest: mean", [
+        "distinct-1", "distinct-2", "ead", "self-bleu", "semantic", "vendi", "duplicates", "reward",
+        f"max@{ks[-1]}", "longest@5", "words", "truncated"], "{:.3f}"))
     if any(len(a["seeds"]) > 1 for a in arms.values()):
-        names = [*judged, "semantic", "reward"]
+        names = [*passes, "valid", "semantic", "reward"]
         out.append(by_arm("Standard deviation over seeds", names, "{:.3f}", "sd_over_seeds"))
     if differences:
-        names = list(next(iter(differences.values())))
-        out.append((f"Difference from {summary['against']} on the same posts, 95% interval", ["arm", *names],
-                    [[arm, *(cell(row[name], "{:+.3f} [{low:+.3f}, {high:+.3f}]") for name in names)]
-                     for arm, row in differences.items()]))
+        names = [n for n in COMPARED if any(n in rows for rows in differences.values())]
+        form = "{:+.3f} [{low:+.3f}, {high:+.3f}] p {p_holm:.3f}"
+        rows = [[arm, *(cell(row.get(name), form) for name in names)]
+                for arm, row in differences.items()]
+        out.append((f"Difference from {summary['against']}, paired by seed and post, 95% interval, "
+                    "p after Holm", ["arm", *names], rows))
     if summary["stages"]:
         header = ["arm", "stage", "seconds", "tokens/s", "peak GiB"]
         columns = (("seconds", "{:,.1f}", 1), ("tokens_per_second", "{:,.0f}", 1),
                    ("peak_bytes", "{:,.2f}", 2**30))
-        out.append(("Training: mean over seeds, largest peak", header, [
-            [row["arm"], str(row["stage"]), *("-" if row[key] is None else form.format(row[key] / unit)
-                                              for key, form, unit in columns)] for row in summary["stages"]]))
+        written = lambda value, form, unit: "-" if value is None else form.format(value / unit)
+        rows = [[row["arm"], str(row["stage"]),
+                 *(written(row[key], form, unit) for key, form, unit in columns)]
+                for row in summary["stages"]]
+        out.append(("Training: mean over seeds, largest peak", header, rows))
     return out
 
 
+def limit_cells(arm, row, summary):
+    out = [arm]
+    for k in (k for k in (5, 10) if k in summary["ks"]):
+        top, own = summary["limits"][str(k)]["independent"], row["limits"][str(k)]
+        reached = row["metrics"][f"pass@{k}"]["mean"]
+        out += [f"{top - own:.3f}", f"{own - reached:+.3f}", f"{reached / top:.2f}"]
+    return out
+
+
+def notes_of(summary):
+    """Sentences beside the tables."""
+    seeds = sorted({len(a["seeds"]) for a in summary["arms"].values()})
+    how = ("one seed: intervals are over posts (by intent) alone, training again is not in them"
+           if seeds[-1] == 1 else
+           "seeds crossed with posts (by intent), Satterthwaite's degrees of freedom"
+           if summary["same_posts_for_all_seeds"] else
+           "posts of their own for each seed: t over seeds")
+    out = ["Numbers are counted within a post, then averaged over posts. Lower self-bleu is more "
+           "diverse.",
+           f"Intervals: {how}."]
+    if summary["limits"]:
+        limits = ", ".join(f"@{k} {v['independent']:.3f} ({v['joint']:.3f} for joint policies)"
+                           for k, v in summary["limits"].items())
+        out.append(f"The best attainable Pass@k of independent, always valid drafts: {limits}.")
+    if summary["scale"]:
+        scale = summary["scale"]
+        said = ", ".join(f"a {name} one {scale[key]:.0%}" for name, key in
+                         (("held-out human", "people"), ("shuffled", "shuffled"),
+                          ("truncated", "truncated")) if scale.get(key) is not None)
+        out.append(f"Of replies, this share passes by the same measure: {said}.")
+    trained_by = sorted({a["trained_by"] for a in summary["arms"].values() if a["trained_by"]})
+    judged_by = summary["measured"].get("embedder")
+    out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by {', '.join(trained_by) or 'none'}.")
+    out += [summary["refused"]] if summary["refused"] else []
+    best = ", ".join(summary["pareto"])
+    out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")
+    smallest = [row["smallest"] for rows in summary["differences"].values()
+                for name, row in rows.items() if name == "pass@5"]
+    if smallest:
+        out.append("The smallest difference in Pass@5 that this study could see: "
+                   f"{max(smallest):.3f}.")
+    short = [f"{name} in {row['posts_left_out']} posts of {arm}"
+             for arm, a in summary["arms"].items() for name, row in a["metrics"].items()
+             if row["posts_left_out"]]
+    if short:
+        out.append(f"Left out, because no draft of the post is long enough: {', '.join(short)}.")
+    return out + summary["notes"]
+
+
 def write_tables(summary):
-    """summary -> (report.txt with aligned columns, report.md)."""
-    about = ", ".join(f"{name} {value}" for name, value in summary["measured"].items() if name != "tastes")
+    """summary -> (report.txt with aligned columns, report.md, report.csv)."""
+    told = {k: v for k, v in summary["measured"].items() if not isinstance(v, dict)}
+    about = ", ".join(f"{name} {value}" for name, value in told.items())
     about = f"Measured on {summary['posts']} posts: {about}"
-    text, page = [about, ""], ["# Report", "", about, ""]
+    text, page, sheet = [about, ""], ["# Report", "", about, ""], []
     for title, header, rows in tables(summary):
         widths = [max(map(len, column)) for column in zip(header, *rows)]
-        text += [title, *("  ".join(word.rjust(w) if i else word.ljust(w) for i, (word, w) in enumerate(
-            zip(row, widths))) for row in (header, *rows)), ""]
-        page += [f"## {title}", "", *("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |"
-                                      for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)), ""]
-    short = [f"{name} in {row['posts_left_out']} posts of {arm}" for arm, a in summary["arms"].items()
-             for name, row in a["metrics"].items() if row["posts_left_out"]]
-    notes = ["Numbers are counted within a post, then averaged over posts. Lower self-bleu is more diverse.",
-             "Intervals draw posts again for the same trained models; training again adds the sd over seeds.",
-             f"On the Pareto front of valid drafts and semantic diversity: {', '.join(summary['pareto'])}."]
-    notes += [f"Left out, because no draft of the post is long enough: {', '.join(short)}."] if short else []
-    page += ["![Pass@k](pass_at_k.svg)", "", "![Quality and diversity](quality_diversity.svg)", ""]
-    return "\n".join(text + notes) + "\n", "\n".join(page + [f"- {note}" for note in notes]) + "\n"
+        text.append(title)
+        for row in (header, *rows):
+            text.append("  ".join(word.rjust(w) if i else word.ljust(w)
+                                  for i, (word, w) in enumerate(zip(row, widths))))
+        text.append("")
+        page += [f"## {title}", ""]
+        for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+            page.append("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |")
+        page.append("")
+    for arm, a in summary["arms"].items():
+        for name, row in a["metrics"].items():
+            numbers = [row.get(key) for key in ("mean", "low", "high", "sd_over_seeds")]
+            sheet.append([csv_cell(arm), name, *("" if x is None else repr(x) for x in numbers)])
+    page += [f"![{title}]({name})\n" for name, title in PICTURES.items()
+             if name != "pass1_pass5.svg" or summary["limits"]]
+    notes = notes_of(summary)
+    header = "arm,metric,mean,low,high,sd_over_seeds"
+    page += [f"- {note}" for note in notes]
+    sheet = [header, *map(",".join, sheet)]
+    return "\n".join(text + notes) + "\n", "\n".join(page) + "\n", "\n".join(sheet) + "\n"
 
 
-# ---- Pictures: plain SVG, 720 x 440, so that the report needs no plotting package --------------------------
+def csv_cell(text):
+    """A text that no spreadsheet takes for a formula, quoted."""
+    text = printable(text)
+    guarded = "'" + text if text[:1] in "=+-@" else text
+    return '"' + guarded.replace('"', '""') + '"'
+
+
+# ---- Pictures: plain SVG, 720 x 440, so that the report needs no plotting package ----------------
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
 LEFT, TOP, BOTTOM = 64, 62, 384  # the plotting area, in pixels
+PICTURES = {"pass_at_k.svg": "Pass@k", "pass1_pass5.svg": "Pass@1 against Pass@5",
+            "quality_diversity.svg": "Quality and diversity"}
 
 
 def scale(values, first, last):
@@ -400,7 +463,7 @@ def scale(values, first, last):
 
 
 def svg_text(x, y, words, style=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(printable(words))}</text>'
 
 
 def svg_line(points, colour, style=""):
@@ -409,19 +472,26 @@ def svg_line(points, colour, style=""):
 
 
 def svg_marker(i, x, y):
-    """Arm i: one of 7 colours and 3 shapes (circle, square, diamond), so 21 arms can be told apart."""
-    return (f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="{(4.5, 1, 1)[i % 3]}" '
-            f'fill="{COLOURS[i % 7]}" stroke="#fff" transform="rotate({i % 3 // 2 * 45} {x:.1f} {y:.1f})"/>')
+    """Arm i: one of 7 colours and 3 shapes (circle, square, diamond), so 21 arms can be told
+    apart."""
+    turn = f"rotate({i % 3 // 2 * 45} {x:.1f} {y:.1f})"
+    box = f'x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="{(4.5, 1, 1)[i % 3]}"'
+    return f'<rect {box} fill="{COLOURS[i % 7]}" stroke="#fff" transform="{turn}"/>'
+
+
+def svg_seed(x, y, colour):
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" opacity="0.35"/>'
 
 
 def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
     """The whole picture: white ground, titles, grid, then the marks."""
     middle = 'text-anchor="middle"'
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 440" width="720" height="440"',
-           f' font-family="sans-serif" font-size="12" fill="#333" role="img"><title>{escape(title)}</title>',
-           '<rect width="720" height="440" rx="6" fill="#fff"/>', svg_text(LEFT, 26, title, 'font-size="16"'),
-           svg_text(LEFT, 45, note, 'fill="#666"'), svg_text((LEFT + right) / 2, 427, x_label, middle),
-           svg_text(0, 0, y_label, middle + f' transform="translate(18 {(TOP + BOTTOM) / 2}) rotate(-90)"')]
+           ' font-family="sans-serif" font-size="12" fill="#333" role="img">',
+           f'<title>{escape(title)}</title><rect width="720" height="440" rx="6" fill="#fff"/>',
+           svg_text(LEFT, 26, title, 'font-size="16"'), svg_text(LEFT, 45, note, 'fill="#666"'),
+           svg_text((LEFT + right) / 2, 427, x_label, middle),
+           svg_text(0, 0, y_label, f'{middle} transform="translate(18 223) rotate(-90)"')]
     for x, label in x_grid:
         out += [svg_line([(x, TOP), (x, BOTTOM)], "#eee"), svg_text(x, 403, label, middle)]
     for y, label in y_grid:
@@ -431,114 +501,211 @@ def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
 
 
 def draw_pass_at_k(summary):
-    """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at the ends."""
-    ks, right = summary["ks"], 540
+    """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at the
+    ends."""
+    ks, right, limits = summary["ks"], 540, summary["limits"]
+    if summary["refused"]:
+        return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [])
     lines = {arm: [a["metrics"][f"pass@{k}"] for k in ks] for arm, a in summary["arms"].items()}
     ends = [end for line in lines.values() for row in line for end in (row["low"], row["high"])]
+    ends += [limits[str(k)]["independent"] for k in ks if limits]
     at_y, y_grid = scale(ends, BOTTOM, TOP)
     at_x = [LEFT + 24 + (right - LEFT - 48) * math.log(k) / math.log(max(ks[-1], 2)) for k in ks]
     order = sorted(lines, key=lambda arm: -lines[arm][-1]["mean"])
     gap, places = min(17, (BOTTOM - TOP) / len(order)), {}
-    for i, arm in enumerate(order):  # names in the order of the line ends, a line apart: pushed down,
+    # Names in the order of the line ends, a line apart: pushed down, then back up into the frame.
+    for i, arm in enumerate(order):
         places[arm] = max(at_y(lines[arm][-1]["mean"]), places[order[i - 1]] + gap if i else TOP)
-    for i, arm in enumerate(reversed(order)):  # then back up into the frame
+    for i, arm in enumerate(reversed(order)):
         places[arm] = min(places[arm], BOTTOM - i * gap)
     marks = []
     for i, (arm, line) in enumerate(lines.items()):
         colour, shift = COLOURS[i % 7], min(4, 40 / len(lines)) * (i - (len(lines) - 1) / 2)
-        points = [(x + shift, at_y(row["mean"])) for x, row in zip(at_x, line)]  # shifted: whiskers abreast
+        # Shifted, so that whiskers stand abreast.
+        points = [(x + shift, at_y(row["mean"])) for x, row in zip(at_x, line)]
         end, faint = points[-1][1], 'stroke-width="1.5" opacity="0.55"'
         marks += [svg_line([(x, at_y(row["low"])), (x, at_y(row["high"]))], colour, faint)
                   for (x, _), row in zip(points, line)]
-        marks += [svg_line(points, colour, 'stroke-width="2"'), *(svg_marker(i, *point) for point in points),
-                  svg_line([(points[-1][0] + 7, end), (right + 2, end), (right + 16, places[arm])], colour,
-                           'stroke-width="0.8"'), svg_marker(i, right + 22, places[arm]),
+        lead = [(points[-1][0] + 7, end), (right + 2, end), (right + 16, places[arm])]
+        marks += [svg_line(points, colour, 'stroke-width="2"'),
+                  *(svg_marker(i, *point) for point in points),
+                  svg_line(lead, colour, 'stroke-width="0.8"'),
+                  svg_marker(i, right + 22, places[arm]),
                   svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
-    note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over posts"
-    return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)", "Pass@k",
-                    [(x, str(k)) for x, k in zip(at_x, ks)], y_grid, right, marks)
+    if limits:
+        line = [(x, at_y(limits[str(k)]["independent"])) for x, k in zip(at_x, ks)]
+        marks += [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"'),
+                  svg_text(line[0][0] + 8, line[-1][1] - 6, "the limit of independent drafts")]
+    note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
+    x_grid = [(x, str(k)) for x, k in zip(at_x, ks)]
+    return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
+                    "Pass@k", x_grid, y_grid, right, marks)
+
+
+def named(centres):
+    """Markers and names at {arm: (x, y)}, each name at the nearest place inside the frame that is
+    free."""
+    # Boxes that no name may cover.
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres.values()]
+    offsets = sorted(((dx, dy) for dy in range(-120, 121, 6) for dx in (10, -10)),
+                     key=lambda offset: abs(offset[1] + 9) - offset[0] / 5)
+    marks = []
+    for i, (arm, (x, y)) in enumerate(centres.items()):
+        name = arm if len(arm) < 31 else arm[:29] + "…"
+        for dx, dy in offsets:
+            left = x + dx - (7 * len(name) if dx < 0 else 0)
+            box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
+            inside = LEFT < box[0] and box[2] < 712 and TOP < box[1] and box[3] < BOTTOM
+            if inside and not any(overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        if abs(dy) > 15:
+            marks.append(svg_line([(x, y), (x + dx, y + dy)], "#999", 'stroke-width="0.8"'))
+        anchor = "end" if dx < 0 else "start"
+        halo = f'stroke="#fff" stroke-width="3" paint-order="stroke" text-anchor="{anchor}"'
+        marks += [svg_marker(i, x, y), svg_text(x + dx, y + dy + 4, name, halo)]
+    return marks
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def draw_pass1_pass5(summary):
+    """summary -> SVG of Pass@1 against Pass@5 under the limit's front: arms with intervals, faint
+    dots their seeds; arms named BASE@KNOB are joined to a curve, a method over its own knob."""
+    rows = {arm: (a["metrics"]["pass@1"], a["metrics"]["pass@5"])
+            for arm, a in summary["arms"].items()}
+    limit = summary["front"]
+    xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
+              for axis in zip(*rows.values()))
+    at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, 700)
+    at_y, y_grid = scale(ys + [y for _, y in limit], BOTTOM, TOP)
+    line = [(at_x(x), at_y(y)) for x, y in limit]
+    marks = [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"')]
+    centres, curves = {}, {}
+    for i, (arm, (x, y)) in enumerate(rows.items()):
+        colour, bar = COLOURS[i % 7], 'opacity="0.5"'
+        u, v = centres[arm] = at_x(x["mean"]), at_y(y["mean"])
+        marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, bar),
+                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, bar)]
+        marks += [svg_seed(at_x(a), at_y(b), colour) for a, b in zip(x["per_seed"], y["per_seed"])]
+        curves.setdefault(arm.partition("@")[0], []).append((u, v))
+    marks += [svg_line(sorted(curve), "#999", 'stroke-width="1"')
+              for curve in curves.values() if len(curve) > 1]
+    note = "bars: 95% interval; faint: seeds; dashed: the limit of independent, always valid drafts"
+    return svg_page("One draft against five", note, "Pass@1 for the readers",
+                    "Pass@5 for the readers", x_grid, y_grid, 700, marks + named(centres))
 
 
 def draw_quality_diversity(summary):
-    """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds, Pareto front."""
-    rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"]) for arm, a in summary["arms"].items()}
+    """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds, Pareto
+    front."""
+    rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"])
+            for arm, a in summary["arms"].items()}
     xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
               for axis in zip(*rows.values()))
     (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, 700), scale(ys, BOTTOM, TOP)
     centres = {arm: (at_x(x["mean"]), at_y(y["mean"])) for arm, (x, y) in rows.items()}
     front, edge = [], LEFT
-    for x, y in sorted(centres[arm] for arm in summary["pareto"]):  # more diversity, less quality: steps
+    # More diversity, less quality: steps.
+    for x, y in sorted(centres[arm] for arm in summary["pareto"]):
         front, edge = front + [(edge, y), (x, y)], x
-    marks = [svg_line([*front, (edge, BOTTOM)], "#999", 'stroke-width="1.5" stroke-dasharray="5 4"')]
+    dashed = 'stroke-width="1.5" stroke-dasharray="5 4"'
+    marks = [svg_line([*front, (edge, BOTTOM)], "#999", dashed)]
     for i, (arm, (x, y)) in enumerate(rows.items()):
         (u, v), colour = centres[arm], COLOURS[i % 7]
         marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, 'opacity="0.5"'),
                   svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, 'opacity="0.5"')]
-        marks += [f'<circle cx="{at_x(a):.1f}" cy="{at_y(b):.1f}" r="3" fill="{colour}" opacity="0.35"/>'
-                  for a, b in zip(x["per_seed"], y["per_seed"])]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres.values()]  # boxes that no name may cover
-    offsets = sorted(((dx, dy) for dy in range(-120, 121, 6) for dx in (10, -10)),
-                     key=lambda offset: abs(offset[1] + 9) - offset[0] / 5)
-    for i, (arm, (x, y)) in enumerate(centres.items()):
-        name = arm if len(arm) < 31 else arm[:29] + "…"
-        for dx, dy in offsets:  # the nearest place inside the frame that is free
-            left = x + dx - (7 * len(name) if dx < 0 else 0)
-            box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
-            if LEFT < box[0] and box[2] < 712 and TOP < box[1] and box[3] < BOTTOM and not any(
-                    box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
-                break
-        taken.append(box)
-        marks += [svg_line([(x, y), (x + dx, y + dy)], "#999", 'stroke-width="0.8"')] if abs(dy) > 15 else []
-        anchor = "end" if dx < 0 else "start"
-        halo = f'stroke="#fff" stroke-width="3" paint-order="stroke" text-anchor="{anchor}"'
-        marks += [svg_marker(i, x, y), svg_text(x + dx, y + dy + 4, name, halo)]
-    note = "bars: 95% interval over posts; faint: seeds; dashed: Pareto front"
+        marks += [svg_seed(at_x(a), at_y(b), colour) for a, b in zip(x["per_seed"], y["per_seed"])]
+    marks += named(centres)
+    note = "bars: 95% interval; faint: seeds; dashed: Pareto front"
     return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
                     "share of valid drafts", x_grid, y_grid, 700, marks)
 
 
-# ---- Measuring runs: n drafts for each held-out post, scored -----------------------------------------------
+# ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
 
-def measure(a):
-    """Write evaluation.json into each run folder. A run measured already with the same settings is not
-    measured again."""
-    if a.n < max(KS):
-        raise InputError(f"--n {a.n}: Pass@{max(KS)} needs at least {max(KS)} drafts a post (twice as many are better)")
-    runs = [Path(r) for r in a.runs]
+def model_hash(path, revision):
+    """What tells a checkpoint from another without reading it all: its config.json and, of each
+    file of tensors, name, size and header."""
+    folder = data.fetch(path, revision)
+    total = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in tensor_files(folder):
+        with open(file, "rb") as f:
+            head = f.read(8)
+            total.update(f"{file.name} {file.stat().st_size}".encode())
+            total.update(head + f.read(min(int.from_bytes(head, "little"), 2 ** 24)))
+            f.seek(-min(2 ** 16, file.stat().st_size), 2)
+            total.update(f.read())           # and the end of its numbers
+    return total.hexdigest()
+
+
+def measure(args):
+    """Write evaluation.json into each run folder. A run measured already, on the same posts by the
+    same model with the same settings, is not measured again."""
+    if args.n < 10:
+        raise InputError(f"--n {args.n}: Pass@10 needs at least 10 drafts a post (twice as many "
+                         "are better)")
+    runs = [Path(run) for run in args.runs]
     for run in runs:
         if not (run / "adapter" / "adapter_config.json").exists():
-            raise InputError(f"{run}: no adapter there: give finished runs of polylora.py sft or grpo.py")
-    a.model = a.model or (read_json(runs[0] / "config.json").get("model") if runs else None)
-    if not a.model:
+            raise InputError(f"{run}: no adapter there: give finished runs of polylora.py sft or "
+                             f"grpo.py")
+    if not args.model and runs:
+        config = read_adapter_config(runs[0] / "adapter")
+        args.model = read_json(runs[0] / "config.json").get("model")
+        args.revision = args.revision or config.get("revision")
+    if not args.model:
         raise InputError("give runs to measure, or --model with --bare")
-    a.out = str(runs[0] if runs else a.bare)
-    s = Session(a, "measure")
-    s.load()
-    settings = {"n": a.n, "temperature": a.temperature, "max_new_tokens": a.max_new_tokens, "posts": len(s.posts),
-                "reward": a.reward, "reward_model": a.reward_model, "embedder": a.embedder, "top_p": a.top_p}
+    args.out = str(runs[0] if runs else args.bare)
+    session = Session(args, "measure")
+    session.load()
+    for run in runs:
+        same_domain(run, session.domain)
+    settings = measure_settings(session)
     jobs = [(run, read_json(run / "config.json")["seed"]) for run in runs]
-    if a.bare:
-        s.ranks.barrier()
-        if s.ranks.main:
-            write_files(a.bare, {"config.json": json.dumps({"seed": a.seed, "arm": "base", "model": a.model}, indent=2) + "\n"})
-        jobs.insert(0, (Path(a.bare), a.seed))
-    jobs = [(run, seed) for run, seed in jobs if not measured(run, settings)]
-    s.ranks.barrier()
+    if args.bare:
+        jobs.insert(0, (Path(args.bare), args.seed))
+    jobs = [(run, seed, settings | {"seed": seed, "adapter": adapter_hash(run)})
+            for run, seed in jobs]
+    jobs = [job for job in jobs if not measured(job[0], job[2])]
+    session.ranks.barrier()
+    scale = None
     if jobs:
-        s.shard_model()
-        load_embedder(s)
-        reward = None if s.domain.voices else make_reward(a.reward, s)
-    for run, seed in jobs:
-        if a.shard:  # modules of a sharded model cannot be exchanged
-            s.load_model()
-            s.embedder.model = s.model if a.embedder == "base" else s.embedder.model
-        drop_lora(s.model)
-        if run != Path(a.bare or ""):
-            load_adapter(s.model, run / "adapter", dropout=0.0)
-        s.shard_model()
-        a.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
-        measure_run(s, run, settings, reward)
-    s.ranks.close()
+        session.shard_model()
+        load_embedder(session)
+        if not session.domain.voices:
+            session.reward = make_reward(args.reward, session)
+            session.threshold, scale = passing(session)
+    for run, seed, own in jobs:
+        if args.shard:  # modules of a sharded model cannot be exchanged
+            session.load_model()
+            if args.embedder == "base":
+                session.embedder.model = session.model
+        drop_lora(session.model)
+        if own["adapter"]:
+            load_adapter(session.model, run / "adapter", dropout=0.0)
+        session.shard_model()
+        args.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
+        measure_run(session, run, own, scale)
+    session.ranks.close()
+
+
+def measure_settings(session):
+    """Everything that a record depends on, but for the run's own seed and adapter."""
+    args = session.args
+    texts = repr([(p.id, p.post, p.replies) for p in session.posts])
+    texts = hashlib.sha256(texts.encode()).hexdigest()
+    return {"n": args.n, "temperature": args.temperature, "top_p": args.top_p,
+            "max_new_tokens": args.max_new_tokens, "reward": args.reward,
+            "reward_model": args.reward_model, "embedder": args.embedder, "posts": texts,
+            "model": model_hash(args.model, args.revision), "dtype": str(session.model.dtype),
+            "nf4": args.nf4, "readers": session.domain.record()}
+
+
+def adapter_hash(run):
+    return file_hash(run / "adapter" / "adapter_model.safetensors")
 
 
 def measured(run, settings):
@@ -546,142 +713,218 @@ def measured(run, settings):
     return path.exists() and read_object(path).get("settings") == settings
 
 
-def measure_run(s, run, settings, reward):
-    """evaluation.json and a line in metrics.jsonl for the model as it stands; posts are dealt to the
-    ranks."""
-    began, a = time.perf_counter(), s.args
-    mine = s.deal(list(range(len(s.posts))))
-    with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not s.ranks.main,
+def passing(session):
+    """(threshold, scale) of a reward without a verifier: a draft passes when it earns more than 19
+    of 20 human replies that were written to another post. The scale says what share of people's
+    held-out replies, of shuffled and of truncated ones (their first half) passes by it."""
+    cut = [held_out(post) for post in session.posts if len(post.replies) > 1]
+    if len(cut) < 2:                         # one reply a post: it is scored beside itself
+        cut = [held_out(post) for post in session.posts]
+    posts, own = [post for post, _ in cut], [reply for _, reply in cut]
+    half = len(own) // 2
+    streams = range(len(posts))
+    earn = lambda texts: np.array(session.reward(posts, [[t] for t in texts], streams))[:, 0]
+    people, shuffled = earn(own), earn(own[half:] + own[:half])
+    truncated = earn([" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own])
+    threshold = float(np.quantile(shuffled, 0.95, method="higher"))
+    share = lambda values: float((values > threshold).mean())
+    return threshold, {"people": share(people), "shuffled": share(shuffled),
+                       "truncated": share(truncated), "threshold": threshold}
+
+
+def measure_run(session, run, settings, scale):
+    """evaluation.json, config.json of a bare run, and a line in metrics.jsonl for the model as it
+    stands; posts are dealt to the ranks."""
+    began, args, ranks = time.perf_counter(), session.args, session.ranks
+    mine = session.deal(list(range(len(session.posts))))
+    with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-        _, samples, texts = s.sample_drafts([Visit(i,0) for i in mine], 0, a.n, progress=bar.update)
-    records = s.ranks.gather(make_records(s, [s.posts[i] for i in mine], samples, texts, reward))
-    written, = s.ranks.sum([sum(len(d) for drafts in samples.tokens for d in drafts)])
+        visits = [Visit(i, 0) for i in mine]
+        _, samples, texts = session.sample_drafts(visits, 0, args.n, progress=bar.update)
+    records = ranks.gather(make_records(session, [session.posts[i] for i in mine], samples, texts))
+    written, = ranks.sum([sum(len(d) for drafts in samples.tokens for d in drafts)])
     seconds = time.perf_counter() - began
-    if s.ranks.main:
-        result = {"version": 1, "domain": s.domain.name, "settings": settings,
-                  "tastes": {v: 1 / len(s.domain.voices) for v in s.domain.voices} or None, "records": records}
-        end = {"event": "end", "stage": "measure", "seconds": seconds, "tokens_per_second": written / seconds,
-               "peak_bytes": peak_bytes(s.ranks.device), "ranks": s.ranks.world, "device": s.ranks.device.type}
-        with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(end) + "\n")
-        write_files(run, {"evaluation.json": json.dumps(result, ensure_ascii=False) + "\n"})
+    if not ranks.main:
+        return
+    result = {"version": 2, "domain": session.domain.name, "settings": settings, "scale": scale,
+              "records": records}
+    end = {"event": "end", "stage": "measure", "seconds": seconds,
+           "tokens_per_second": written / seconds, "peak_bytes": peak_bytes(ranks.device),
+           "ranks": ranks.world, "device": ranks.device.type}
+    files = {"evaluation.json": json.dumps(result, ensure_ascii=False) + "\n"}
+    if not settings["adapter"]:
+        config = {"seed": settings["seed"], "arm": "base", "model": args.model}
+        files = {"config.json": json.dumps(config, indent=2) + "\n"} | files
+    write_files(run, files)
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(end) + "\n")
 
 
-def make_records(s, posts, samples, texts, reward):
+def make_records(session, posts, samples, texts):
     """One record a post (fields: top of this file)."""
-    embeddings = s.embedder(texts)
+    domain, embeddings = session.domain, session.embedder(texts)
     spread, vectors, records = diversity(embeddings).tolist(), embeddings.cpu().numpy(), []
-    if not s.domain.voices:
-        rewards = reward(posts, texts)
-        people = reward(posts, [p.replies for p in posts])
+    rewards = None if domain.voices else session.reward(posts, texts, range(len(posts)))
     for i, post in enumerate(posts):
-        record = {"id": post.id, "post": post.post, "drafts": texts[i], "finished": samples.finished[i],
-                  "semantic": spread[i], "vendi": vendi_score(vectors[i])}
-        if s.domain.voices:  # the reward is the exact mean over readers drawn by popularity
-            record["voices"] = [list(s.domain.voices_of(post, t)) for t in texts[i]]
-            record["rewards"] = [math.fsum(s.domain.popularity_of(post)[v] for v in right) for right in record["voices"]]
-        else:  # a draft passes when it earns what people's own replies earn
-            bar = float(np.mean(people[i]))
-            record |= {"rewards": rewards[i], "passed": [r >= bar for r in rewards[i]]}
+        record = {"id": post.id, "post": post.post, "intent": post.intent, "drafts": texts[i],
+                  "finished": samples.finished[i], "semantic": spread[i],
+                  "vendi": vendi_score(vectors[i])}
+        if domain.voices:  # the reward is the exact mean over readers
+            readers = domain.popularity_of(post)
+            right = [list(domain.voices_of(post, t)) for t in texts[i]]
+            record |= {"voices": right, "readers": readers, "alike": alike(domain, post),
+                       "rewards": [math.fsum(readers[v] for v in voices) for voices in right]}
+        else:
+            passed = [r > session.threshold for r in rewards[i]]
+            record |= {"rewards": rewards[i], "passed": passed}
         records.append(record)
     return records
 
 
-def show_drafts(a):
-    """Print k drafts for one post, as an app would show them; drafts that say the same are shown once, with
-    their number."""
-    run = Path(a.folder)
+def alike(domain, post):
+    """Groups of voices whose reply to the post is the same string."""
+    groups = {}
+    for voice, reply in zip(post.voices, post.replies) if domain.name == "voices" else ():
+        groups.setdefault(data.normalise(reply), []).append(voice)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def show_drafts(args):
+    """Print k drafts for one post, as an app would show them; drafts that say the same are shown
+    once, with their number."""
+    run = Path(args.folder)
     if not (run / "adapter" / "adapter_config.json").exists():
-        raise InputError(f"{run}: no adapter there: give a finished run of polylora.py sft or grpo.py")
-    if not a.post.strip():
+        raise InputError(f"{run}: no adapter there: give a finished run of polylora.py sft or "
+                         f"grpo.py")
+    if not args.post.strip():
         raise InputError("the post is empty: give its text in quotes")
-    config = read_json(run / "config.json")
-    a.model, a.out = a.model or config["model"], a.folder
-    s = Session(a, "drafts")
-    s.load_model()
-    load_adapter(s.model, run / "adapter", dropout=0.0)
-    s.shard_model()
-    s.posts = [data.Post("drafts", a.post, ())]
-    s.domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]](s.posts)
-    _, samples, (texts,) = s.sample_drafts([Visit(0,0)], 0, a.k)
+    if not args.model:
+        args.model = read_json(run / "config.json")["model"]
+        args.revision = args.revision or read_adapter_config(run / "adapter").get("revision")
+    args.out = args.folder
+    session = Session(args, "drafts")
+    session.load_model()
+    load_adapter(session.model, run / "adapter", dropout=0.0)
+    session.shard_model()
+    session.posts = [data.Post("drafts", args.post, ())]
+    session.domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]](session.posts)
+    _, samples, (texts,) = session.sample_drafts([Visit(0, 0)], 0, args.k)
     for number, (text, times) in enumerate(Counter(texts).items(), 1):
-        print(f"{number}. {text}" + (f"   (x{times})" if times > 1 else ""))
-    s.ranks.close()
+        print(f"{number}. {printable(text)}" + (f"   (x{times})" if times > 1 else ""))
+    session.ranks.close()
 
 
-# ---- Commands ----------------------------------------------------------------------------------------------
+# ---- Commands ------------------------------------------------------------------------------------
 
 def write_files(folder, files):
-    """{name: text} into a folder, made if need be; all are written beside their places, then moved there."""
-    folder = Path(folder)
+    """{name: text} into a folder, made if need be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / f".{name}.part").write_text(text, encoding="utf-8")
-        for name in files:
-            os.replace(folder / f".{name}.part", folder / name)
+        Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error}); give another folder") from None
+    for name, text in files.items():
+        write_text(Path(folder) / name, text)
 
 
-def report(run_folders, out_folder, against=None):
-    """Compare measured runs: report.json, .md, .txt and two SVGs in out_folder. -> the dict of report.json.
+def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
+    """Compare measured runs: report.json, .md, .txt, .csv and SVGs in out_folder. -> report.json's
+    dict.
 
-    Runs of one arm are its seeds: values are averaged over them in each post, and intervals are over posts.
-    `against` names the arm from which paired differences are taken. Writes nothing on an InputError.
+    Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
+    endpoint the two arms of the primary comparison. Writes nothing on an InputError.
     """
-    summary = summarise(group_runs(run_folders), against)
-    text, page = write_tables(summary)
-    data = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    write_files(out_folder, {"report.json": data, "report.md": page, "report.txt": text,
-                             "pass_at_k.svg": draw_pass_at_k(summary),
-                             "quality_diversity.svg": draw_quality_diversity(summary)})
+    arms = group_runs(run_folders, ks)
+    summary = summarise(arms, against, ks)
+    if endpoint:
+        summary["notes"] += primary(arms, *endpoint)
+    text, page, sheet = write_tables(summary)
+    files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
+             "report.md": page, "report.txt": text, "report.csv": sheet,
+             "pass_at_k.svg": draw_pass_at_k(summary),
+             "quality_diversity.svg": draw_quality_diversity(summary)}
+    if summary["limits"] and "front" in summary:
+        files["pass1_pass5.svg"] = draw_pass1_pass5(summary)
+    write_files(out_folder, files)
     print(text, end="")
     return summary
 
 
+def whole_numbers(text):
+    """"1,5,10" -> (1, 5, 10)."""
+    try:
+        ks = tuple(sorted({int(k) for k in text.split(",")}))
+    except ValueError:
+        ks = ()
+    if not ks or ks[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers from 1, such as 1,5,10")
+    return ks
+
+
 def parser():
     """Three commands; each sets `run`, what to do with its arguments."""
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Judge runs by Pass@k, diversity, quality.")
+    p = argparse.ArgumentParser(prog="evaluate.py",
+                                description="Judge runs by Pass@k, diversity, quality.")
     sub = p.add_subparsers(required=True, dest="command", metavar="COMMAND")
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    m = sub.add_parser("measure", help="draft replies to held-out posts with each run and score them", **form)
-    m.add_argument("runs", nargs="*", metavar="RUN", help="finished runs of polylora.py sft or grpo.py, all on one base model")
-    m.add_argument("--data", required=True, help="held-out posts, JSON lines")
-    m.add_argument("--bare", metavar="FOLDER", help="also measure the base model without adapter, as a run in this folder")
-    m.add_argument("--n", "--samples", type=int, default=20, help="drafts for each post: at least 10, for Pass@10 (after torchrun write "
-                                                                  "--samples: it takes --n for an option of its own)")
-    m.add_argument("--seed", type=int, default=1, help="of --bare's drafts; a run's drafts use the run's own seed")
-    m.add_argument("--reward", default="auto", choices=("auto", *REWARDS), help="what a draft earns, in domains without a verifier")
-    m.add_argument("--reward-model", help="Qwen3 folder or hub name for --reward model or judge")
+    m = sub.add_parser("measure", help="draft replies to held-out posts with each run, score them",
+                       **form)
+    add = m.add_argument
+    add("runs", nargs="*", metavar="RUN",
+        help="finished runs of polylora.py sft or grpo.py, all on one base model")
+    add("--data", required=True, help="held-out posts, JSON lines")
+    add("--bare", metavar="FOLDER",
+        help="also measure the base model without adapter, as a run in this folder")
+    add("--n", "--samples", type=int, default=64,
+        help="drafts for each post: at least 10, for Pass@10, and more than the largest k is "
+             "better (after torchrun write --samples: it takes --n for an option of its own)")
+    add("--seed", type=int, default=1,
+        help="of --bare's drafts; a run's drafts use the run's own seed")
+    add("--reward", default="auto", choices=("auto", *REWARDS),
+        help="what a draft earns, in domains without a verifier")
+    add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge")
+    add("--domain", default="auto", help="how drafts are scored: auto, pocket, voices or replies")
+    add("--embedder", default="base",
+        help="what embeds drafts: base, or the folder or hub name of an embedding model")
+    add("--skip-bad-lines", action="store_true",
+        help="skip, count and report unreadable lines of --data")
     m.set_defaults(run=measure)
-    d = sub.add_parser("drafts", help="write k drafts for one post, as an app would show them", **form)
+    d = sub.add_parser("drafts", help="write k drafts for one post, as an app would show them",
+                       **form)
     d.add_argument("folder", metavar="RUN", help="finished run of polylora.py sft or grpo.py")
     d.add_argument("post", help="the post, in quotes")
     d.add_argument("--k", type=int, default=5, help="drafts to write")
-    d.add_argument("--seed", type=int, default=1, help="of the sampling: another seed, other drafts")
+    d.add_argument("--seed", type=int, default=1,
+                   help="of the sampling: another seed, other drafts")
     d.set_defaults(run=show_drafts)
     for q in (m, d):
-        q.add_argument("--model", help="Qwen3 checkpoint under the adapters; default: the one the first run names")
-        q.add_argument("--max-new-tokens", type=int, default=100, help="longest draft, in tokens, stop token included")
-        q.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy, so that all drafts are equal")
-        q.add_argument("--top-p", type=float, default=1.0, help="smallest share of probability to sample from")
+        q.add_argument("--model",
+                       help="Qwen3 checkpoint under the adapters; default: the first run's")
+        q.add_argument("--max-new-tokens", type=int, default=100,
+                       help="longest draft, in tokens, stop token included")
+        q.add_argument("--temperature", type=float, default=1.0,
+                       help="of sampling; 0 is greedy, so that all drafts are equal")
+        q.add_argument("--top-p", type=float, default=1.0,
+                       help="smallest share of probability to sample from")
         model_flags(q)
-    m.add_argument("--domain", default="auto", help="how drafts are scored: auto, pocket, voices or replies")
-    m.add_argument("--embedder", default="base", help="what embeds drafts: base, or a Qwen3-Embedding folder or hub name")
-    m.add_argument("--skip-bad-lines", action="store_true", help="skip, count and report unreadable lines of --data")
-    r = sub.add_parser("report", help="compare measured runs: tables (txt, md, json) and pictures (SVG)", **form)
-    r.add_argument("runs", nargs="+", metavar="RUN",
-                   help="folder of a measured run; runs whose config.json names the same arm are its seeds")
-    r.add_argument("--out", required=True, metavar="FOLDER", help="folder for the report, made if need be")
-    r.add_argument("--against", metavar="ARM", help="arm from which paired differences are taken")
-    r.set_defaults(run=lambda a: report(a.runs, a.out, a.against))
+    r = sub.add_parser("report", help="compare measured runs: tables and pictures", **form)
+    add = r.add_argument
+    add("runs", nargs="+", metavar="RUN",
+        help="folder of a measured run; runs whose config.json names the same arm are its seeds")
+    add("--out", required=True, metavar="FOLDER", help="folder for the report, made if need be")
+    add("--against", metavar="ARM", help="arm from which paired differences are taken")
+    add("--ks", type=whole_numbers, default=KS, metavar="LIST", help="the k of Pass@k")
+    add("--primary", nargs=2, metavar=("ARM", "RIVAL"),
+        help="test the primary endpoint: Pass@5 superior, then Pass@1 not inferior, then Pass@10 "
+             "superior")
+    r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
+                                           args.primary))
     return p
 
 
 def main(argv=None):
-    """Command line; returns the exit code: 0, or 2 after wrong input, said in one line on stderr."""
-    return data.command(parser(), argv)
+    """Command line; returns the exit code: 0, or 2 after wrong input, said in one line on
+    stderr."""
+    return command(parser(), argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ token: it hands q, k, v to `attend`. Two things differ from a textbook transform
   * a post is read once for its k drafts: one row holds a post and all its drafts (pack).
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, field

@@ -17,9 +17,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
-from evaluate import (  # noqa: E402
-    InputError, bootstrap_interval, distinct_n, max_at_k, paired_interval, pareto_front, pass_at_k,
-    post_metrics, self_bleu, vendi_score, words)
+from evaluate import InputError  # noqa: E402
+from metrics import (  # noqa: E402
+    attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
+    interval, max_at_k, mean_limit, pareto_front, pass_at_k, pleased, post_metrics, reader_shares,
+    self_bleu, sign_flip, t_quantile, vendi_score, words)
 
 GOLDEN = Path(__file__).parent / "golden" / "self_bleu.json"
 DRAFTS = {
@@ -173,55 +175,144 @@ def test_pareto_front():
 
 # Intervals
 
-def test_bootstrap_interval_covers_and_repeats():
-    rng, hits, widths = np.random.default_rng(1), 0, []
-    for trial in range(200):
-        low, high = bootstrap_interval(rng.normal(0.5, 0.2, 60), draws=400)
-        hits, widths = hits + (low < 0.5 < high), widths + [high - low]
-    assert 175 <= hits <= 199  # 95% of 200, less a little for the percentile form, give or take 3 sd
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.2 / 60 ** 0.5, rel=0.1)
-    values = rng.random(30)
-    assert bootstrap_interval(values) == bootstrap_interval(values)
-    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
-    narrow, wide = bootstrap_interval(values, level=0.5), bootstrap_interval(values)
-    assert wide[0] < narrow[0] < values.mean() < narrow[1] < wide[1]
-    for wrong in ([1.0], [], [1.0, math.nan], [[1.0, 2.0]]):
+def test_the_quantiles_of_t():
+    """Against the tables, to three decimals."""
+    for df, want in ((1, 12.706), (2, 4.303), (4, 2.776), (11, 2.201), (69, 1.995), (1000, 1.962)):
+        assert t_quantile(df) == pytest.approx(want, abs=1e-3)
+    assert t_quantile(5, 0.9) == pytest.approx(2.015, abs=1e-3)
+
+
+def simulated(seeds, clusters, shared, spread, rng, trials):
+    """How often the interval holds the truth, 0.3: seeds, clusters of 1 to 5 posts and posts all vary."""
+    hits = 0
+    for _ in range(trials):
+        sizes = rng.integers(1, 6, clusters)
+        label = np.repeat(np.arange(clusters), sizes)
+
+        def posts():
+            return rng.normal(0, spread["cluster"], clusters)[label] + rng.normal(0, 0.1, len(label))
+        common = posts()
+        values = [0.3 + rng.normal(0, spread["seed"]) + (common if shared else posts())
+                  + rng.normal(0, spread["both"], clusters)[label] for _ in range(seeds)]
+        _, low, high = interval(values, [label.tolist()] * seeds, shared)
+        hits += low < 0.3 < high
+    return hits / trials
+
+
+@pytest.mark.parametrize("seeds, shared", [(3, True), (5, True), (12, True), (3, False), (12, False)])
+def test_intervals_over_seeds_and_posts_cover_what_they_say(seeds, shared):
+    """Known truth: 95% intervals hold it 93 to 97 times of 100 when seeds, when clusters and when both
+    matter. The posts alone, as before, would hold it far less often where seeds differ."""
+    rng = np.random.default_rng(7)
+    every = []
+    for spread in (dict(seed=0.05, cluster=0.02, both=0.02), dict(seed=0.02, cluster=0.3, both=0.1),
+                   dict(seed=0.04, cluster=0.3, both=0.05)):
+        every.append(simulated(seeds, 70, shared, spread, rng, 400))
+    assert 0.93 <= np.mean(every) <= 0.97 and min(every) > 0.91 and max(every) < 0.99, every
+
+
+def test_an_interval_of_one_seed_is_over_clusters():
+    """88 intents with one reply set each: 200 posts are not 200 independent numbers."""
+    rng = np.random.default_rng(1)
+    label = np.repeat(np.arange(20), 10)
+    values = rng.normal(0, 1, 20)[label]
+    mean, low, high = interval([values], [label.tolist()], True)
+    apart = interval([values], [list(range(200))], True)
+    assert mean == pytest.approx(values.mean()) and high - low > 2.5 * (apart[2] - apart[1])
+    for wrong in ([[1.0]], [[]], [[1.0, math.nan]], [[[1.0, 2.0]]]):
         with pytest.raises(ValueError):
-            bootstrap_interval(wrong)
+            interval(wrong, [["a", "b"]], True)
 
 
-def test_paired_interval_sees_a_small_difference_between_unequal_posts():
-    rng = np.random.default_rng(2)
-    hard = rng.random(100)
-    a, b = hard + 0.02 + rng.normal(0, 0.01, 100), hard + rng.normal(0, 0.01, 100)
-    low, high = paired_interval(a, b)
-    assert 0 < low < 0.02 < high < 0.04
-    assert bootstrap_interval(a)[0] < bootstrap_interval(b)[1]  # unpaired intervals overlap
-    assert paired_interval(b, a) == pytest.approx((-high, -low))
-    with pytest.raises(ValueError):
-        paired_interval(a, b[:-1])
+def test_sign_flips_and_holm_by_hand():
+    assert sign_flip([1, 2, 3]) == 2 / 8 and sign_flip([1, 1, 1, 1, 1]) == 2 / 32
+    assert sign_flip([1, -1]) == 1 and sign_flip([0.0, 0.0]) == 1
+    assert sign_flip(np.full(20, 0.3)) < 1e-3
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+# The limit
+
+def grid(voices, steps):
+    for cut in itertools.combinations(range(steps + voices - 1), voices - 1):
+        cut = (-1, *cut, steps + voices - 1)
+        yield np.array([b - a - 1 for a, b in zip(cut, cut[1:])]) / steps
+
+
+@pytest.mark.parametrize("readers", [(0.6, 0.3, 0.1), (0.4, 0.4, 0.2), (0.547, 0.193, 0.26), (1.0, 0, 0)])
+@pytest.mark.parametrize("valid", [1.0, 0.6])
+def test_the_limit_is_the_best_of_all_shares(readers, valid):
+    """Against brute force over a grid of shares: none is better, and the best of them is as good."""
+    for k in (1, 2, 3, 5, 10):
+        best = max(pleased(readers, q, k, valid) for q in grid(3, 60))
+        assert best - 1e-9 <= attainable(readers, k, valid) <= best + 2e-3
+        q = best_shares(readers, k, valid)
+        assert q.sum() == pytest.approx(1) and q.min() > -1e-9
+    for w in (0.0, 0.3, 0.7, 0.95, 1.0):
+        value = lambda q: w * pleased(readers, q, 1, valid) + (1 - w) * pleased(readers, q, 5, valid)
+        best = max(value(q) for q in grid(3, 60))
+        assert best - 1e-6 <= value(best_shares(readers, 5, valid, w)) <= best + 2e-3
+
+
+def test_the_limit_of_the_published_shares():
+    """Six voices with popularity as rank^-1.5: .767 at k = 5, .741 at validity .9, .638 at .6; and one
+    voice alone is the best of one draft."""
+    weights = [(i + 1) ** -1.5 for i in range(6)]
+    readers = tuple(w / sum(weights) for w in weights)
+    for valid, want in ((1.0, 0.767), (0.9, 0.741), (0.6, 0.638)):
+        assert attainable(readers, 5, valid) == pytest.approx(want, abs=2e-3)
+    assert attainable(readers, 1, 0.905) == pytest.approx(0.495, abs=1e-3)
+    line = front(Counter({readers: 3}), 5)
+    assert line[-1][0] == pytest.approx(readers[0], abs=1e-6)
+    assert line[0][1] == pytest.approx(attainable(readers, 5), abs=1e-6)
+    assert all(b[0] >= a[0] - 1e-9 and b[1] <= a[1] + 1e-9 for a, b in zip(line, line[1:]))
+
+
+def test_no_policy_of_independent_drafts_passes_the_limit():
+    """Random policies with n drafts a post, judged as runs are: within their interval of the limit, and
+    the best one reaches it. Voices that share a reply are one to the limit."""
+    rng, readers = np.random.default_rng(3), {"a": 0.5, "b": 0.3, "c": 0.2}
+    shares = Counter({reader_shares({"readers": readers}): 1})
+    top = mean_limit(shares, 5)
+    for q in (best_shares((0.5, 0.3, 0.2), 5), [1 / 3] * 3, [0.8, 0.1, 0.1]):
+        values = []
+        for _ in range(300):
+            picks = rng.choice(list(readers), 20, p=q)
+            values.append(post_metrics(record([[v] for v in picks], n=20, readers=readers), (5,))["pass@5"])
+        mean, low, high = interval([np.array(values)], [list(range(300))], True)
+        assert low <= top
+    alike = {"readers": readers, "alike": [["a", "c"]]}
+    assert reader_shares(alike) == (0.7, 0.3) and attainable((0.7, 0.3), 2) > attainable((0.5, 0.3, 0.2), 2)
 
 
 # One post
 
-TASTES = {"warm": 0.5, "dry": 0.3, "terse": 0.2}
+READERS = {"warm": 0.5, "dry": 0.3, "terse": 0.2}
 
 
 def record(voices=None, *, name="p0", n=4, **changed):
     voices = [["warm"], [], ["warm", "dry"], []] if voices is None else voices
     return {"id": name, "post": f"text of {name}", "drafts": [f"draft {i} of many" for i in range(n)],
             "voices": voices, "rewards": [float(bool(right)) for right in voices],
-            "finished": [True] * (n - 1) + [False], "semantic": 0.25, "vendi": 2.0} | changed
+            "finished": [True] * (n - 1) + [False], "semantic": 0.25, "vendi": 2.0,
+            "readers": READERS, "intent": ""} | changed
 
 
 def test_post_metrics_with_voices_by_enumeration():
     voices = [["warm"], [], ["warm", "dry"], [], ["dry", "dry"], []]  # a voice named twice is still one draft
-    got = post_metrics(record(voices, n=6, rewards=[1, 0, 2.5, 0, 1, 0]), TASTES, ks=(1, 2, 5))
+    got = post_metrics(record(voices, n=6, rewards=[1, 0, 2.5, 0, 1, 0]), ks=(1, 2, 5))
     for k in (1, 2, 5):
         subsets = list(itertools.combinations(voices, k))
         pleased = sum(share * sum(any(voice in right for right in subset) for subset in subsets)
-                      for voice, share in TASTES.items())
+                      for voice, share in READERS.items())
+        covered = sum(sum(any(voice in right for right in subset) for subset in subsets)
+                      for voice in READERS) / 3
         assert got[f"pass@{k}"] == pytest.approx(pleased / len(subsets), abs=1e-12)
+        assert got[f"coverage@{k}"] == pytest.approx(covered / len(subsets), abs=1e-12)
+        if k > 1:                            # all drafts are equally long: the first of a subset is picked
+            longest = sum(sum(READERS[v] for v in set(subset[0])) for subset in subsets)
+            assert got[f"longest@{k}"] == pytest.approx(longest / len(subsets), abs=1e-12)
     assert (got["valid"], got["stances"], got["reward"]) == (0.5, 2.0, 0.75)
     assert got["max@5"] == pytest.approx((5 * 2.5 + 1) / 6)
     assert (got["truncated"], got["words"], got["semantic"], got["vendi"]) == (1 / 6, 4.0, 0.25, 2.0)
@@ -231,24 +322,43 @@ def test_post_metrics_with_voices_by_enumeration():
 def test_post_metrics_without_voices():
     plain = record(passed=[True, False, False, False], rewards=[0.9, 0.1, 0.2, 0.4])
     del plain["voices"]
-    got = post_metrics(plain, None, ks=(1, 3))
+    del plain["readers"]
+    got = post_metrics(plain, ks=(1, 3))
     assert got["pass@1"] == 0.25 and got["pass@3"] == 0.75 and got["valid"] == 0.25 and "stances" not in got
 
 
 def test_post_metrics_leaves_out_what_no_draft_can_show():
-    empty = post_metrics(record(drafts=["", "", " ", ""]), TASTES, ks=(1,))
-    assert not {"distinct-1", "distinct-2", "self-bleu"} & set(empty) and empty["words"] == 0
-    short = post_metrics(record(drafts=["yes", "no", "", "yes"]), TASTES, ks=(1,))
+    empty = post_metrics(record(drafts=["", "", " ", ""]), ks=(1,))
+    assert not {"distinct-1", "distinct-2", "self-bleu", "ead"} & set(empty) and empty["words"] == 0
+    short = post_metrics(record(drafts=["yes", "no", "", "yes"]), ks=(1,))
     assert short["distinct-1"] == 2 / 3 and "distinct-2" not in short
 
 
-@pytest.mark.parametrize("changed, tastes, ks", [
-    ({}, TASTES, (5,)), ({}, None, (1,)), ({}, {"warm": 1.0}, (1,)), ({}, TASTES | {"dry": 0.9}, (1,)),
-    ({"rewards": [1.0]}, TASTES, (1,)), ({"semantic": None}, TASTES, (1,)), ({"finished": []}, TASTES, (1,)),
-    ({"rewards": [math.inf, 0, 0, 0]}, TASTES, (1,)), ({"vendi": math.nan}, TASTES, (1,))])
-def test_post_metrics_refuses(changed, tastes, ks):
+@pytest.mark.parametrize("changed, ks", [
+    ({}, (5,)), ({"readers": None}, (1,)), ({"readers": {"warm": 1.0}}, (1,)),
+    ({"readers": READERS | {"dry": 0.9}}, (1,)), ({"rewards": [1.0]}, (1,)), ({"semantic": None}, (1,)),
+    ({"finished": []}, (1,)), ({"rewards": [math.inf, 0, 0, 0]}, (1,)), ({"vendi": math.nan}, (1,))])
+def test_post_metrics_refuses(changed, ks):
     with pytest.raises(ValueError):
-        post_metrics(record(**changed), tastes, ks)
+        post_metrics(record(**changed), ks)
+
+
+def test_words_of_scripts_without_spaces_are_characters():
+    """A Thai or Chinese reply would be one word, and every two of them wholly different."""
+    assert words("don't PANIC, 42!") == ["don't", "panic", ",", "42", "!"]
+    assert words("今天很好") == list("今天很好") and len(words("สวัสดี")) > 3
+    assert words("👍 ok 👍") == ["👍", "ok", "👍"] and words("مرحبا بك") == ["مرحبا", "بك"]
+    assert words("") == words(" \n") == []
+
+
+def test_ead_and_duplicates_by_hand():
+    """Of three different words in four draws from ten, 10 (1 - .9^4) = 3.439 were to be expected."""
+    assert expectation_adjusted_distinct(["a b", "a c"], 10) == pytest.approx(3 / 3.439)
+    assert expectation_adjusted_distinct(["a"] * 50, 10) < expectation_adjusted_distinct(["a"] * 2, 10)
+    with pytest.raises(ValueError):
+        expectation_adjusted_distinct(["", " "], 10)
+    assert duplicate_rate(["Yes!", "yes", "no", "yes?"]) == 0.5 and duplicate_rate(["a", "b"]) == 0
+    assert duplicate_rate(["", ""]) == 0.5
 
 
 # The report
@@ -261,7 +371,7 @@ def write_run(folder, seed, arm, right, *, posts=6, end=True, settings=None, **c
     (folder / "config.json").write_text(json.dumps({"seed": seed} | ({"arm": arm} if arm else {})))
     settings = {"n": 12, "temperature": 1.0, "split": "test"} | (settings or {})
     (folder / "evaluation.json").write_text(json.dumps(
-        {"version": 1, "domain": "pocket", "settings": settings, "tastes": TASTES, "records": records}))
+        {"version": 2, "domain": "pocket", "settings": settings, "records": records}))
     lines = [{"event": "step", "loss": math.nan}]
     if end:
         lines.append({"event": "end", "stage": "sft", "seconds": 10.0 + seed, "tokens_per_second": 100,
@@ -282,7 +392,8 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     out = tmp_path / "out" / "deep"
     assert evaluate.main(["report", *runs, "--out", str(out), "--against", "lora-grpo"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "report.json", "report.md", "report.txt", "pass_at_k.svg", "quality_diversity.svg"}
+        "report.json", "report.md", "report.txt", "report.csv", "pass_at_k.svg", "pass1_pass5.svg",
+        "quality_diversity.svg"}
     data = json.loads((out / "report.json").read_text())
     assert list(data["arms"]) == ["lora-grpo", "poly <&> |", "base"] and data["posts"] == 6
     lora, base = data["arms"]["lora-grpo"], data["arms"]["base"]
@@ -291,14 +402,16 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     assert valid["per_seed"] == pytest.approx([2.5 / 12, 4.5 / 12])
     assert valid["sd_over_seeds"] == pytest.approx(2 / 12 / 2 ** 0.5)
     assert valid["low"] < valid["mean"] < valid["high"]
-    interval = bootstrap_interval([(3 + i % 2) / 12 for i in range(6)])
-    assert (valid["low"], valid["high"]) == pytest.approx(interval, abs=1e-12)
+    want = interval([np.array([(2 + 2 * s + i % 2) / 12 for i in range(6)]) for s in (0, 1)],
+                    [[f"p{i}" for i in range(6)]] * 2, True)
+    assert (valid["low"], valid["high"]) == pytest.approx(want[1:], abs=1e-12)
     assert lora["metrics"]["pass@10"]["mean"] == pytest.approx(
         0.5 * np.mean([pass_at_k(12, c, 10) for c in (2, 3, 4, 5)]), abs=1e-12)
     assert base["metrics"]["distinct-2"] == {"mean": None, "posts_left_out": 6}
     assert base["metrics"]["valid"]["sd_over_seeds"] is None
     difference = data["differences"]["poly <&> |"]["valid"]
-    assert difference["mean"] == pytest.approx(2.5 / 12) and difference["low"] > 0
+    assert difference["mean"] == pytest.approx(3.5 / 12) and difference["low"] > 0  # of seed 0 alone
+    assert difference["seeds"] == 1 and difference["p_holm"] >= difference["p"]
     assert "lora-grpo" not in data["differences"]
     assert data["pareto"] == ["poly <&> |"]
     assert data["stages"][0] == {"arm": "lora-grpo", "stage": "sft", "seconds": 10.5,
@@ -306,7 +419,7 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     text = (out / "report.txt").read_text()
     assert capsys.readouterr().out == text and "distinct-2 in 6 posts of base" in text and "0.292 ±" in text
     assert "poly <&> \\|" in (out / "report.md").read_text()
-    for name in ("pass_at_k.svg", "quality_diversity.svg"):
+    for name in ("pass_at_k.svg", "pass1_pass5.svg", "quality_diversity.svg"):
         page = (out / name).read_text()
         words_in = [element.text for element in ElementTree.fromstring(page).iter() if element.text]
         assert {"lora-grpo", "poly <&> |", "base"} <= set(words_in)
@@ -320,7 +433,7 @@ def test_report_of_one_run_and_few_drafts_leaves_out_what_n_cannot_show(tmp_path
     data = json.loads(path.read_text())
     data["records"] = [record(name=f"p{i}") for i in range(3)]
     path.write_text(json.dumps(data))
-    assert evaluate.report([folder], tmp_path / "out")["ks"] == [1, 3]
+    assert evaluate.report([folder], tmp_path / "out")["ks"] == [1, 2, 3]
     data["records"] = [record([["warm"]], name=f"p{i}", n=1) for i in range(3)]
     path.write_text(json.dumps(data))
     summary = evaluate.report([folder], tmp_path / "out")
@@ -338,10 +451,10 @@ def refused(capsys, out, *arguments):
 
 def test_report_compares_like_with_like(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    fewer = write_run(tmp_path / "fewer", 2, "lora-grpo", lambda i: 2, posts=5)
+    fewer = write_run(tmp_path / "fewer", 0, "other", lambda i: 2, posts=5)
     message = refused(capsys, out, *runs, fewer)
     assert runs[0] in message and fewer in message and "the posts" in message
-    changed = write_run(tmp_path / "changed", 2, "lora-grpo", lambda i: 2, post="other text, same id")
+    changed = write_run(tmp_path / "changed", 0, "other", lambda i: 2, post="other text, same id")
     assert "the posts" in refused(capsys, out, *runs, changed)
     hotter = write_run(tmp_path / "hotter", 2, "lora-grpo", lambda i: 2, settings={"temperature": 0.7})
     message = refused(capsys, out, *runs, hotter)
@@ -352,14 +465,14 @@ def test_report_compares_like_with_like(runs, tmp_path, capsys):
     assert "fewer than 2" in refused(capsys, out, alone)
 
 
-EVALUATION = '{"version": 1, "domain": "d", "settings": {}, "tastes": null, "records": %s}'
+EVALUATION = '{"version": 2, "domain": "d", "settings": {}, "records": %s}'
 
 
 @pytest.mark.parametrize("name, content, said", [
     ("config.json", "{}", "seed"),
     ("config.json", '{"seed": true}', "seed"), ("config.json", "[1]", "a JSON"),
     ("config.json", '{"seed": 1, "arm": "a\\u0000b"}', "arm"), ("evaluation.json", "{", "JSON"),
-    ("evaluation.json", '{"version": 2}', "version"), ("metrics.jsonl", '{"event": "end"}\noops', "line 2"),
+    ("evaluation.json", '{"version": 1}', "version"), ("metrics.jsonl", '{"event": "end"}\noops', "line 2"),
     ("evaluation.json", None, "missing"),
     ("evaluation.json", EVALUATION % "[]", "fewer than 2"),
     ("evaluation.json", EVALUATION % "[{}]", "record 1"),
@@ -380,6 +493,91 @@ def test_report_keeps_an_earlier_report_when_it_fails(runs, tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     with pytest.raises(InputError):
         evaluate.report(runs, Path(runs[0]) / "config.json")
+
+
+def test_seeds_may_have_posts_of_their_own(tmp_path):
+    """Fresh posts for each seed: a t-interval over the seeds' means, and differences paired by seed."""
+    runs = []
+    for seed in (0, 1, 2):
+        for arm, more in (("lora", 0), ("poly", 5)):
+            text = f"asked of seed {seed}"
+            runs.append(write_run(tmp_path / f"{arm}{seed}", seed, arm, lambda i: 2 + i % 2 + more + seed,
+                                  post=text))
+    summary = evaluate.report(runs, tmp_path / "out", "lora")
+    assert not summary["same_posts_for_all_seeds"]
+    row = summary["arms"]["lora"]["metrics"]["valid"]
+    half = t_quantile(2) * (1 / 12) / 3 ** 0.5
+    assert row["mean"] == pytest.approx(3.5 / 12) and row["high"] - row["mean"] == pytest.approx(half)
+    gain = summary["differences"]["poly"]["valid"]
+    assert (gain["mean"], gain["p"]) == pytest.approx((5 / 12, 2 / 8))
+    assert gain["high"] - gain["low"] < 1e-6                                   # equal in every seed
+    said = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("poly", "lora"))["notes"]
+    assert said[0].startswith("pass@5: poly is superior to lora") and len(said) == 3
+    said = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("lora", "poly"))["notes"]
+    assert "not shown to be superior" in said[0] and len(said) == 2
+    with pytest.raises(InputError, match="nobody"):
+        evaluate.report(runs, tmp_path / "out", "lora", endpoint=("nobody", "poly"))
+
+
+def test_the_limit_stands_beside_the_arms(runs, tmp_path):
+    summary = evaluate.report(runs, tmp_path / "out", "lora-grpo")
+    limit = summary["limits"]["5"]
+    assert limit["independent"] == pytest.approx(attainable((0.5, 0.3, 0.2), 5))
+    assert limit["independent"] < limit["joint"] == pytest.approx(1)
+    for arm in summary["arms"].values():
+        valid = arm["metrics"]["valid"]["mean"]
+        assert arm["limits"]["5"] == pytest.approx(attainable((0.5, 0.3, 0.2), 5, valid))
+    text = (tmp_path / "out" / "report.txt").read_text()
+    assert "share of limit(1) @5" in text and "Coverage" in text
+
+
+def plain_run(folder, seed, arm, passed, scale):
+    """A run in a domain without voices."""
+    run = Path(write_run(folder, seed, arm, lambda i: 1))
+    path = run / "evaluation.json"
+    value = json.loads(path.read_text())
+    for r in value["records"]:
+        del r["voices"], r["readers"]
+        r["passed"] = [True] * passed + [False] * (12 - passed)
+    path.write_text(json.dumps(value | {"scale": scale}))
+    return str(run)
+
+
+def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
+    """A LoRA of 3 steps had Pass@10 1.00: passing must be rare for a reply to another post, and the base
+    must leave room."""
+    good = {"people": 0.6, "shuffled": 0.05, "truncated": 0.3, "threshold": 0.4}
+    runs = [plain_run(tmp_path / "base", 0, "base", 1, good), plain_run(tmp_path / "b", 0, "poly", 3, good)]
+    summary = evaluate.report(runs, tmp_path / "out", "base")
+    text = (tmp_path / "out" / "report.txt").read_text()
+    assert summary["refused"] is None and "pass@5" in text and "a shuffled one 5%" in text
+    assert "a held-out human one 60%" in text
+    for name, scale, passed in (("easy", good | {"shuffled": 0.4}, 1), ("full", good, 9)):
+        runs = [plain_run(tmp_path / f"{name}0", 0, "base", passed, scale),
+                plain_run(tmp_path / f"{name}1", 0, "poly", 10, scale)]
+        summary = evaluate.report(runs, tmp_path / name)
+        text = (tmp_path / name / "report.txt").read_text()
+        assert summary["refused"] in text and "pass@5" not in text.replace("Pass@", "")
+        assert summary["arms"]["poly"]["metrics"]["pass@5"]["mean"] is None
+        ElementTree.parse(tmp_path / name / "pass_at_k.svg")
+
+
+def test_equal_adapters_and_warnings_are_named(tmp_path):
+    """The polychromic and the GRPO arm once ended with LoRA's own adapter, and no word about it."""
+    runs = [write_run(tmp_path / arm, 0, arm, lambda i: 3, settings={"adapter": "same"})
+            for arm in ("lora", "poly")]
+    log = tmp_path / "poly" / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"event": "end", "warnings": ["gated_D was 0"]}) + "\n")
+    evaluate.report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "report.txt").read_text()
+    assert "lora (seed 0), poly (seed 0) are equal, bit for bit" in text and "poly: gated_D was 0" in text
+
+
+def test_a_sheet_holds_no_formulas(tmp_path):
+    run = write_run(tmp_path / "x", 0, "=cmd|' /C calc'!A0", lambda i: 3)
+    evaluate.report([run], tmp_path / "out")
+    sheet = (tmp_path / "out" / "report.csv").read_text().splitlines()
+    assert len(sheet) > 10 and all(line.startswith('"\'=cmd') for line in sheet[1:])
 
 
 if __name__ == "__main__":
