@@ -15,18 +15,19 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --data FILE        posts, JSON lines or .gz (default: the pocket world, made by data.py)
   --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's name)
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
-                     poly-grpo); an arm needs the arm that it starts from
+                     lora-cover poly-grpo); an arm needs the arm that it starts from
   --seeds "1 2"      seeds of the study (default: "1 2 3"; with --model "1")
   --lambda X         weight of D in the polychromic SFT phase
   --weight X         weight of D in the polychromic GRPO phase
   --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 256)
-  --steps N          optimizer steps of SFT and GRPO each (default: 120 and 80; with --model one pass)
+  --steps N          optimizer steps of SFT and GRPO each (default: 40 and 120; 120 and 80 with --data;
+                     with --model one pass)
   --base-steps N     optimizer steps that make the small base
   --reward NAME      reward of GRPO, see grpo.py --help (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
   --embedder NAME    what embeds drafts for D: base, or the folder or hub name of an embedding model
   --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
-  --samples N        drafts for each held-out post (default: 64)
+  --samples N        drafts for each held-out post (default: 40; with --model 20)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
   --jobs N           seeds worked on side by side without --model (default: one a core)
@@ -38,8 +39,8 @@ END
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
-reward=auto reward_model="" embedder=base judge_embedder="" samples=64 held=()
-arms="lora poly lora-grpo lora-passk poly-grpo"
+reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=()
+arms=""
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -65,24 +66,34 @@ python="${STUDY_PYTHON:-python}"          # the interpreter that torchrun runs o
 
 name="$(basename "${data:-pocket}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
-  seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-0.7}"
-  sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
-  if [[ -z "$data" ]]; then base_steps="${base_steps:-800}" noise=0.2; else base_steps="${base_steps:-1200}" noise=0.1; fi
+  arms="${arms:-lora poly lora-grpo lora-passk lora-cover poly-grpo}"
+  seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-4}"
+  sizes="base=$(( posts * 5 )),sft=$posts,grpo=$(( posts * 2 )),eval=$(( posts / 5 ))"
+  if [[ -z "$data" ]]; then
+    # Narrow writers: SFT pairs come from few voices, readers like them more evenly and each scene's in an
+    # order of its own; the scenes of the evaluation are in no other part.
+    split=(--by intent --popularity 0.7 --writers 3 --permute); base_steps="${base_steps:-250}" noise=0.2
+    sft_steps=40 grpo_steps=120 grpo_lr=2e-3
+  else
+    sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
+    split=(); base_steps="${base_steps:-1200}" noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
+  fi
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32)
-  sft=(--lr 2e-3 --batch 32 --steps "${steps:-120}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
-  grpo=(--lr 1e-3 --batch 16 --steps "${steps:-80}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
-  gate=verifier; floor=3; length=24; passk=passk
+  sft=(--lr 2e-3 --batch 32 --steps "${steps:-$sft_steps}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
+  grpo=(--lr "$grpo_lr" --batch 16 --steps "${steps:-$grpo_steps}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
+  gate=verifier; floor=0; length=24; passk=passk; samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
 else
+  arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
   seeds="${seeds:-1}"; posts="${posts:-2500}"; lambda="${lambda:-0.3}"; weight="${weight:-1}"; jobs=1
   sizes="sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))"
   adapter=(--rank 16 --alpha 16)
   sft=(--lr 2e-4 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
   grpo=(--lr 2e-5 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
-  gate=likelihood; floor=0; length=100; passk=maxk
+  gate=likelihood; floor=0; length=100; passk=maxk; samples="${samples:-20}"
 fi
 grpo+=(--k 8 --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
@@ -97,6 +108,7 @@ lora         sft   -     --lambda 0
 poly         sft   -     --lambda $lambda $poly
 lora-grpo    grpo  lora  --advantage group
 lora-passk   grpo  lora  --advantage $passk --set-size 4
+lora-cover   grpo  lora  --advantage coverage --set-size 4
 poly-grpo    grpo  poly  --advantage group $spread
 END
 }
@@ -116,7 +128,7 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
   local seed="$1" to="$out/seed$1" from base measured="" name phase start flags
   # A seed has posts of its own in the pocket world, and a base of its own in both small ones.
   if [[ -n "$data" ]]; then from="$out/data"; else from="$to/data"; fi
-  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$([[ -n "$data" ]] && echo 0 || echo "$seed")" --out "$from"
+  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$([[ -n "$data" ]] && echo 0 || echo "$seed")" --out "$from" ${split[@]+"${split[@]}"}
   base="$model"
   if [[ -z "$model" ]]; then
     stage polylora base --data "$from/base.jsonl" --out "$to/base-model" --seed "$seed" --resume --steps "$base_steps" "${small[@]}"
@@ -167,7 +179,10 @@ reap 1
 if [[ "$RANK" == 0 ]]; then
   runs=()
   for seed in $seeds; do for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done; done
-  stage evaluate report "${runs[@]}" --out "$out/report" --against "$([[ " $arms " == *" lora-grpo "* ]] && echo lora-grpo || echo base)"
+  against=base; primary=()
+  [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
+  [[ " $arms " != *" lora-passk "*" poly-grpo "* ]] || primary=(--primary poly-grpo lora-passk)
+  stage evaluate report "${runs[@]}" --out "$out/report" --against "$against" ${primary[@]+"${primary[@]}"}
   echo "The report, with its pictures, is in $out/report. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""
 fi
