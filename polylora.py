@@ -706,13 +706,12 @@ def add_diversity(session, visits, step, tally):
     if not mine:
         return
     prompts, samples, texts = session.sample_drafts(mine, step, args.k)
-    quality, device = session.gate(mine, samples, texts), session.ranks.device
-    quality = quality if quality is None else quality.to(device)
+    quality = session.gate(mine, samples, texts)
     classes = answer_classes(session.domain, [session.posts[v.index] for v in mine], texts)
-    embeddings = session.embedder(texts) if session.embedder else None          # (P, k, dim)
-    drafts = Drafts(texts, embeddings, quality, classes.to(device), args.gate_floor)
+    embeddings = session.embedder(texts).cpu() if session.embedder else None    # (P, k, dim)
+    drafts = Drafts(texts, embeddings, quality, classes, args.gate_floor)
     value, advantages = measure(args.diversity, drafts)
-    advantages = advantages.flatten().to(device)
+    advantages = advantages.flatten().to(session.ranks.device)
     for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(session.model, rows, args.temperature)
         diversity_loss(logp, rows.draft, advantages, len(visits)).backward()
