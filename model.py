@@ -1,41 +1,43 @@
-"""Qwen3, written out: config, layers, three heads, loading and saving, scoring, and k-draft generation.
+"""Qwen3, written out: config, layers, three heads, loading and saving, 4-bit weights, scoring.
 
-Read it in this order: Config -> RMSNorm, rotary -> Attention, MLP, Block -> Qwen3 -> token_logprobs -> generate.
-Parameter names are Hugging Face's, so a downloaded checkpoint loads strictly and a saved one loads elsewhere.
-A block does not know whether it trains, reads a prompt or writes the next token: it hands q, k, v to
-`attend`. Four things differ from a textbook transformer, all of them for speed:
-  * the loss needs the vocabulary only at reply tokens, so `token_logprobs` projects those positions alone, in chunks;
-  * a post is read once for its k drafts, in training (one row holds a post and its drafts, data.pack) as well as
-    in generation (`Drafts` stores the post's keys and values once and k short tails);
-  * drafts are written by `Fused`, the same blocks with fewer and larger products, and on a GPU by CUDA graphs;
-  * each draft has its own stream of random numbers, so it does not depend on what else is in the batch.
+Read it in this order: Config -> RMSNorm, rotary -> Attention, MLP, Block -> Qwen3 -> Rows ->
+token_logprobs. Parameter names are Hugging Face's, so a downloaded checkpoint loads strictly and a
+saved one loads elsewhere. A block does not know whether it trains, reads a prompt or writes the next
+token: it hands q, k, v to `attend`. Two things differ from a textbook transformer, both for speed:
+  * the loss needs the vocabulary only at reply tokens, so these positions alone are projected, in
+    chunks (token_logprobs, token_losses);
+  * a post is read once for its k drafts: one row holds a post and all its drafts (pack).
 """
 
 import json
 import math
-import os
-from contextlib import nullcontext
+import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
-
-from data import InputError, fetch, read_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from data import InputError, beside, fetch, read_json, write_json
 
-# ---- Configuration ---------------------------------------------------------------------------------------------
+
+# ---- Configuration -------------------------------------------------------------------------------
+
+LARGEST = 2 ** 24            # no width or count of a network is above it
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass
 class Config:
-    """The fields of a Qwen3 config.json that shape the network. head_dim is not hidden_size / heads."""
+    """The fields of a Qwen3 config.json that shape the network. head_dim is not hidden_size /
+    heads."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -46,46 +48,81 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
-    dtype: str = "float32"            # of the stored weights
-    extra: dict = field(default_factory=dict)         # all else in config.json, written back by save_pretrained
+    dtype: str = "float32"   # of the stored weights
+    extra: dict = field(default_factory=dict)  # all else in config.json, written back when saved
 
     @classmethod
     def from_dict(cls, d):
-        """Reads config.json as the hub has it (rope_theta, torch_dtype) and as transformers 5 writes it
-        (rope_parameters.rope_theta, dtype). Raises InputError for what this file does not implement."""
-        rope = d.get("rope_parameters") or {}
+        """Reads config.json as the hub has it (rope_theta, torch_dtype) and as transformers 5
+        writes it (rope_parameters.rope_theta, dtype). Raises InputError for what this file does not
+        implement, and for values of a wrong type or size, before anything is built from them."""
+        rope = d.get("rope_parameters") or {} if isinstance(d, dict) else None
+        if not isinstance(rope, dict):
+            raise InputError("config.json, or its rope_parameters, is not a JSON object")
         if d.get("model_type", "qwen3") != "qwen3":
-            raise InputError(f"config.json describes a {d['model_type']!r} model: give a Qwen3 one")
-        for key, fine in (("attention_bias", False), ("use_sliding_window", False), ("hidden_act", "silu"),
-                          ("rope_scaling", None), ("rope_type", "default")):
+            raise InputError(f"config.json describes a {short(d['model_type'])} model: give a "
+                             f"Qwen3 one")
+        for key, fine in (("attention_bias", False), ("use_sliding_window", False),
+                          ("hidden_act", "silu"), ("rope_scaling", None), ("rope_type", "default")):
             if ((rope | d).get(key) or fine) != fine:
-                raise InputError(f"config.json sets {key} to {(rope | d)[key]!r}: only {fine!r} is implemented")
-        # nothing that shapes the network is guessed: a wrong head_dim or rope_theta still loads, and babbles
+                raise InputError(f"config.json sets {key} to {short((rope | d)[key])}: only "
+                                 f"{fine!r} is implemented")
+        # Nothing that shapes the network is guessed: a wrong head_dim or rope_theta still loads,
+        # and babbles.
+        sizes = [n for n, kind in cls.__annotations__.items() if kind is int]
         try:
-            values = {k: d[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                        "num_attention_heads", "num_key_value_heads", "head_dim")}
+            values = {k: d[k] for k in sizes}
             theta = d["rope_theta"] if "rope_theta" in d else rope["rope_theta"]
         except KeyError as e:
-            raise InputError(f"config.json lacks {e.args[0]!r}: it is not a complete Qwen3 configuration") from None
+            raise InputError(f"config.json lacks {e.args[0]!r}: it is not a complete Qwen3 "
+                             "configuration") from None
         known = {"rope_theta", "torch_dtype", "rope_parameters", *cls.__dataclass_fields__}
-        return cls(**values, rope_theta=float(theta), rms_norm_eps=d.get("rms_norm_eps", 1e-6),
-                   tie_word_embeddings=d.get("tie_word_embeddings", False),
-                   dtype=str(d.get("torch_dtype") or d.get("dtype") or "float32").removeprefix("torch."),
-                   extra={k: v for k, v in d.items() if k not in known})
+        dtype = str(d.get("torch_dtype") or d.get("dtype") or "float32").removeprefix("torch.")
+        config = cls(**values, rope_theta=theta, rms_norm_eps=d.get("rms_norm_eps", 1e-6),
+                     tie_word_embeddings=d.get("tie_word_embeddings", False), dtype=dtype,
+                     extra={k: v for k, v in d.items() if k not in known})
+        config.check()
+        config.rope_theta = float(theta)
+        return config
+
+    def check(self):
+        """InputError for a value that no network has."""
+        wrong = [n for n, kind in self.__annotations__.items()
+                 if kind is int and not (type(getattr(self, n)) is int
+                                         and 1 <= getattr(self, n) <= LARGEST)]
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            wrong += [] if number and 0 < value < 1e18 else [name]
+        wrong += [] if isinstance(self.tie_word_embeddings, bool) else ["tie_word_embeddings"]
+        wrong += [] if self.dtype in DTYPES else ["dtype"]
+        if not wrong and self.num_attention_heads % self.num_key_value_heads:
+            wrong = ["num_key_value_heads"]
+        if not wrong and self.head_dim % 2:
+            wrong = ["head_dim"]
+        if wrong:
+            raise InputError(f"config.json has {wrong[0]} = {short(getattr(self, wrong[0]))}: no "
+                             "Qwen3 has that")
 
     def to_dict(self):
         """config.json in the hub's layout."""
-        d = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("dtype", "extra")}
+        fields = [k for k in self.__dataclass_fields__ if k not in ("dtype", "extra")]
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-                "max_position_embeddings": 40960, "attention_bias": False} | self.extra | d | {"torch_dtype": self.dtype}
+                "max_position_embeddings": 40960, "attention_bias": False, **self.extra,
+                **{k: getattr(self, k) for k in fields}, "torch_dtype": self.dtype}
 
 
-# ---- Layers ----------------------------------------------------------------------------------------------------
+def short(value):
+    """A value in a message: never a page of it."""
+    return repr(value)[:60]
+
+
+# ---- Layers --------------------------------------------------------------------------------------
 
 def rms_norm(x, weight, eps):
     """x over its root mean square along the last dimension, times weight (D,) or (heads, D)."""
-    # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a quarter of
-    # all bf16 outputs against the released model.
+    # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a
+    # quarter of all bf16 outputs against the released model.
     if x.dtype == torch.float32 and weight.dim() == 1:
         return F.rms_norm(x, weight.shape, weight, eps)
     return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
@@ -101,9 +138,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta, dtype):
-    """cos and sin, each positions.shape + (1, head_dim / 2): the 1 is the heads'. Made in fp32, never a buffer, which
-    model.to(bfloat16) would round: an inverse frequency in bf16 is off by radians at position 4,000."""
-    inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    """cos and sin, each positions.shape + (1, head_dim / 2): the 1 is the heads'. Made in fp32,
+    never a buffer, which model.to(bfloat16) would round: an inverse frequency in bf16 is off by
+    radians at position 4,000."""
+    even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    inverse = theta ** -(even / head_dim)
     angles = positions.unsqueeze(-1).float() * inverse
     return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
 
@@ -122,14 +161,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, rope, attend, layer):
-        heads = (*x.shape[:2], -1, self.head_dim)                              # (B, T, heads, D)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)              # norm per head, then rotary
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)
-        v = self.v_proj(x).view(heads)                                         # v is not normed
-        return self.o_proj(attend(layer, q, k, v).flatten(2))
+        heads = (*x.shape[:2], -1, self.head_dim)                  # x (B, T, hidden)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)  # (B, T, H, D): norm, then rotary
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)  # (B, T, KV, D)
+        v = self.v_proj(x).view(heads)                             # (B, T, KV, D): v is not normed
+        return self.o_proj(attend(layer, q, k, v).flatten(2))      # (B, T, hidden)
 
 
 class MLP(nn.Module):
@@ -155,18 +195,21 @@ class Block(nn.Module):
 
 
 def full_attention(mask=None):
-    """The `attend` of training and scoring. mask (B, 1, T, T) bool, True where row i may look at column j;
-    None is plain causal, right for rows that are padded on the right. is_causal is only used where both
-    lengths are equal: torch aligns it to the top left."""
+    """The `attend` of training and scoring. mask (B, 1, T, T) bool, True where row i may look at
+    column j; None is plain causal, right for rows that are padded on the right. is_causal is only
+    used where both lengths are equal: torch aligns it to the top left."""
     def attend(layer, q, k, v):  # q (B, T, H, D), k and v (B, T, KV, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if mask is not None and q.is_cuda:  # CUDA's fast kernel with a mask wants a k and v for every head
+        if mask is not None and q.is_cuda:
+            # CUDA's fast kernel with a mask wants a k and v for every head.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                             enable_gqa=True)
+        return out.transpose(1, 2)
     return attend
 
 
-# ---- The model and its heads -----------------------------------------------------------------------------------
+# ---- The model and its heads ---------------------------------------------------------------------
 
 class Backbone(nn.Module):
     def __init__(self, c):
@@ -177,9 +220,10 @@ class Backbone(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """A dense Qwen3 with the heads its checkpoint has: token logits (lm_head, or the tied embedding), a scalar `score`
-    (reward models), or none (embedders). `vocab` is the number of token ids that are real: the rows above it pad the
-    matrix and are never sampled or scored (Qwen3 has 151,936 rows for 151,669 tokens)."""
+    """A dense Qwen3 with the heads its checkpoint has: token logits (lm_head, or the tied
+    embedding), a scalar `score` (reward models), or none (embedders). `vocab` is the number of
+    token ids that are real: the rows above it pad the matrix and are never sampled or scored (Qwen3
+    has 151,936 rows for 151,669 tokens)."""
 
     def __init__(self, config, *, lm_head=True, score_head=False):
         super().__init__()
@@ -188,35 +232,45 @@ class Qwen3(nn.Module):
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if score_head:
-            self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)        # the name is the method's
-        # Recompute blocks in the backward pass instead of keeping activations; ranks that share the weights
-        # (polylora.Lockstep); decode by CUDA graphs (None: on a GPU), by torch.compile; what the next rollout reuses.
-        self.checkpointing, self.lockstep, self.graphs, self.compiled, self.drafts = False, None, None, False, None
+            # Not as an attribute: that name is the method's.
+            self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)
+        self.checkpointing = False           # recompute blocks in the backward pass
+        self.lockstep = None                 # trainer.Lockstep, when ranks share the weights
+        self.graphs = None                   # decode by CUDA graphs; None: on a GPU
+        self.kept_batch = None               # what the next rollout takes again (generate.py)
 
     device = property(lambda self: self.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.model.norm.weight.dtype)
 
     def head_weight(self, rows=None):
-        """(vocab, hidden): the rows of the output matrix that stand for real tokens, or its first `rows`."""
+        """(vocab, hidden): the rows of the output matrix that stand for real tokens, or its first
+        `rows`."""
         if not self.has_logits:
-            raise InputError("this checkpoint has no token head (an embedder or a reward model): it cannot write text")
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+            raise InputError("this checkpoint has no token head (an embedder or a reward model): "
+                             "it cannot write text")
+        tied = self.config.tie_word_embeddings
+        weight = self.model.embed_tokens.weight if tied else self.lm_head.weight
         return weight[:rows or self.vocab]
 
     def hidden(self, tokens, positions=None, attend=None):
-        """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by default 0..T-1."""
-        self.lockstep and self.lockstep()
+        """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by default
+        0..T-1."""
+        if self.lockstep:
+            self.lockstep()
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         attend, x = attend or full_attention(), self.model.embed_tokens(tokens)
         rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.model.layers):
-            save = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, rope, attend, i, use_reentrant=False) if save else block(x, rope, attend, i)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, attend, i, use_reentrant=False)
+            else:
+                x = block(x, rope, attend, i)
         return self.model.norm(x)
 
     def forward(self, tokens):
-        """Logits (B, T, V), padding rows included. For study and tests: training never holds this tensor."""
+        """Logits (B, T, V), padding rows included. For study and tests: training never holds this
+        tensor."""
         return F.linear(self.hidden(tokens), self.head_weight(self.config.vocab_size))
 
     def last_hidden(self, tokens, lengths):
@@ -224,103 +278,165 @@ class Qwen3(nn.Module):
         return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
 
     def embed(self, tokens, lengths):
-        """Unit-length fp32 embeddings (B, hidden): the last attended token, as Qwen3-Embedding is read.
-        tokens (B, T) padded on the right, lengths (B,)."""
+        """Unit-length fp32 embeddings (B, hidden): the last attended token, as Qwen3-Embedding is
+        read. tokens (B, T) padded on the right, lengths (B,)."""
         return F.normalize(self.last_hidden(tokens, lengths).float(), dim=-1)
 
     def score(self, tokens, lengths):
-        """A reward model's scalar (B,) in fp32 at the last attended token, as Qwen3ForSequenceClassification's."""
+        """A reward model's scalar (B,) in fp32 at the last attended token, as
+        Qwen3ForSequenceClassification's."""
         if not self.has_score:
-            raise InputError("this checkpoint has no scalar head (score.weight): give a reward model")
+            raise InputError("this checkpoint has no scalar head (score.weight): give a reward "
+                             "model")
         return self._modules["score"](self.last_hidden(tokens, lengths)).float().squeeze(-1)
 
     @classmethod
     def from_pretrained(cls, path, *, revision=None, device=None, dtype=None, nf4=False):
-        """A model from a folder or a hub name, in `dtype` or as stored. nf4: the blocks' linear layers in 4 bits, made on
-        the device one by one: it holds no two in full. Built on meta and loaded strictly: a missing, unknown or wrong-
-        shaped tensor raises InputError with its name. Names without `model.`, as Qwen3-Embedding's, are read too."""
+        """A model from a folder or a hub name, in `dtype` or as stored. nf4: the blocks' linear
+        layers in 4 bits, made on the device one by one: it holds no two in full. Built on meta and
+        loaded strictly: a missing, unknown or wrong- shaped tensor raises InputError with its name.
+        Names without `model.`, as Qwen3-Embedding's, are read too."""
         model = load_checkpoint(cls, fetch(path, revision), "cpu" if nf4 else device, dtype)
         return quantise(model, device) if nf4 else model
 
     def save_pretrained(self, folder, *, shard_bytes=5_000_000_000):
-        """config.json and model.safetensors, or numbered shards and their index, in Hugging Face's layout."""
+        """config.json and model.safetensors, or numbered shards and their index, in Hugging Face's
+        layout."""
         folder = Path(folder)
         if any(isinstance(m, NF4) for m in self.modules()):
-            raise InputError("a model in NF4 cannot be saved: save its adapter, and load the checkpoint in full to merge")
+            raise InputError("a model in NF4 cannot be saved: save its adapter, and load the "
+                             "checkpoint in full to merge")
         folder.mkdir(parents=True, exist_ok=True)
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         bare = not self.has_logits and not self.has_score  # an embedder: its names lack `model.`
         tensors = {n.removeprefix("model.") if bare else n: t for n, t in self.state_dict().items()}
-        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)     # keeps joined layers together
+        # It keeps joined layers together.
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
         for file, names in plan.filename_to_tensors.items():
-            save_file({n: tensors[n].contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+            with beside(folder / file) as path:
+                part = {n: tensors[n].contiguous() for n in names}
+                save_file(part, path, metadata={"format": "pt"})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "config.json", self.config.to_dict())
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
+
+def tensor_files(folder, file="model.safetensors"):
+    """The paths that hold a checkpoint's tensors: `file`, or every shard that its index names, each
+    by a plain name in the same folder."""
+    folder = Path(folder)
+    index = folder / f"{file}.index.json"
+    names = [file]
+    if index.exists():
+        value = read_json(index)
+        weight_map = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index} has no weight_map: fetch it again")
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", n)]
+        if outside:
+            raise InputError(f"{index} names {short(outside[0])}: a shard is a .safetensors file "
+                             "in the same folder")
+    for name in names:
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name} is missing: the checkpoint is incomplete")
+    return [folder / name for name in names]
+
+
+def opened(paths, read, device="cpu"):
+    """{name: read(file, name)} over the tensors of safetensors files; InputError where one is
+    damaged."""
+    out = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt", device=str(device)) as f:
+                for name in f.keys():
+                    out[name] = read(f, name)
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as e:
+            raise InputError(f"{path} cannot be read as safetensors ({str(e)[:100]}): fetch it "
+                             "again") from None
+    return out
+
+
+def tensor_shapes(folder, file="model.safetensors"):
+    """name -> shape, from the files' headers alone."""
+    shape = lambda f, name: tuple(f.get_slice(name).get_shape())
+    return opened(tensor_files(folder, file), shape)
+
 
 def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors"):
     """name -> tensor from `file`, or from every shard its index names."""
-    index = folder / f"{file}.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [file]
-    tensors = {}
-    for file in files:
-        if not (folder / file).exists():
-            raise InputError(f"{folder / file} is missing: the checkpoint is incomplete")
-        try:
-            with safe_open(folder / file, "pt", device=str(device)) as f:
-                for name in f.keys():
-                    tensors[name] = f.get_tensor(name).to(dtype)
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{folder / file} cannot be read as safetensors ({e}): fetch it again") from None
-    return tensors
+    read = lambda f, name: f.get_tensor(name).to(dtype)
+    return opened(tensor_files(folder, file), read, device)
+
+
+def checked_layout(cls, folder, config):
+    """The model on meta, and what its tensors are called in the files: the headers are compared
+    with config.json before memory is taken. InputError names the first difference."""
+    shapes = tensor_shapes(folder)
+    bare = "embed_tokens.weight" in shapes   # an embedder: no `model.`, no head
+    if bare:
+        shapes = {f"model.{name}": shape for name, shape in shapes.items()}
+    score = "score.weight" in shapes
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)   # some writers store the tied copy too
+    deepest = [int(n.split(".")[2]) for n in shapes if re.match(r"model\.layers\.\d{1,8}\.", n)]
+    if max(deepest, default=-1) + 1 != config.num_hidden_layers:
+        raise InputError(f"the checkpoint in {folder} has {max(deepest, default=-1) + 1} layers, "
+                         f"its config.json says num_hidden_layers = {config.num_hidden_layers}: "
+                         "lacks or has an unknown tensor")
+    with torch.device("meta"):
+        model = cls(config, lm_head=not (bare or score), score_head=score)
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for problem, names in (("lacks", wanted.keys() - shapes.keys()),
+                           ("has an unknown", shapes.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"the checkpoint in {folder} {problem} tensor {min(names)!r}{more}: "
+                             "its config.json describes another network")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise InputError(f"tensor {name!r} in {folder} has shape {shapes[name]}, config.json "
+                             f"asks for {shape}")
+    return model, "model." if bare else ""
 
 
 def load_checkpoint(cls, folder, device=None, dtype=None):
     config = Config.from_dict(read_json(folder / "config.json"))
-    dtype, device = dtype or getattr(torch, config.dtype), device or "cpu"
-    tensors = read_tensors(folder, device, dtype)
-    bare = "embed_tokens.weight" in tensors  # an embedder: no `model.`, no head
-    if bare:
-        tensors = {f"model.{name}": t for name, t in tensors.items()}
-    score = "score.weight" in tensors
+    dtype = dtype or getattr(torch, config.dtype)
+    model, prefix = checked_layout(cls, folder, config)
+    tensors = read_tensors(folder, device or "cpu", dtype)
+    tensors = {prefix + name: t for name, t in tensors.items()}
     if config.tie_word_embeddings:
-        copy = tensors.pop("lm_head.weight", None)  # some writers store the tied copy too
+        copy = tensors.pop("lm_head.weight", None)
         if copy is not None and not torch.equal(copy, tensors["model.embed_tokens.weight"]):
-            raise InputError(f"the checkpoint in {folder} has an lm_head.weight of its own, and its config.json sets "
-                             "tie_word_embeddings: set that to false")
-    with torch.device("meta"):
-        model = cls(config, lm_head=not (bare or score), score_head=score)
-    wanted = {name: p.shape for name, p in model.state_dict().items()}
-    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has an unknown", tensors.keys() - wanted.keys())):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"the checkpoint in {folder} {problem} tensor {min(names)!r}{more}: its config.json "
-                             "describes another network")
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise InputError(f"tensor {name!r} in {folder} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}")
+            raise InputError(f"the checkpoint in {folder} has an lm_head.weight of its own, and "
+                             "its config.json sets tie_word_embeddings: set that to false")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()  # frozen: a phase says what it trains
 
 
-# ---- Four-bit weights ------------------------------------------------------------------------------------------
+# ---- Four-bit weights ----------------------------------------------------------------------------
 
-# Quantiles of a normal distribution scaled to [-1, 1], with an exact zero (QLoRA, arXiv 2305.14314, appendix E).
-NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-              0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+# Quantiles of a normal distribution scaled to [-1, 1], with an exact zero (QLoRA, arXiv 2305.14314,
+# appendix E).
+NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+              -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+              0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+              0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
 def nf4_tables():
-    """(256, 2), the two values that each byte stands for; and the 256 values that code scales (dynamic data type, arXiv
-    1511.04561, as bitsandbytes has it): 0, 1 and +-10^-i times the middles of 2^(6-i) equal parts of [0.1, 1]."""
+    """(256, 2), the two values that each byte stands for; and the 256 values that code scales
+    (dynamic data type, arXiv 1511.04561, as bitsandbytes has it): 0, 1 and +-10^-i times the
+    middles of 2^(6-i) equal parts of [0.1, 1]."""
     values, edges = torch.tensor(NF4_VALUES), [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
     positive = torch.cat([(e[:-1] + e[1:]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
-    return torch.cartesian_prod(values, values), torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values
+    dynamic = torch.cat((-positive, positive, torch.tensor([0.0, 1.0]))).sort().values
+    return torch.cartesian_prod(values, values), dynamic
 
 
 def nearest(x, values):
@@ -329,25 +445,30 @@ def nearest(x, values):
 
 
 class NF4(nn.Module):
-    """A frozen linear layer with 4.127 bits a weight: NF4 with double quantisation (QLoRA), equal to bitsandbytes'.
-    Each 64 values in a row share a scale, their largest magnitude; the scales less their mean are coded in 8 bits
-    that share a scale in their turn for each 256."""
+    """A frozen linear layer with 4.127 bits a weight: NF4 with double quantisation (QLoRA), equal
+    to bitsandbytes'. Each 64 values in a row share a scale, their largest magnitude; the scales
+    less their mean are coded in 8 bits that share a scale in their turn for each 256."""
 
     def __init__(self, weight):
         super().__init__()
-        self.shape, (self.out_features, self.in_features) = weight.shape, weight.shape
+        self.shape = weight.shape
+        self.out_features, self.in_features = weight.shape
         blocks = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % 64)).view(-1, 64)
         largest = blocks.abs().amax(1)
-        codes = nearest(blocks * (1 / largest.clamp_min(1e-30))[:, None], blocks.new_tensor(NF4_VALUES))
+        scaled = blocks * (1 / largest.clamp_min(1e-30))[:, None]
+        codes = nearest(scaled, blocks.new_tensor(NF4_VALUES))
         mean = largest.mean()
         scales = F.pad(largest - mean, (0, -len(largest) % 256)).view(-1, 256)
         outer = scales.abs().amax(1).clamp_min(1e-30)
-        # The first of two values lies in the upper half of a byte. fp32 is kept as its bits: model.to(bfloat16) would round it.
-        self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])                # (blocks, 32)
+        # The first of two values lies in the upper half of a byte. fp32 is kept as its bits:
+        # model.to(bfloat16) would round it.
+        self.register_buffer("codes", codes[:, ::2] << 4 | codes[:, 1::2])     # (blocks, 32)
         pairs, dynamic = (t.to(weight.device) for t in nf4_tables())
-        self.register_buffer("scales", nearest(scales / outer[:, None], dynamic).flatten()[:len(largest)])
+        coded = nearest(scales / outer[:, None], dynamic).flatten()[:len(largest)]
+        self.register_buffer("scales", coded)
         self.register_buffer("outer", torch.cat((outer, mean[None])).view(torch.int32))
-        self.register_buffer("tables", torch.cat((pairs.flatten(), dynamic)).view(torch.int32), persistent=False)
+        tables = torch.cat((pairs.flatten(), dynamic)).view(torch.int32)
+        self.register_buffer("tables", tables, persistent=False)
 
     device = property(lambda self: self.codes.device)
     weight = property(lambda self: self)  # what LoRA takes over from a linear layer
@@ -355,40 +476,56 @@ class NF4(nn.Module):
     def dense(self, dtype=torch.float32):
         """The weight (out, in), computed in fp32 and rounded to `dtype`."""
         outer, tables = self.outer.view(torch.float32), self.tables.view(torch.float32)
-        scales = tables[512:][self.scales.int()] * outer[:-1].repeat_interleave(256)[:len(self.scales)] + outer[-1]
-        weight = (F.embedding(self.codes.int(), tables[:512].view(256, 2)).flatten(1) * scales[:, None]).to(dtype)
+        shared = outer[:-1].repeat_interleave(256)[:len(self.scales)]
+        scales = tables[512:][self.scales.int()] * shared + outer[-1]
+        values = F.embedding(self.codes.int(), tables[:512].view(256, 2)).flatten(1)
+        weight = (values * scales[:, None]).to(dtype)
         return weight.flatten()[:math.prod(self.shape)].view(self.shape)
 
     def forward(self, x):
         """x W^T, W made dense again in the backward pass: kept, it would undo what NF4 saves."""
         product = lambda x: F.linear(x, self.dense(x.dtype))
-        again = torch.is_grad_enabled()
-        return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False) if again else product(x)
+        if not torch.is_grad_enabled():
+            return product(x)
+        return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def quantise(model, device=None):
-    """The blocks' linear layers as NF4, in place, one by one on `device`; all else keeps its dtype. The model, on `device`."""
+    """The blocks' linear layers as NF4, in place, one by one on `device`; all else keeps its dtype.
+    The model, on `device`."""
     for part in (part for block in model.model.layers for part in (block.self_attn, block.mlp)):
         for name, linear in [(n, m) for n, m in part.named_children() if isinstance(m, nn.Linear)]:
             setattr(part, name, NF4(linear.weight.to(device)))
     return model.to(device)
 
 
+@dataclass
+class Parts:
+    """What a linear layer is made of, for generation to join with others': y = gain * (x W^T +
+    scale (x A^T) B^T). weight W (out, in) or an NF4; A (r, in) and B (out, r), or None; gain (out,)
+    or None."""
+    weight: object
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    scale: float = 1.0
+    gain: torch.Tensor | None = None
+
+
 # ---- Batches: rows of tokens for one forward pass ------------------------------------------------
 
 @dataclass
 class Rows:
-    """Token rows for one forward pass. A row holds one post and all its drafts, so the post is computed once:
+    """Token rows for one forward pass. A row holds one post and all its drafts, so the post is
+    computed once:
 
         tokens     post post post | a a a | b b | c c c c | pad        (B, T)
         owner        -1   -1   -1 | 0 0 0 | 1 1 | 2 2 2 2 | -2         (B, T)  which draft
         positions     0    1    2 | 3 4 5 | 3 4 | 3 4 5 6 | 0          (B, T)  all follow the post
 
-    A token sees the post and its own draft up to itself. The N reply tokens to be predicted are listed flat:
-    `predict`, where in the flattened (B T) rows the state stands that predicts it (for a first token the
-    post's last, for all drafts); `target`, its id; `draft`, which draft it is of, counted over all groups in
-    the order given to pack.
-    """
+    A token sees the post and its own draft up to itself. The N reply tokens to be predicted are
+    listed flat: `predict`, where in the flattened (B T) rows the state stands that predicts it (for
+    a first token the post's last, for all drafts); `target`, its id; `draft`, which draft it is of,
+    counted over all groups in the order given to pack. """
     tokens: torch.Tensor
     positions: torch.Tensor
     owner: torch.Tensor
@@ -398,8 +535,8 @@ class Rows:
     shared: bool
 
     def mask(self):
-        """(B, 1, T, T) bool, True where row i may look at column j; None when no row holds two drafts: plain
-        causal."""
+        """(B, 1, T, T) bool, True where row i may look at column j; None when no row holds two
+        drafts: plain causal."""
         if not self.shared:
             return None
         owner, t = self.owner, self.tokens.shape[1]
@@ -408,13 +545,12 @@ class Rows:
 
 
 def pack(groups, tokens_per_batch, device="cpu"):
-    """Groups (prompt ids, [draft ids, ...]) -> list of Rows, each of at most `tokens_per_batch` padded
-    tokens.
+    """Groups (prompt ids, [draft ids, ...]) -> list of Rows, each of at most `tokens_per_batch`
+    padded tokens.
 
-    Groups are sorted by length so that rows of a batch are alike; one too long for the budget is split
-    between its drafts (each part reads the post again). A draft's last token is only predicted, so it is not
-    part of the row.
-    """
+    Groups are sorted by length so that rows of a batch are alike; one too long for the budget is
+    split between its drafts (each part reads the post again). A draft's last token is only
+    predicted, so it is not part of the row. """
     parts, first = [], 0
     for prompt, drafts in groups:
         part, size = [], len(prompt)
@@ -457,62 +593,128 @@ def _rows(parts, device):
                 shared=any(len(drafts) > 1 for _, drafts, _ in parts))
 
 
-# ---- Scoring: log-probabilities of given tokens ----------------------------------------------------------------
+# ---- Scoring: log-probabilities of given tokens --------------------------------------------------
 
 def chunk_size(vocab, device):
-    """Tokens whose fp32 logits fill 64 MiB (CPU) or 256 MiB (GPU): enough to keep a matrix product busy."""
+    """Tokens whose fp32 logits fill 64 MiB (CPU) or 256 MiB (GPU): enough to keep a product
+    busy."""
     return max(16, (2 ** 26 if device.type == "cuda" else 2 ** 24) // vocab)
 
 
+def chunks(count, vocab, device):
+    size = chunk_size(vocab, device)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class SelectedLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / T)[target] and the entropy of that softmax, for a frozen W, in chunks of tokens.
-    A token's log-probability depends on its own hidden state alone, so its gradient is one vector, (W[target]
-    - softmax . W) / T. Forward computes it while the chunk's softmax is at hand; backward only scales it: exact
-    for every loss of log-probabilities, without a second projection, and (N, hidden) is kept, not (N, vocab)."""
+    """log softmax(h W^T / T)[target] and the entropy of that softmax, for a frozen W, in chunks of
+    tokens. A token's log-probability depends on its own hidden state alone, so its gradient is one
+    vector, (onehot(target) - softmax) W / T. Forward computes it while the chunk's softmax is at
+    hand; backward only scales it: exact for every loss of log-probabilities, without a second
+    projection, and (N, hidden) is kept, not (N, vocab)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
         logprob, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if hidden.requires_grad else None
-        size = chunk_size(len(weight), hidden.device)
-        for s in (slice(i, i + size) for i in range(0, len(hidden), size)):
-            logits = F.linear(hidden[s], weight).float().div_(temperature)     # (chunk, V)
+        for some in chunks(len(hidden), len(weight), hidden.device):
+            logits = F.linear(hidden[some], weight).float().div_(temperature)  # (chunk, V)
             total = logits.logsumexp(-1, keepdim=True)
-            logprob[s] = logits.gather(-1, target[s, None]).sub_(total).squeeze(-1)
+            chosen = target[some, None]
+            logprob[some] = logits.gather(-1, chosen).sub_(total).squeeze(-1)
             p = (logits - total).exp_()
-            entropy[s] = total.squeeze(-1) - torch.linalg.vecdot(p, logits)
+            entropy[some] = total.squeeze(-1) - torch.linalg.vecdot(p, logits)
             if slope is not None:
-                slope[s] = (weight[target[s]] - p.to(weight.dtype) @ weight).div_(temperature)
+                # In fp32 and in one product: W[target] - p W, each rounded to bf16, cancels where
+                # the model is confident, and leaves nothing but rounding.
+                error = p.neg_().scatter_add_(1, chosen, torch.ones_like(p[:, :1]))
+                slope[some] = (error.div_(temperature).to(weight.dtype) @ weight)
         ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(slope)
         return logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         slope, = ctx.saved_tensors
         return (slope * grad[:, None]).to(slope.dtype), None, None, None
 
 
 def selected_logprobs(hidden, weight, target, temperature=1.0):
-    """The same by plain autograd, with a full (N, V) tensor: the reference, and the way when W itself trains."""
+    """The same by plain autograd, with a full (N, V) tensor: the reference."""
     logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
-    return logp.gather(-1, target[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1).detach()
+    chosen = logp.gather(-1, target[:, None]).squeeze(-1)
+    return chosen, -(logp.exp() * logp).sum(-1).detach()
+
+
+class TokenLosses(torch.autograd.Function):
+    """fn's losses (N,) of tokens under a frozen W, in chunks. Whatever fn is, a token's loss
+    depends on its own hidden state alone, so its gradient is one vector, taken by autograd while
+    the chunk's logits are at hand: (N, hidden) is kept, not (N, vocab)."""
+
+    @staticmethod
+    def forward(ctx, fn, hidden, weight, target, temperature, *extra):
+        losses, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+        for some in chunks(len(hidden), len(weight), hidden.device):
+            with torch.enable_grad():
+                states = hidden[some].detach().requires_grad_()
+                logits = F.linear(states, weight).float() / temperature        # (chunk, V)
+                loss = fn(logits, target[some], *(x[some] for x in extra))
+                slope[some], = torch.autograd.grad(loss.sum(), states)
+            losses[some] = loss.detach()
+        ctx.save_for_backward(slope)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        slope, = ctx.saved_tensors
+        return None, (slope * grad[:, None]).to(slope.dtype), *[None] * 8
+
+
+def in_chunks(fn, hidden, weight, target, temperature, *extra):
+    """fn(logits (n, V) fp32, target (n,), *extra) -> (n,) or a tuple of such, over all N tokens,
+    chunk by chunk; logits are made again in the backward pass. The way when W itself trains."""
+    def of(states, weight, target, *extra):
+        return fn(F.linear(states, weight).float() / temperature, target, *extra)
+    parts = []
+    for some in chunks(len(hidden), len(weight), hidden.device):
+        cut = (x[some] for x in extra)
+        parts.append(checkpoint(of, hidden[some], weight, target[some], *cut, use_reentrant=False))
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*parts))
+    return torch.cat(parts)
+
+
+def logprob_and_entropy(logits, target):
+    """log softmax(logits)[target] (n,), and the softmax's entropy (n,) without gradient."""
+    logp = logits.log_softmax(-1)
+    chosen = logp.gather(-1, target[:, None]).squeeze(-1)
+    return chosen, -(logp.exp() * logp).sum(-1).detach()
+
+
+def predicting_states(model, rows):
+    """Final hidden states (N, hidden) from which the N reply tokens of `rows` are predicted."""
+    hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
+    return hidden.flatten(0, 1)[rows.predict]
+
+
+def token_losses(model, rows, fn, temperature=1.0, extra=()):
+    """Losses (N,) fp32, with gradient, of the N reply tokens in `rows`, by any function of a
+    token's logits: fn(logits (n, V) fp32, target (n,), *extra) -> (n,), called chunk by chunk.
+    `extra`: tensors with N rows that are cut along, such as the base model's states. No loss here
+    needs a tensor of tokens by vocabulary."""
+    hidden, weight = predicting_states(model, rows), model.head_weight()
+    if weight.requires_grad or not hidden.requires_grad:
+        return in_chunks(fn, hidden, weight, rows.target, temperature, *extra)
+    return TokenLosses.apply(fn, hidden, weight, rows.target, temperature, *extra)
 
 
 def token_logprobs(model, rows, temperature=1.0):
-    """Log-probabilities, with gradient, and entropies, two fp32 (N,), of the N reply tokens in `rows` (data.pack)
-    under the softmax at `temperature`: the distribution that generate samples from without truncation."""
-    hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
-    hidden, weight = hidden.flatten(0, 1)[rows.predict], model.head_weight()
-    score = selected_logprobs if weight.requires_grad else SelectedLogprobs.apply
-    return score(hidden, weight, rows.target, temperature)
-
-
-@dataclass
-class Parts:
-    """What generation joins of linear layers: y = x W^T + scale (x A^T) B^T."""
-    weight: object
-    A: object = None
-    B: object = None
-    scale: float = 1.0
-    gain: object = None
+    """Log-probabilities, with gradient, and entropies, two fp32 (N,), of the N reply tokens in
+    `rows` (pack) under the softmax at `temperature`: the distribution that generate samples from
+    without truncation."""
+    hidden, weight = predicting_states(model, rows), model.head_weight()
+    if weight.requires_grad:
+        return in_chunks(logprob_and_entropy, hidden, weight, rows.target, temperature)
+    return SelectedLogprobs.apply(hidden, weight, rows.target, temperature)

@@ -259,7 +259,7 @@ class Run:
 
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
-                "device", "compile", "no_graphs", "shard", "checkpointing", "data", "environment")
+                "device", "no_graphs", "shard", "checkpointing", "data", "environment")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks, self.lock = Path(args.out), ranks, None
@@ -664,7 +664,6 @@ def load_model(path, args, device, revision=None, nf4=False, shard=False):
     where = "cpu" if shard else device
     model = Qwen3.from_pretrained(path, revision=revision, device=where, dtype=dtype, nf4=nf4)
     model.checkpointing = getattr(args, "checkpointing", False)
-    model.compiled = getattr(args, "compile", False)
     model.graphs = False if getattr(args, "no_graphs", False) else None
     return model
 
@@ -719,9 +718,6 @@ def model_flags(p):
     add("--revision", default=None, help="commit, tag or branch of the model on the hub")
     add("--max-rows", type=int, default=256,
         help="drafts written at a time on each rank: lower it to save memory")
-    add("--compile", action="store_true",
-        help="write drafts with torch.compile, after up to a minute at the start; needs a C++ "
-             "compiler, or Triton on a GPU")
     add("--no-graphs", action="store_true",
         help="write drafts without CUDA graphs: slower, a way around a driver that fails on them")
 

@@ -300,7 +300,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(tmp_path, undistu
 
 def test_a_folder_has_one_writer_and_its_lock_dies_with_it(tmp_path, undisturbed):
     """Two resumes of one folder both ended with 0, and 555 log lines for 400 steps."""
-    first = start_toy(tmp_path / "run", pause=0.3)
+    first = start_toy(tmp_path / "run", pause=5)
     first.stdout.readline()
     second = start_toy(tmp_path / "run")
     said = second.communicate(timeout=30)[1].strip().splitlines()[-1]
