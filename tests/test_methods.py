@@ -121,6 +121,20 @@ def test_the_expected_gradient_of_bootstrap_over_all_choices_of_sets(monkeypatch
     assert gap(expected_estimate(theta, drawn, total), want) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["drgrpo", "maxk", "tailrl"])
+def test_the_entropy_of_drafts_has_its_own_gradient(monkeypatch, name):
+    """Beside any objective it weighs the same: weight times grad (J + w H), H of the policy exactly."""
+    theta, drawn = policy(4, seed=2), all_tuples(4, 4)
+    rewards, value = MAXIMISED[name]
+    group = group_of(drawn, rewards)
+    group.logprobs = theta.log_softmax(0)[drawn].detach()
+    entropy = -(theta.softmax(0) * theta.log_softmax(0)).sum()
+    want, = torch.autograd.grad(entropy, theta, retain_graph=True)
+    want = exact_gradient(theta, drawn, value(drawn)) + 0.4 * want
+    got = advantages_of(OBJECTIVES[name], group, entropy_weight=0.4)
+    assert gap(expected_estimate(theta, drawn, got), OBJECTIVES[name].weight(group) * want) < 1e-12
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_the_expected_gradient_of_best_of_n_at_the_true_chance_to_fail(monkeypatch, n):
     in_double(monkeypatch)
@@ -319,8 +333,8 @@ def test_uniqueness_divides_by_the_answer_s_frequency():
 
 def test_unlikeliness_pays_the_likelier_right_draft_less():
     """Ranks by mean log-probability: -3 is the least likely, rank 0."""
-    r, logp = rewards_of([1, 0, 1, 1.0]), torch.tensor([[-1.0, -2.0, -3.0, -0.5]])
-    got = grpo.unlikeliness_advantages(r, logp)[0].tolist()
+    r, logp, lengths = rewards_of([1, 0, 1, 1.0]), torch.tensor([[-4.0, -2.0, -3.0, -5]]), torch.tensor([[4, 1, 1, 10]])
+    got = grpo.unlikeliness_advantages(r, logp, lengths)[0].tolist()
     assert got == pytest.approx(standardised([1 - 0.25 * 2 / 4, 0, 1, 1 - 0.25 * 3 / 4]))
 
 
@@ -474,15 +488,23 @@ def test_the_overlong_punishment_reaches_the_reward(parts):
     assert float((with_it.group.rewards - without.group.rewards).min()) == -1
 
 
+def test_the_entropy_weight_reaches_the_advantages(parts):
+    s, plain = (grpo_session(parts, "--entropy-weight", weight) for weight in ("0.3", "0"))
+    batches = [grpo.rollout(x, 0, grpo.Tally())[0] for x in (s, plain)]
+    one, other = (torch.cat([b.advantages for b in some]) for some in batches)
+    assert torch.equal(batches[0][0].rows.tokens, batches[1][0].rows.tokens) and gap(one, other) > 0.01
+
+
 def test_what_a_group_holds_of_its_drafts(parts):
     s = grpo_session(parts)
     drawn = grpo.draw(s, polylora.batch_visits(len(s.posts), 3, 0, 1), 0)
     group, logprobs = drawn.group, drawn.samples.logprobs
     assert group.texts == drawn.texts and group.classes.shape == (3, 4) and len(set(group.seeds.tolist())) == 3
-    assert group.likelihoods[1, 2].item() == pytest.approx(sum(logprobs[1][2]) / len(logprobs[1][2]), rel=1e-5)
+    assert group.logprobs[1, 2].item() == pytest.approx(sum(logprobs[1][2]), rel=1e-5)
+    assert group.lengths[1, 2] == len(logprobs[1][2]) == len(drawn.samples.tokens[1][2])
     again = grpo.joined([drawn.take([2, 0]), drawn.take([1])])
     assert again.texts == [drawn.texts[i] for i in (2, 0, 1)] and again.visits == [drawn.visits[i] for i in (2, 0, 1)]
-    assert torch.equal(again.group.likelihoods, group.likelihoods[[2, 0, 1]]) and again.group.set_size == 2
+    assert torch.equal(again.group.logprobs, group.logprobs[[2, 0, 1]]) and again.group.set_size == 2
     assert again.samples.tokens == [drawn.samples.tokens[i] for i in (2, 0, 1)]
     assert torch.equal(again.group.embeddings, group.embeddings[[2, 0, 1]])
 
@@ -654,12 +676,13 @@ def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():
     shape = dict(generator=draw)
     group = Group(torch.rand(6, 6, **shape).round(), F.normalize(torch.randn(6, 6, 4, **shape), dim=-1),
                   torch.rand(6, 6, **shape), torch.rand(6, 6, 3, **shape).round(), torch.rand(6, 3, **shape),
-                  torch.randint(-1, 3, (6, 6), **shape), torch.randn(6, 6, **shape), torch.arange(6),
-                  [["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
+                  torch.randint(-1, 3, (6, 6), **shape), torch.randn(6, 6, **shape), torch.randint(1, 9, (6, 6), **shape),
+                  torch.arange(6), [["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
     for name, objective in OBJECTIVES.items():
         for diversity in DIVERSITIES:
-            whole = advantages_of(objective, group, 0.5, diversity)
-            alone = [advantages_of(objective, grpo.mapped(lambda x: x[i:i + 1], group), 0.5, diversity) for i in range(6)]
+            whole = advantages_of(objective, group, 0.5, diversity, 0.1)
+            alone = [advantages_of(objective, grpo.mapped(lambda x: x[i:i + 1], group), 0.5, diversity, 0.1)
+                     for i in range(6)]
             assert gap(whole, torch.cat(alone)) < 1e-5, (name, diversity)
     real = torch.cat((group.rewards[:3], torch.rand(3, 6, **shape)))
     whole = grpo.darling_advantages(real, group.classes)
