@@ -301,7 +301,7 @@ def test_poly_epo_counts_answers_and_wants_two():
     ([1, 1, 1, 0, 0], [0, 0, 0, 1, 2], [0.1, 0.1, 0.1, 0, 0]),                 # the floor
     ([1, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]),                       # one alone
     ([0.5, 0.2, 0.0, 0.9, 0.4], [0, 0, 1, 1, 1], [0.75, 0.75, 0.5, 0.5, 0.5]),  # real ones: of all
-    ([-1.0, 0.5, 0.5, 0.5, 0.5], [0, 1, 2, 3, 4], [1] * 5)])                   # raised to zero
+    ([-1.0, 0.5, 0.5, 0.5, 0.5], [0, 0, 1, 2, 3], [0.75, 0.75, 1, 1, 1])])     # raised to zero
 def test_darling_by_hand(rewards, classes, novelty):
     lowest = min(0, *rewards)
     shaped = [(r - lowest) * n for r, n in zip(rewards, novelty)]
