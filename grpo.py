@@ -229,18 +229,18 @@ def unlikeliness_advantages(rewards, logprobs, lengths):
 
 def evol_advantages(classes, embeddings):
     """EVOL-RL (arXiv 2509.15194), without a verifier: GRPO on 1/2 + u/2 for the commonest answer,
-    -1 + u/2 for others, -1 for none. u = 1 - (mean cosine to its own party + largest to any)/2,
+    -1 + u/2 for others, -1 for none. u is minus (mean cosine to its own party + largest to any),
     scaled to [0, 1] within the party: the majority, or the others."""
     answered, self = classes >= 0, torch.eye(classes.shape[1], dtype=torch.bool)
     most = (alike(classes).sum(-1) * answered).argmax(1, keepdim=True)
     major = answered & (classes == classes.gather(1, most))
     party = (major[:, None] == major[..., None]) & answered[:, None] & answered[..., None]
     cosines = (embeddings.float() @ embeddings.float().mT).clamp(0, 1).masked_fill(self, 0)
-    own = (cosines * party).sum(-1) / (party & ~self).sum(-1).clamp(min=1)
-    novelty = (1 - (own + cosines.amax(-1)) / 2)[:, None].expand_as(cosines)   # of j, for every i
-    low = novelty.masked_fill(~party, math.inf).amin(-1)
-    high = novelty.masked_fill(~party, -math.inf).amax(-1)
-    u = torch.where(high > low, (novelty[:, 0] - low) / (high - low), 0.0)
+    likeness = (cosines * party).sum(-1) / (party & ~self).sum(-1).clamp(min=1) + cosines.amax(-1)
+    each = likeness[:, None].expand_as(cosines)                                # of j, for every i
+    low = each.masked_fill(~party, math.inf).amin(-1)
+    high = each.masked_fill(~party, -math.inf).amax(-1)
+    u = torch.where(high > low, (high - likeness) / (high - low), 0.0)
     rewards = torch.where(answered, torch.where(major, 0.5, -1.0) + u / 2, -1.0)
     return group_advantages(rewards)
 
