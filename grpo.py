@@ -220,27 +220,27 @@ def uniqueness_advantages(rewards, classes, alpha=1.0):
     return group_advantages(rewards) / alike(classes).sum(-1) ** alpha
 
 
-def unlikeliness_advantages(rewards, likelihoods):
+def unlikeliness_advantages(rewards, logprobs, lengths):
     """Unlikeliness reward (arXiv 2506.02355): GRPO on r (1 - rank/(4k)), rank 0 the draft that is
-    least likely by its mean log-probability a token, likelihoods (P, k)."""
-    rank = likelihoods.argsort(dim=1, stable=True).argsort(1)
+    least likely by its mean log-probability a token."""
+    rank = (logprobs / lengths).argsort(dim=1, stable=True).argsort(1)
     return group_advantages(rewards * (1 - 0.25 * rank / rewards.shape[1]))
 
 
 def evol_advantages(classes, embeddings):
     """EVOL-RL (arXiv 2509.15194), without a verifier: GRPO on 1/2 + u/2 for the commonest answer,
-    -1 + u/2 for others, -1 for none. u = 1 - (mean cosine to its own party + largest to any)/2,
+    -1 + u/2 for others, -1 for none. u is minus (mean cosine to its own party + largest to any),
     scaled to [0, 1] within the party: the majority, or the others."""
     answered, self = classes >= 0, torch.eye(classes.shape[1], dtype=torch.bool)
     most = (alike(classes).sum(-1) * answered).argmax(1, keepdim=True)
     major = answered & (classes == classes.gather(1, most))
     party = (major[:, None] == major[..., None]) & answered[:, None] & answered[..., None]
     cosines = (embeddings.float() @ embeddings.float().mT).clamp(0, 1).masked_fill(self, 0)
-    own = (cosines * party).sum(-1) / (party & ~self).sum(-1).clamp(min=1)
-    novelty = (1 - (own + cosines.amax(-1)) / 2)[:, None].expand_as(cosines)   # of j, for every i
-    low = novelty.masked_fill(~party, math.inf).amin(-1)
-    high = novelty.masked_fill(~party, -math.inf).amax(-1)
-    u = torch.where(high > low, (novelty[:, 0] - low) / (high - low), 0.0)
+    likeness = (cosines * party).sum(-1) / (party & ~self).sum(-1).clamp(min=1) + cosines.amax(-1)
+    each = likeness[:, None].expand_as(cosines)                                # of j, for every i
+    low = each.masked_fill(~party, math.inf).amin(-1)
+    high = each.masked_fill(~party, -math.inf).amax(-1)
+    u = torch.where(high > low, (high - likeness) / (high - low), 0.0)
     rewards = torch.where(answered, torch.where(major, 0.5, -1.0) + u / 2, -1.0)
     return group_advantages(rewards)
 
@@ -286,7 +286,8 @@ class Group:
     right: torch.Tensor | None = None         # (P, k, V): is the draft right in that voice
     shares: torch.Tensor | None = None        # (P, V): the readers' shares of the voices
     classes: torch.Tensor | None = None       # (P, k): polylora.answer_classes
-    likelihoods: torch.Tensor | None = None   # (P, k): mean log-probability a token, as sampled
+    logprobs: torch.Tensor | None = None      # (P, k): of the whole draft, as sampled
+    lengths: torch.Tensor | None = None       # (P, k) in tokens, stop token included
     seeds: torch.Tensor | None = None         # (P,): of an objective's own random choices
     texts: list | None = None                 # P lists of k
     set_size: int = 4
@@ -294,19 +295,6 @@ class Group:
 
     k = property(lambda self: self.rewards.shape[1])
     sets = property(lambda self: random_sets(self.seeds, self.k, self.set_size))
-
-
-class Objective(NamedTuple):
-    """A line of OBJECTIVES. The expected policy gradient of its advantages is weight(group) times
-    the gradient of what it maximises, quotients by a group's own std apart; D beside it is
-    multiplied with that, so that --diversity-weight means the same for every objective and k."""
-    function: Callable                        # -> advantages (P, k)
-    takes: str                                # its arguments: names of a Group's fields
-    weight: Callable                          # Group -> float, or (P, 1)
-    about: str
-
-    def advantages(self, group):
-        return self.function(*(getattr(group, name) for name in self.takes.split()))
 
 
 def of_drafts(group):
@@ -324,65 +312,76 @@ def of_both(group):
     return share * of_sets(group) + (1 - share) * of_drafts(group)
 
 
+class Objective(NamedTuple):
+    """A line of OBJECTIVES. The expected policy gradient of its advantages is weight(group) times
+    the gradient of what it maximises, quotients by a group's own std apart; D beside it is
+    multiplied with that, so that --diversity-weight means the same for every objective and k."""
+    function: Callable                        # -> advantages (P, k)
+    takes: str                                # its arguments: names of a Group's fields
+    about: str
+    weight: Callable = of_drafts              # Group -> float, or (P, 1)
+
+    def advantages(self, group):
+        return self.function(*(getattr(group, name) for name in self.takes.split()))
+
+
 OBJECTIVES = {
-    "group": Objective(group_advantages, "rewards", of_drafts,
+    "group": Objective(group_advantages, "rewards",
                        "GRPO, r less the group's mean over its std (arXiv 2402.03300)"),
-    "drgrpo": Objective(partial(group_advantages, normalise=False), "rewards", of_drafts,
+    "drgrpo": Objective(partial(group_advantages, normalise=False), "rewards",
                         "Dr. GRPO, without the std (arXiv 2503.20783)"),
-    "passk": Objective(passk_advantages, "rewards set_size", of_sets,
-                       "Pass@k training, analytic (arXiv 2508.10751)"),
+    "passk": Objective(passk_advantages, "rewards set_size",
+                       "Pass@k training, analytic (arXiv 2508.10751)", of_sets),
     "passk-full": Objective(passk_full_advantages, "rewards set_size",
-                            lambda group: group.k // group.set_size - 1,
-                            "Pass@k training in disjoint groups (arXiv 2508.10751)"),
+                            "Pass@k training in disjoint groups (arXiv 2508.10751)",
+                            lambda group: group.k // group.set_size - 1),
     "passk-bootstrap": Objective(passk_bootstrap_advantages, "rewards sets",
-                                 lambda group: (group.k - 1) * (1 - group.set_size / group.k),
-                                 "Pass@k training in k random groups (arXiv 2508.10751)"),
-    "passk-mixed": Objective(passk_mixed_advantages, "rewards set_size", of_both,
-                             "Pass@k and GRPO by the share of right drafts (arXiv 2508.10751)"),
-    "maxk": Objective(maxk_advantages, "rewards set_size", of_sets,
-                      "best of k for real rewards (PKPO, arXiv 2505.15201)"),
-    "bon": Objective(bon_advantages, "rewards set_size", of_drafts,
-                     "best-of-n aware, BoN-RLB (arXiv 2412.15287)"),
+                                 "Pass@k training in k random groups (arXiv 2508.10751)",
+                                 lambda group: (group.k - 1) * (1 - group.set_size / group.k)),
+    "passk-mixed": Objective(passk_mixed_advantages, "rewards set_size",
+                             "Pass@k and GRPO by share of right (arXiv 2508.10751)", of_both),
+    "maxk": Objective(maxk_advantages, "rewards set_size",
+                      "best of k for real rewards (PKPO, arXiv 2505.15201)", of_sets),
+    "bon": Objective(bon_advantages, "rewards set_size", "BoN-RLB, best of n (arXiv 2412.15287)"),
     "polychromic": Objective(polychromic_advantages, "rewards embeddings set_size quality floor",
-                             of_sets,
-                             "mean reward of a set times its D (arXiv 2509.25424, 2604.17654)"),
-    "polyepo": Objective(polyepo_advantages, "rewards classes set_size", of_sets,
-                         "the same with distinct answers for D (Poly-EPO, arXiv 2604.17654)"),
-    "coverage": Objective(coverage_advantages, "right shares set_size", of_sets,
-                          "readers pleased by a set, all voices asked of the verifier"),
-    "darling": Objective(darling_advantages, "rewards classes", of_drafts,
+                             "reward times D of a set (arXiv 2509.25424, 2604.17654)", of_sets),
+    "polyepo": Objective(polyepo_advantages, "rewards classes set_size",
+                         "the same with distinct answers for D (arXiv 2604.17654)", of_sets),
+    "coverage": Objective(coverage_advantages, "right shares set_size",
+                          "readers pleased by a set, all voices asked of the verifier", of_sets),
+    "darling": Objective(darling_advantages, "rewards classes",
                          "reward times distinctness (arXiv 2509.02534)"),
-    "dra": Objective(dra_advantages, "rewards embeddings", of_drafts,
-                     "reward over likeness to the others, DRA-GRPO (arXiv 2505.09655)"),
-    "dqo": Objective(dqo_advantages, "rewards embeddings", of_drafts,
-                     "reward and log-determinant (arXiv 2509.04784)"),
-    "uniqueness": Objective(uniqueness_advantages, "rewards classes", of_drafts,
+    "dra": Objective(dra_advantages, "rewards embeddings", "DRA-GRPO (arXiv 2505.09655)"),
+    "dqo": Objective(dqo_advantages, "rewards embeddings", "DQO, with DPPs (arXiv 2509.04784)"),
+    "uniqueness": Objective(uniqueness_advantages, "rewards classes",
                             "advantage over the answer's frequency (arXiv 2601.08763)"),
-    "unlikeliness": Objective(unlikeliness_advantages, "rewards likelihoods", of_drafts,
+    "unlikeliness": Objective(unlikeliness_advantages, "rewards logprobs lengths",
                               "less for the likelier right drafts (arXiv 2506.02355)"),
-    "evol": Objective(evol_advantages, "classes embeddings", of_drafts,
-                      "majority and novelty, no verifier: EVOL-RL (arXiv 2509.15194)"),
-    "maxrl": Objective(maxrl_advantages, "rewards", lambda group: group.k,
-                       "maximum likelihood RL (arXiv 2602.02710)"),
-    "tailrl": Objective(tailrl_advantages, "rewards", lambda group: group.k,
-                        "the same for real rewards (arXiv 2609.02987)"),
-    "wreinforce": Objective(wreinforce_advantages, "rewards", lambda group: 1.1 * group.k,
-                            "W-REINFORCE, right drafts weigh a tenth (arXiv 2506.01347)"),
-    "focal": Objective(focal_advantages, "rewards", of_drafts,
-                       "F-GRPO, less for easy posts (arXiv 2602.06717)"),
+    "evol": Objective(evol_advantages, "classes embeddings",
+                      "EVOL-RL, majority and novelty without a verifier (arXiv 2509.15194)"),
+    "maxrl": Objective(maxrl_advantages, "rewards", "MaxRL (arXiv 2602.02710)",
+                       lambda group: group.k),
+    "tailrl": Objective(tailrl_advantages, "rewards",
+                        "MaxRL for real rewards (arXiv 2609.02987)", lambda group: group.k),
+    "wreinforce": Objective(wreinforce_advantages, "rewards", "W-REINFORCE (arXiv 2506.01347)",
+                            lambda group: 1.1 * group.k),
+    "focal": Objective(focal_advantages, "rewards", "F-GRPO (arXiv 2602.06717)"),
 }
 
 
-def advantages_of(objective, group, diversity_weight=0.0, diversity="cosine"):
-    """The advantages (P, k) of an Objective, plus diversity_weight times the gradient of D.
+def advantages_of(objective, group, diversity_weight=0.0, diversity="cosine", entropy_weight=0.0):
+    """The advantages (P, k) of an Objective, plus diversity_weight times the gradient of D, plus
+    entropy_weight times that of the entropy of whole drafts, H = E[-log pi(y)].
 
-    E[sum_i a_i grad log pi(y_i)] is grad E[D] for D's own a_i, and `weight` times the gradient of
-    what the objective maximises: so D is multiplied by that weight too.
-    """
-    out = objective.advantages(group)
+    E[sum_i a_i grad log pi(y_i)] is grad E[D] for D's own a_i, (k - 1) grad H for a_i = mean of log
+    pi - log pi(y_i), and `weight` times the gradient of what the objective maximises: so both are
+    brought to that weight. """
+    out, weight = objective.advantages(group), objective.weight(group)
     if diversity_weight:
-        _, spread = measure(diversity, group)
-        out = out + diversity_weight * objective.weight(group) * spread
+        out = out + diversity_weight * weight * measure(diversity, group)[1]
+    if entropy_weight:
+        surprise = group_advantages(-group.logprobs, normalise=False)
+        out = out + entropy_weight * weight * surprise / (group.k - 1)
     return out
 
 
@@ -657,12 +656,12 @@ def draw(session, visits, step):
     streams = [session.stream("reader", step, v) for v in visits]
     group = Group(torch.tensor(session.reward(posts, texts, streams)), set_size=args.set_size,
                   floor=args.gate_floor)
+    group.logprobs = torch.tensor([list(map(sum, drafts)) for drafts in samples.logprobs])
+    group.lengths = torch.tensor([list(map(len, drafts)) for drafts in samples.tokens])
     if args.overlong:
-        lengths = torch.tensor([list(map(len, drafts)) for drafts in samples.tokens])
-        group.rewards += overlong_penalty(lengths, args.max_new_tokens, args.overlong)
+        group.rewards += overlong_penalty(group.lengths, args.max_new_tokens, args.overlong)
     group.texts, group.seeds = texts, torch.tensor(streams)
     group.classes = answer_classes(domain, posts, texts)
-    group.likelihoods = torch.tensor([[sum(p) / len(p) for p in ps] for ps in samples.logprobs])
     group.quality = session.gate(visits, samples, texts, streams)
     if session.embedder is not None:
         group.embeddings = session.embedder(texts).cpu()
@@ -709,7 +708,7 @@ def rollout(session, step, tally):
     if not drawn.visits:  # of the posts that --resample kept this rank drew none
         return [], session.ranks.sum([0])[0]
     advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight,
-                               args.diversity)
+                               args.diversity, args.entropy_weight)
     flat = advantages.flatten().to(device)                                     # one a draft
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
     for rows in session.micro_batches(list(zip(drawn.prompts, samples.tokens))):
@@ -864,6 +863,8 @@ def parser():
         help="drafts in a set, for objectives of sets: below --k")
     add("--diversity-weight", type=float, default=0.0,
         help="weight of D beside the reward, in standard deviations of reward")
+    add("--entropy-weight", type=float, default=0.0,
+        help="weight of the entropy of whole drafts, in nats, beside the reward")
     add("--reward", default="auto", choices=("auto", *REWARDS),
         help=f"what a draft earns. auto: reader where replies have voices, agreement where posts "
              f"have several replies, else relevance; {listed(REWARDS)}")

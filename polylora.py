@@ -29,7 +29,7 @@ from torch import nn
 
 import data
 from data import InputError, beside, command, read_json, write_json
-from model import NF4, Parts, full_attention, read_tensors, token_logprobs, token_losses
+from model import NF4, Parts, predicting_states, read_tensors, token_logprobs, token_losses
 from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
                      common_flags, load_model, seed_of, set_gradient, train)
 
@@ -632,7 +632,8 @@ def ba_lora_regularizer(logits, base_logits, draft, heat=2.0, top=20, leading=10
     """BA-LoRA's three terms (arXiv 2408.04556, v6), weighed 0.025, 0.005 and 0.005: heat^2 KL(base
     || model) at temperature `heat`; minus the entropy of the renormalised `top` largest logits;
     minus the `leading` singular values' sum over the Frobenius norm. That is of each reply's own
-    logits (its tokens, V), draft (N,), where the paper's code takes the batch's."""
+    logits (its tokens, V), draft (N,), where the paper's code takes the batch's: so the gradient
+    does not depend on how replies are packed."""
     model, teacher = ((z / heat).log_softmax(-1) for z in (logits, base_logits))
     drift = heat ** 2 * (teacher.exp() * (teacher - model)).sum(-1)
     best = logits.topk(min(top, logits.shape[-1])).values.log_softmax(-1)
@@ -653,10 +654,8 @@ def ba_lora_loss(logits, target, base_hidden, draft, head, weight=1.0):
 
 def base_states(session, rows):
     """The base's final hidden states (N, hidden), and the token's draft (N,)."""
-    model = session.model
-    with torch.no_grad(), base(model):
-        hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
-    return hidden.flatten(0, 1)[rows.predict], rows.draft
+    with torch.no_grad(), base(session.model):
+        return predicting_states(session.model, rows), rows.draft
 
 
 class Loss(NamedTuple):
@@ -706,13 +705,12 @@ def add_diversity(session, visits, step, tally):
     if not mine:
         return
     prompts, samples, texts = session.sample_drafts(mine, step, args.k)
-    quality, device = session.gate(mine, samples, texts), session.ranks.device
-    quality = quality if quality is None else quality.to(device)
+    quality = session.gate(mine, samples, texts)
     classes = answer_classes(session.domain, [session.posts[v.index] for v in mine], texts)
-    embeddings = session.embedder(texts) if session.embedder else None          # (P, k, dim)
-    drafts = Drafts(texts, embeddings, quality, classes.to(device), args.gate_floor)
+    embeddings = session.embedder(texts).cpu() if session.embedder else None    # (P, k, dim)
+    drafts = Drafts(texts, embeddings, quality, classes, args.gate_floor)
     value, advantages = measure(args.diversity, drafts)
-    advantages = advantages.flatten().to(device)
+    advantages = advantages.flatten().to(session.ranks.device)
     for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(session.model, rows, args.temperature)
         diversity_loss(logp, rows.draft, advantages, len(visits)).backward()

@@ -730,7 +730,7 @@ RANGES = {
                      "draft_every", "draft_posts", "updates"), FROM_ONE),
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
-                     "overlong", "valid_weight"), FROM_ZERO),
+                     "overlong", "valid_weight", "entropy_weight"), FROM_ZERO),
     **dict.fromkeys(("clip", "alpha", "loss_value"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
 

@@ -205,7 +205,7 @@ def group_of(drawn, n=2, quality=None, rewards=REWARDS):
     voices = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 0]]).double()
     return Group(rewards[drawn], OUTCOMES[drawn], quality, right=voices[drawn],
                  shares=torch.tensor([[0.7, 0.3]]).double().expand(len(drawn), -1), classes=drawn % 3,
-                 likelihoods=drawn + torch.rand(drawn.shape), seeds=drawn[:, 0], set_size=n)
+                 logprobs=drawn + torch.rand(drawn.shape), lengths=drawn + 1, seeds=drawn[:, 0], set_size=n)
 
 
 @pytest.mark.parametrize("gated", [False, True])

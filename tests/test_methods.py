@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import grpo
 import polylora
 from data import InputError
 from grpo import OBJECTIVES, Group, advantages_of, group_advantages
+from model import pack, predicting_states
 from polylora import DIVERSITIES, Drafts, measure
 from test_polylora import (OUTCOMES, QUALITY, all_tuples, exact_gradient, expected_estimate, gap, gradient,
                            in_double, parts, policy, session)
@@ -119,6 +121,20 @@ def test_the_expected_gradient_of_bootstrap_over_all_choices_of_sets(monkeypatch
     assert weight == pytest.approx(2 / 3)
     want = weight * exact_gradient(theta, drawn, best_of(RIGHT, 2)(drawn))
     assert gap(expected_estimate(theta, drawn, total), want) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["drgrpo", "maxk", "tailrl"])
+def test_the_entropy_of_drafts_has_its_own_gradient(monkeypatch, name):
+    """Beside any objective it weighs the same: weight times grad (J + w H), H of the policy exactly."""
+    theta, drawn = policy(4, seed=2), all_tuples(4, 4)
+    rewards, value = MAXIMISED[name]
+    group = group_of(drawn, rewards)
+    group.logprobs = theta.log_softmax(0)[drawn].detach()
+    entropy = -(theta.softmax(0) * theta.log_softmax(0)).sum()
+    want, = torch.autograd.grad(entropy, theta, retain_graph=True)
+    want = exact_gradient(theta, drawn, value(drawn)) + 0.4 * want
+    got = advantages_of(OBJECTIVES[name], group, entropy_weight=0.4)
+    assert gap(expected_estimate(theta, drawn, got), OBJECTIVES[name].weight(group) * want) < 1e-12
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -232,8 +248,8 @@ def test_full_sampling_gives_a_group_s_advantage_to_all_its_members():
     a, b, c = standardised([1, 0, 0])
     got = grpo.passk_full_advantages(r, 2)
     assert got[0].tolist() == pytest.approx([a, a, b, b, c, c, 0]) and float(got[1:].abs().max()) == 0
-    assert grpo.passk_full_advantages(r, 3)[0].tolist() == pytest.approx([*standardised([1, 0])[:1] * 3] + [-0.9998] * 3 + [0],
-                                                                         abs=1e-4)
+    by_three = [0.9998] * 3 + [-0.9998] * 3 + [0]
+    assert grpo.passk_full_advantages(r, 3)[0].tolist() == pytest.approx(by_three, abs=1e-6)
     for k in (0, 4, 7):
         with pytest.raises(InputError, match="from 1 to 3"):
             grpo.passk_full_advantages(r, k)
@@ -275,7 +291,7 @@ def test_the_mixture_leans_to_pass_at_k_as_a_post_is_learnt():
 def test_poly_epo_counts_answers_and_wants_two():
     """A set of one answer is worth nothing; a draft without an answer is no answer."""
     drawn = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 2, 3, 3]])
-    assert epo_value(drawn, 3).tolist() == pytest.approx([0, (4 / 9 + 2 / 9 + 4 / 9 + 0) / 4, (4 / 9 * 2 + 0 + 0) / 4])
+    assert epo_value(drawn, 3).tolist() == pytest.approx([0, (4 + 2 + 4 + 0) / 9 / 4, (4 + 4 + 0 + 0) / 9 / 4])
     assert float(grpo.polyepo_advantages(RIGHT[drawn], CLASSES[drawn], 3)[0].abs().max()) == 0
     for n in (1, 4):
         with pytest.raises(InputError, match="set size"):
@@ -286,8 +302,9 @@ def test_poly_epo_counts_answers_and_wants_two():
     ([1, 1, 1, 1, 0], [0, 0, 1, 2, -1], [2 / 3, 2 / 3, 1, 1, 0]),              # of the right ones
     ([1, 1, 1, 0, 0], [0, 0, 0, 1, 2], [0.1, 0.1, 0.1, 0, 0]),                 # the floor
     ([1, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]),                       # one alone
+    ([1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 0, 0, 0]), ([1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0.1, 0.1, 0, 0, 0]),
     ([0.5, 0.2, 0.0, 0.9, 0.4], [0, 0, 1, 1, 1], [0.75, 0.75, 0.5, 0.5, 0.5]),  # real ones: of all
-    ([-1.0, 0.5, 0.5, 0.5, 0.5], [0, 1, 2, 3, 4], [1] * 5)])                   # raised to zero
+    ([-1.0, 0.5, 0.5, 0.5, 0.5], [0, 0, 1, 2, 3], [0.75, 0.75, 1, 1, 1])])     # raised to zero
 def test_darling_by_hand(rewards, classes, novelty):
     lowest = min(0, *rewards)
     shaped = [(r - lowest) * n for r, n in zip(rewards, novelty)]
@@ -314,13 +331,15 @@ def test_uniqueness_divides_by_the_answer_s_frequency():
     r, classes = rewards_of([1, 1, 1, 0, 0, 0.0]), torch.tensor([[0, 0, 1, -1, -1, 2]])
     for alpha in (1.0, 0.5):
         got = grpo.uniqueness_advantages(r, classes, alpha)[0].tolist()
-        assert got == pytest.approx([x / f ** alpha for x, f in zip(standardised([1, 1, 1, 0, 0, 0]), (2, 2, 1, 1, 1, 1))])
+        frequency = (2, 2, 1, 1, 1, 1)
+        assert got == pytest.approx([x / f ** alpha for x, f in zip(standardised([1, 1, 1, 0, 0, 0]), frequency)])
+    assert torch.equal(grpo.uniqueness_advantages(r, classes), grpo.uniqueness_advantages(r, classes, 1.0))
 
 
 def test_unlikeliness_pays_the_likelier_right_draft_less():
     """Ranks by mean log-probability: -3 is the least likely, rank 0."""
-    r, logp = rewards_of([1, 0, 1, 1.0]), torch.tensor([[-1.0, -2.0, -3.0, -0.5]])
-    got = grpo.unlikeliness_advantages(r, logp)[0].tolist()
+    logprobs, lengths = torch.tensor([[-4.0, -2.0, -3.0, -5]]), torch.tensor([[4, 1, 1, 10]])
+    got = grpo.unlikeliness_advantages(rewards_of([1, 0, 1, 1.0]), logprobs, lengths)[0].tolist()
     assert got == pytest.approx(standardised([1 - 0.25 * 2 / 4, 0, 1, 1 - 0.25 * 3 / 4]))
 
 
@@ -354,7 +373,8 @@ def test_evol_rl_against_the_book():
     e = torch.eye(4)[None, [0, 0, 1, 2]]
     rewards = evol_by_the_book([0, 0, 0, 1], (e[0] @ e[0].T).tolist())         # s: 3/4, 3/4, 0 and 0
     assert rewards == [0.5, 0.5, 1.0, -1.0]
-    assert grpo.evol_advantages(torch.tensor([[0, 0, 0, 1]]), e)[0].tolist() == pytest.approx(standardised(rewards), abs=1e-4)
+    got = grpo.evol_advantages(torch.tensor([[0, 0, 0, 1]]), e)
+    assert got[0].tolist() == pytest.approx(standardised(rewards), abs=1e-4)
 
 
 def test_maxrl_and_tailrl_agree_on_right_and_wrong():
@@ -405,8 +425,8 @@ def test_an_objective_s_every_field_is_one_of_the_group_s():
 # ---- Every line of the registers takes steps -------------------------------------------------------------
 
 def grpo_session(parts, *flags):
-    s = session(parts, grpo.parser(), ["--start", "-", "--reward", "valid", "--batch", "3", "--k", "4", "--set-size",
-                                       "2", *flags], stage="grpo", ranks=Ranks("methods", "cpu"))
+    flags = ["--start", "-", "--reward", "valid", "--batch", "3", "--k", "4", "--set-size", "2", *flags]
+    s = session(parts, grpo.parser(), flags, stage="grpo", ranks=Ranks("methods", "cpu"))
     s.reward, s.gate = grpo.make_reward("valid", s), polylora.Gate(s, s.args.gate)
     s.start = polylora.frozen_copy(s.model)
     s.params = list(polylora.adapter_state(s.model).values())
@@ -474,15 +494,24 @@ def test_the_overlong_punishment_reaches_the_reward(parts):
     assert float((with_it.group.rewards - without.group.rewards).min()) == -1
 
 
+def test_the_entropy_weight_reaches_the_advantages(parts):
+    s, plain = (grpo_session(parts, "--entropy-weight", weight) for weight in ("0.3", "0"))
+    batches = [grpo.rollout(x, 0, grpo.Tally())[0] for x in (s, plain)]
+    one, other = (torch.cat([b.advantages for b in some]) for some in batches)
+    assert torch.equal(batches[0][0].rows.tokens, batches[1][0].rows.tokens) and gap(one, other) > 0.01
+
+
 def test_what_a_group_holds_of_its_drafts(parts):
     s = grpo_session(parts)
     drawn = grpo.draw(s, polylora.batch_visits(len(s.posts), 3, 0, 1), 0)
     group, logprobs = drawn.group, drawn.samples.logprobs
     assert group.texts == drawn.texts and group.classes.shape == (3, 4) and len(set(group.seeds.tolist())) == 3
-    assert group.likelihoods[1, 2].item() == pytest.approx(sum(logprobs[1][2]) / len(logprobs[1][2]), rel=1e-5)
+    assert group.logprobs[1, 2].item() == pytest.approx(sum(logprobs[1][2]), rel=1e-5)
+    assert group.lengths[1, 2] == len(logprobs[1][2]) == len(drawn.samples.tokens[1][2])
     again = grpo.joined([drawn.take([2, 0]), drawn.take([1])])
-    assert again.texts == [drawn.texts[i] for i in (2, 0, 1)] and again.visits == [drawn.visits[i] for i in (2, 0, 1)]
-    assert torch.equal(again.group.likelihoods, group.likelihoods[[2, 0, 1]]) and again.group.set_size == 2
+    assert again.texts == [drawn.texts[i] for i in (2, 0, 1)]
+    assert again.visits == [drawn.visits[i] for i in (2, 0, 1)]
+    assert torch.equal(again.group.logprobs, group.logprobs[[2, 0, 1]]) and again.group.set_size == 2
     assert again.samples.tokens == [drawn.samples.tokens[i] for i in (2, 0, 1)]
     assert torch.equal(again.group.embeddings, group.embeddings[[2, 0, 1]])
 
@@ -533,11 +562,10 @@ def test_the_entropy_loss_by_its_distribution():
 
 
 def rows_of(*replies):
-    return polylora_rows([(replies[0][:2], [list(r) for r in replies])])
+    return packed([([1, 2], [list(r) for r in replies])])
 
 
-def polylora_rows(groups):
-    from model import pack
+def packed(groups):
     return pack(groups, 10 ** 6)[0]
 
 
@@ -553,14 +581,16 @@ def test_unlikelihood_counts_the_reply_s_earlier_tokens():
     assert gap(got, torch.stack(want)) < 1e-12 and gap(slope(got, z), slope(torch.stack(want), z)) < 1e-12
     assert gap(polylora.unlikelihood_loss(z, y, earlier), ce + 2 * (got - ce)) < 1e-12
     sure = torch.tensor([[100.0, 0.0]], requires_grad=True)                    # 1 - p rounds to 0
-    assert torch.isfinite(slope(polylora.unlikelihood_loss(sure, torch.tensor([1]), torch.tensor([[0]])), sure)).all()
+    loss = polylora.unlikelihood_loss(sure, torch.tensor([1]), torch.tensor([[0]]))
+    assert torch.isfinite(slope(loss, sure)).all()
 
 
 def test_ba_lora_s_three_terms():
     """Against KL, entropy and singular values as torch has them, term by term: the weights differ."""
     z, y = tokens(7, 40, seed=4)
     base, draft = tokens(7, 40, seed=5)[0].detach(), torch.tensor([0, 0, 0, 1, 1, 0, 1])
-    kl = 4 * F.kl_div((z / 2).log_softmax(-1), (base / 2).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    student, teacher = (z / 2).log_softmax(-1), (base / 2).log_softmax(-1)
+    kl = 4 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
     entropy = torch.distributions.Categorical(logits=z.topk(20).values).entropy()
     shares = [torch.linalg.svdvals(z[draft == i]) for i in (0, 1)]
     for leading in (10, 2):
@@ -595,6 +625,24 @@ def test_every_sft_loss_takes_two_steps_and_moves_the_adapter(parts, name):
     assert all(not torch.equal(p, before[n]) for n, p in polylora.adapter_state(s.model).items())
 
 
+@pytest.mark.parametrize("name", [n for n, loss in polylora.SFT_LOSSES.items() if loss.function])
+def test_the_loss_by_chunks_is_that_of_whole_logits(parts, name):
+    """BA-LoRA's third term couples a reply's tokens, so that it must see them all."""
+    s, kind = sft_session(parts, "--loss", name), polylora.SFT_LOSSES[name]
+    groups = [(s.prompt(i), [data.encode_reply(s.tokenizer, s.posts[i].replies[0])]) for i in range(4)]
+    rows = packed(groups)
+    got, _ = gradient(s, lambda tally: polylora.reply_losses(s, rows).sum().backward())
+    options = {"head": s.model.head_weight()} if name == "ba-lora" else {}
+    extra = kind.extra(s, rows) if kind.extra else ()
+
+    def plain(tally):
+        logits = F.linear(predicting_states(s.model, rows), s.model.head_weight())
+        kind.function(logits, rows.target, *extra, **options).sum().backward()
+    want, _ = gradient(s, plain)
+    scale = max(float(g.abs().max()) for g in want.values())
+    assert scale > 0 and max(gap(got[n], g) for n, g in want.items()) < 1e-4 * scale
+
+
 @pytest.mark.parametrize("name", polylora.SFT_LOSSES)
 def test_every_sft_loss_has_one_denominator_however_rows_are_packed(parts, name):
     grads = []
@@ -620,7 +668,7 @@ def test_the_loss_s_value_reaches_it(parts):
 
 def test_ba_lora_s_teacher_is_the_base(parts):
     s = sft_session(parts, "--loss", "ba-lora")
-    rows = polylora_rows([(s.prompt(i), [[5, 6, 7]]) for i in range(3)])
+    rows = packed([(s.prompt(i), [[5, 6, 7]]) for i in range(3)])
     hidden, draft = polylora.base_states(s, rows)
     with polylora.base(s.model):
         want, _ = polylora.token_logprobs(s.model, rows)
@@ -653,13 +701,15 @@ def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():
     draw = torch.Generator().manual_seed(9)
     shape = dict(generator=draw)
     group = Group(torch.rand(6, 6, **shape).round(), F.normalize(torch.randn(6, 6, 4, **shape), dim=-1),
-                  torch.rand(6, 6, **shape), torch.rand(6, 6, 3, **shape).round(), torch.rand(6, 3, **shape),
-                  torch.randint(-1, 3, (6, 6), **shape), torch.randn(6, 6, **shape), torch.arange(6),
-                  [["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
+                  quality=torch.rand(6, 6, **shape), right=torch.rand(6, 6, 3, **shape).round(),
+                  shares=torch.rand(6, 3, **shape), classes=torch.randint(-1, 3, (6, 6), **shape),
+                  logprobs=torch.randn(6, 6, **shape), lengths=torch.randint(1, 9, (6, 6), **shape),
+                  seeds=torch.arange(6), texts=[["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
     for name, objective in OBJECTIVES.items():
         for diversity in DIVERSITIES:
-            whole = advantages_of(objective, group, 0.5, diversity)
-            alone = [advantages_of(objective, grpo.mapped(lambda x: x[i:i + 1], group), 0.5, diversity) for i in range(6)]
+            whole = advantages_of(objective, group, 0.5, diversity, 0.1)
+            alone = [advantages_of(objective, grpo.mapped(lambda x: x[i:i + 1], group), 0.5, diversity, 0.1)
+                     for i in range(6)]
             assert gap(whole, torch.cat(alone)) < 1e-5, (name, diversity)
     real = torch.cat((group.rewards[:3], torch.rand(3, 6, **shape)))
     whole = grpo.darling_advantages(real, group.classes)
@@ -667,12 +717,14 @@ def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():
     assert gap(whole, torch.cat(alone)) < 1e-6
 
 
-@pytest.mark.parametrize("name, size, right", [("passk-full", 3, False), ("passk-full", 2, True), ("polyepo", 1, False),
-                                               ("passk-bootstrap", 5, False), ("bon", 4, True), ("darling", 9, True)])
+@pytest.mark.parametrize("name, size, right", [
+    ("passk-full", 3, False), ("passk-full", 2, True), ("polyepo", 1, False), ("passk-bootstrap", 5, False),
+    ("bon", 4, True), ("darling", 9, True)])
 def test_set_sizes_are_checked_before_anything_is_loaded(tmp_path, name, size, right):
-    polylora.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
-    args = grpo.parser().parse_args(["--start", str(tmp_path), "--model", "-", "--data", "-", "--out", "-", "--k", "5",
-                                     "--advantage", name, "--set-size", str(size)])
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    polylora.write_json(tmp_path / "adapter_config.json", config)
+    flags = f"--model - --data - --out - --k 5 --advantage {name} --set-size {size}"
+    args = grpo.parser().parse_args(["--start", str(tmp_path), *flags.split()])
     if right:
         assert grpo.check_grpo(args) == tmp_path
     else:
