@@ -17,7 +17,7 @@ import evaluate
 import grpo
 import polylora
 from model import Config, Qwen3
-from trainer import Session
+from trainer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_TOKENIZER = ROOT.parent / "shared" / "qwen3_tokenizer"
@@ -38,7 +38,7 @@ def write_model(folder, tokenizer=None):
     """A random Qwen3 of two layers with a tokenizer: Qwen3's own, or a small one trained on the tweets'
     words."""
     if tokenizer is None:
-        tokenizer = data.train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
+        tokenizer = train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
     torch.manual_seed(54)  # one that by chance finds people's replies likelier than exchanged ones
     rows = tokenizer.get_vocab_size() + 7                                      # padding rows, as Qwen3 has
     model = Qwen3(Config(rows, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True))
@@ -153,7 +153,7 @@ def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
     assert polylora.main(["base", "--data", "pocket", "--out", str(tmp_path / "no"), "--nf4"]) == 2
 
 
-SHARDED = """
+SHARDED ="""
 import json, os, sys
 import torch, torch.distributed as dist
 import evaluate, grpo, polylora, trainer
@@ -290,14 +290,15 @@ def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp
     first = launch(tmp_path, "torchrun", "--standalone", "--nproc-per-node=2", "train.sh")
     assert first.returncode == 0, first.stderr[-3000:]
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
-    assert list(report["arms"]) == ["base", "lora", "poly", "lora-grpo", "lora-passk", "poly-grpo"]
+    assert list(report["arms"]) == ["base", "lora", "poly", "lora-grpo", "lora-passk", "lora-cover",
+                                    "poly-grpo"]
     assert "pass@10" in first.stdout and report["differences"]["poly-grpo"]["stances"]
     ends = [x for x in lines(tmp_path / "study" / "seed7" / "poly-grpo") if x.get("event") == "end"]
     assert [x["stage"] for x in ends] == ["grpo", "measure"] and all(x["ranks"] == 2 for x in ends)
     before = digest(tmp_path / "study" / "seed7")
     again = launch(tmp_path, "bash", "train.sh")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.count("done already") == 6 and digest(tmp_path / "study" / "seed7") == before
+    assert again.stdout.count("done already") == 7 and digest(tmp_path / "study" / "seed7") == before
 
 
 def test_torchrun_leaves_the_programs_flags_alone():
