@@ -93,7 +93,7 @@ def read_run(folder, ks=KS):
     values = {name: np.array([metrics[i].get(name, math.nan) for i in order]) for name in names}
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     events = [read_object(f"{log}, line {number}", line) for number, line in enumerate(lines, 1)]
-    own = ("adapter", "posts", "seed")       # what a run has for itself
+    own = ("adapter", "posts", "seed", "model")       # what a run has for itself
     shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
     readers = Counter(reader_shares(r) for r in records if "readers" in r)
     ends = [event for event in events if event.get("event") == "end"]
@@ -101,6 +101,7 @@ def read_run(folder, ks=KS):
             "posts": {i: found[i]["post"] for i in order}, "ends": ends, "readers": readers,
             "clusters": [found[i].get("intent") or i for i in order],
             "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
+            "model": settings.get("model"),
             "trained_by": config.get("embedder"),
             "warnings": [w for event in ends for w in event.get("warnings") or ()]}
 
@@ -119,8 +120,9 @@ def group_runs(run_folders, ks=KS):
                 values = "" if isinstance(a, dict) else f" ({a} and {b})"
                 raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
                                  "measure both on the same posts with the same settings")
-        if other["posts"] != run["posts"]:
-            raise InputError(f"{other['folder']} and {run['folder']} differ in the posts; measure "
+        odd = [name for name in ("posts", "model") if other[name] != run[name]]
+        if odd:                              # only another seed may have posts and a base of its own
+            raise InputError(f"{other['folder']} and {run['folder']} differ in the {odd[0]}; measure "
                              "both on the same posts with the same settings")
         for other in arms.setdefault(run["arm"], []):
             if other["seed"] == run["seed"]:
@@ -129,8 +131,7 @@ def group_runs(run_folders, ks=KS):
                                  "arms apart")
         arms[run["arm"]].append(run)
     if len(first["posts"]) < 2:
-        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval; "
-                         "measure more")
+        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval")
     return arms
 
 
@@ -563,8 +564,8 @@ def named(centres):
             left = x + dx - (7 * len(name) if dx < 0 else 0)
             box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
             inside = LEFT < box[0] and box[2] < 712 and TOP < box[1] and box[3] < BOTTOM
-            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3]
-                                  for t in taken):
+            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3]
+                                  and t[1] < box[3] for t in taken):
                 break
         taken.append(box)
         if abs(dy) > 15:
