@@ -4,6 +4,7 @@ input; train.sh."""
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -344,3 +345,24 @@ def test_reward_model_and_judge_read_one_chat_at_a_time_as_in_a_batch(world):
         assert all(a == pytest.approx(b, abs=1e-5) for r, s in zip(got, alone) for a, b in zip(r, s))
         assert len({round(x, 6) for r in got for x in r}) == 3
     assert all(0 < x < 1 for r in got for x in r)
+
+
+def test_the_worked_example_of_how_to_add_a_method_applies_and_runs(world, tmp_path):
+    """The README's diff, applied to a copy: the method's own test passes, --help lists it, and a run of
+    two steps trains by it."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    diff = page.split("## How to add a method", 1)[1].split("```diff\n", 1)[1].split("```", 1)[0]
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
+    (copy / "rloo.diff").write_text(diff, encoding="utf-8")
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "apply", "rloo.diff"], cwd=copy, check=True, timeout=60)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = lambda *a: subprocess.run([sys.executable, *a], cwd=copy, env=env, capture_output=True,
+                                    text=True, timeout=120)
+    tested = run("-m", "pytest", "tests/test_grpo.py", "-k", "rloo", "-p", "no:cacheprovider")
+    assert tested.returncode == 0, tested.stdout[-2000:]
+    assert "RLOO (arXiv 2402.14740)" in " ".join(run("grpo.py", "--help").stdout.split())
+    trained = run("grpo.py", *grpo_args(world, "x", "--out", str(tmp_path / "run"), "--advantage", "rloo"))
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert "lora-rloo " in (copy / "train.sh").read_text() and lines(tmp_path / "run")[0]["advantage"] > 0
