@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -366,3 +367,96 @@ def test_the_worked_example_of_how_to_add_a_method_applies_and_runs(world, tmp_p
     trained = run("grpo.py", *grpo_args(world, "x", "--out", str(tmp_path / "run"), "--advantage", "rloo"))
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert "lora-rloo " in (copy / "train.sh").read_text() and lines(tmp_path / "run")[0]["advantage"] > 0
+
+
+def test_a_stage_refuses_posts_of_another_domain_than_its_start_was_trained_for(world, tmp_path, capsys):
+    """Inferred anew from each file, GRPO and evaluation ran as another domain than SFT, with exit 0."""
+    assert data.main(["split", "--data", "pocket", "--sizes", "grpo=6", "--out", str(tmp_path)]) == 0
+    other = str(tmp_path / "grpo.jsonl")
+    assert grpo.main(grpo_args(world, "never", "--data", other)) == 2
+    assert "was trained for the domain 'replies'" in capsys.readouterr().err
+    assert evaluate.main(["measure", world["lora"], "--data", other, "--n", "10"]) == 2
+    assert "was trained for the domain 'replies'" in capsys.readouterr().err
+    assert not (Path(world["root"]) / "never").exists()
+
+
+def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path):
+    """Another file of equal length, another adapter, dtype, seed or model returned 0 with the old
+    records; and another seed's config.json came to stand over old drafts."""
+    run, bare = tmp_path / "run", tmp_path / "bare"
+    shutil.copytree(world["lora"], run)
+    adapter = run / "adapter" / "adapter_model.safetensors"
+
+    def measured(*more, data_file=world["eval"]):
+        args = ["measure", str(run), "--bare", str(bare), "--data", data_file, "--n", "10",
+                "--max-new-tokens", "3", *more]
+        assert evaluate.main(args) == 0
+        return [json.loads((f / "evaluation.json").read_text()) for f in (run, bare)]
+    first = measured()
+    before = (run / "evaluation.json").stat().st_mtime_ns
+    assert measured() == first and (run / "evaluation.json").stat().st_mtime_ns == before
+    posts = data.load_posts(world["eval"])
+    changed = tmp_path / "eval.jsonl"
+    data.save_posts([data.Post(p.id, p.post + " now", p.replies) for p in posts], changed)
+    texts = measured(data_file=str(changed))
+    assert [r["post"] for r in texts[0]["records"]] != [r["post"] for r in first[0]["records"]]
+    assert measured("--dtype", "bfloat16")[0]["settings"]["dtype"] == "torch.bfloat16"
+    other = measured("--seed", "5")[1]
+    assert json.loads((bare / "config.json").read_text())["seed"] == other["settings"]["seed"] == 5
+    assert [r["drafts"] for r in other["records"]] != [r["drafts"] for r in first[1]["records"]]
+    tensors = adapter_of(run)
+    shutil.copy(adapter, tmp_path / "kept")
+    from safetensors.torch import save_file
+    save_file({n: t + 1.0 for n, t in tensors.items()}, adapter, metadata={"format": "pt"})
+    again = measured()[0]
+    assert again["settings"]["adapter"] != first[0]["settings"]["adapter"]
+    assert [r["drafts"] for r in again["records"]] != [r["drafts"] for r in first[0]["records"]]
+    model = tmp_path / "model"
+    shutil.copytree(world["model"], model)
+    weights = Qwen3.from_pretrained(model)
+    weights.model.norm.weight.data.mul_(0.5)
+    weights.save_pretrained(model)
+    assert measured("--model", str(model))[1]["settings"]["model"] != first[1]["settings"]["model"]
+
+
+def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):
+    """Trained on one revision, GRPO and measuring took the newest."""
+    run = tmp_path / "run"
+    assert polylora.main(sft_args(world, "x", "--out", str(run), "--revision", "abc123")) == 0
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["revision"] == "abc123"
+    args = grpo.parser().parse_args(["--start", str(run), "--data", "-", "--out", "-"])
+    grpo.check_grpo(args)
+    assert (args.model, args.revision) == (world["model"], "abc123")
+
+
+def test_train_sh_runs_on_the_python_of_its_launch_and_a_failed_seed_ends_the_others(tmp_path):
+    """`venv/bin/torchrun train.sh` took PATH's python, without torch; and of two seeds side by side one
+    failed while the other's program lived on without a parent."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "python3"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 99\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    few = ["--posts", "3", "--seeds", "1", "--out", str(tmp_path / "a")]
+    ran = subprocess.run([sys.executable, "train.sh", *few], cwd=ROOT, env=env, capture_output=True,
+                         text=True, timeout=120)
+    assert ran.returncode == 2 and "--sizes" in ran.stderr and "to repeat it alone" in ran.stderr
+
+    fake, beat = tmp_path / "fake", tmp_path / "beat"
+    fake.write_text(f"""#!/bin/sh
+case "$*" in
+  *data.py*) exit 0 ;;
+  *seed1/*) sleep 1; exit 7 ;;
+esac
+while true; do date +%s%N > {beat}; sleep 0.1; done
+""")
+    fake.chmod(0o755)
+    env |= {"STUDY_PYTHON": str(fake), "STUDY_GROUP": "own"}
+    ran = subprocess.run(["bash", "train.sh", "--seeds", "1 2", "--jobs", "2", "--out", str(tmp_path / "b")],
+                         cwd=ROOT, env=env, capture_output=True, text=True, timeout=60,
+                         start_new_session=True)
+    assert ran.returncode == 7 and "exit code 7" in ran.stderr and "seed1" in ran.stderr
+    time.sleep(0.3)
+    last = beat.read_text()
+    time.sleep(0.5)
+    assert beat.read_text() == last                                            # nobody writes any more
