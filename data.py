@@ -1,14 +1,13 @@
 """Posts and replies: files, splits, the chat format, batches, the domains and the pocket world.
 
     python data.py check posts.jsonl                       # read your file, show what is in it
-    python data.py split --data posts.jsonl --sizes sft=2500,grpo=2500,eval=500 --out runs/data
     python data.py split --data pocket --sizes base=5000,sft=1000,grpo=1000,eval=200 --out runs/data
 
-A domain says how a post is put to the model and how a draft is judged. Two have an exact verifier:
-`voices` (posts with a right reply in each of several voices, as in a file) and `pocket` (a small
-world whose right replies are a grammar, at the end of this file); for `replies`, real posts with
-one or more human replies, grpo.py has rewards. The first section is what every file of the project
-needs. """
+A domain says how a post is put to the model and how a draft is judged. Two have an exact
+verifier: `voices` (posts with a right reply in each of several voices, as in a file) and `pocket`
+(a small world whose right replies are a grammar, at the end of this file); for `replies`, real
+posts with one or more human replies, grpo.py has rewards. The first section is what every file of
+the project needs."""
 
 import argparse
 import dataclasses
@@ -24,6 +23,7 @@ import sys
 import time
 import unicodedata
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count as counter
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 # ---- What every file needs: an error for the user, reading, and writing in one piece -------------
 
@@ -42,14 +42,13 @@ class InputError(ValueError):
 
 
 def command(parser, argv=None):
-    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input was
-    wrong."""
-    args = parser.parse_args(argv)
+    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input
+    was wrong."""
+    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
     try:
         args.run(args)
         return 0
     except InputError as e:
-        rank = os.environ.get("RANK", "0")
         print(f"error: {e}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         return 2
 
@@ -82,16 +81,14 @@ def read_json(path):
         raise InputError(f"{path} is not valid JSON ({str(e)[:100]})") from None
 
 
-PARTIAL = counter()
-
-
 @contextmanager
 def beside(path):
     """A path to write to, in the same folder: flushed to disk and moved to `path` when all went
     well, removed otherwise. A reader, or a run after a crash, never sees half a file."""
     # Hosts and containers that share a folder have equal process ids.
-    new = Path(f"{path}.{socket.gethostname()}-{os.getpid()}-{next(PARTIAL)}.partial")
+    new = Path(f"{path}.{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}.partial")
     try:
+        new.parent.mkdir(parents=True, exist_ok=True)
         yield new
         with open(new, "rb") as file:
             os.fsync(file.fileno())
@@ -100,7 +97,8 @@ def beside(path):
         raise InputError(f"{path} cannot be written ({e}): make room, or choose another place"
                          f"") from None
     finally:
-        new.unlink(missing_ok=True)
+        if new.exists():
+            new.unlink()
 
 
 def write_text(path, text):
@@ -126,8 +124,8 @@ class Post:
 
     @property
     def key(self):
-        """What random streams hang on: the post itself, since ids are somebody else's and may
-        clash."""
+        """What random streams hang on: the post itself, since ids are somebody else's and
+        may clash."""
         return hashlib.sha256(normalise(self.post).encode()).hexdigest()[:16]
 
 
@@ -136,8 +134,6 @@ def normalise(text):
     compared. Two texts are the same when they differ in letter case, punctuation, spacing and in
     the way of writing a character (NFKC) alone. Marks stay: without them Hindi and Thai words that
     differ become equal."""
-    if text.isascii():
-        return "".join(c for c in text.lower() if c.isalnum())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN")
 
@@ -152,15 +148,16 @@ def printable(text):
 
 def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
     """Posts from JSON lines, plain or .gz: {"id", "post", "replies": [..] or {voice: ..}}, or
-    "reply": "..", or the fields tweet_id, tweet, reply. Other fields are left alone. Lines of the
-    same post are merged, their replies kept in order; an id that another post has already gets a
-    number.
+    "reply": "..", or the fields tweet_id, tweet, reply. Other fields are left alone. Lines of
+    the same post are merged, their replies kept in order; an id that another post has already
+    gets a number.
 
     A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, over `max_chars` characters)
     raises InputError with file, line and reason; with skip_bad_lines it is left out and counted on
     stderr.
     """
-    posts, bad, number = {}, [], 0
+    posts, bad = {}, []
+    number = 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -188,16 +185,14 @@ def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
 
 def told_apart(posts):
     """The posts, each with an id of its own: files joined into one repeat theirs."""
-    taken, out = {p.id for p in posts}, []
-    seen = set()
-    for post in posts:
-        name, number = post.id, 1
-        while name in seen or (number > 1 and name in taken):
-            number += 1
-            name = f"{post.id}-{number}"
-        seen.add(name)
-        out.append(post if name == post.id else dataclasses.replace(post, id=name))
-    return out
+    posts, seen = list(posts), set()
+    given = {p.id for p in posts}
+    for i, post in enumerate(posts):
+        if post.id in seen:
+            name = next(n for k in counter(2) if (n := f"{post.id}-{k}") not in given | seen)
+            posts[i] = post = dataclasses.replace(post, id=name)
+        seen.add(post.id)
+    return posts
 
 
 def parse_line(line, number, max_chars):
@@ -216,10 +211,8 @@ def parse_line(line, number, max_chars):
     if not isinstance(post, str) or not post.strip():
         raise ValueError('no "post" (or "tweet") text')
     voices = tuple(replies) if isinstance(replies, dict) else ()
-    if voices:
-        replies = list(replies.values())
-    elif isinstance(replies, str):
-        replies = [replies]
+    replies = list(replies.values()) if voices else replies
+    replies = [replies] if isinstance(replies, str) else replies
     if not isinstance(replies, list) or not replies:
         raise ValueError('no "replies" (or "reply")')
     if not all(isinstance(r, str) and r.strip() for r in replies):
@@ -275,27 +268,24 @@ def split_posts(posts, sizes, seed):
 def split_by_intent(posts, sizes, seed):
     """{name: posts} as split_posts, but parts whose names begin with `eval` hold intents that no
     other part has: what is measured there was never seen, not only put otherwise."""
-    intents = sorted({p.intent for p in posts})
-    random.Random(f"intents {seed}").shuffle(intents)
-    inside = {n: size for n, size in sizes.items() if not n.startswith("eval")}
-    outside = {n: size for n, size in sizes.items() if n.startswith("eval")}
-    if "" in intents or len(intents) < 2 or not outside:
-        raise InputError("--by intent needs posts with an \"intent\" each, and a part called eval")
-    # As many intents as bring the share of posts that the eval parts have, and no fewer than
-    # needed.
+    outside = [n for n in sizes if n.startswith("eval")]
+    numbers = Counter(p.intent for p in posts)
+    if "" in numbers or len(numbers) < 2 or not outside:
+        raise InputError('--by intent needs posts with an "intent" each, and a part called eval')
+    intents = sorted(numbers)
     held, found = set(), 0
-    wanted = max(sum(outside.values()), len(posts) * sum(outside.values()) / sum(sizes.values()))
-    numbers = {intent: 0 for intent in intents}
-    for p in posts:
-        numbers[p.intent] += 1
+    random.Random(f"intents {seed}").shuffle(intents)
+    # As many intents as bring the eval parts' share of posts, and no fewer than needed.
+    wanted = sum(sizes[n] for n in outside)
+    wanted = max(wanted, len(posts) * wanted / sum(sizes.values()))
     for intent in intents:
         if found < wanted:
             held.add(intent)
             found += numbers[intent]
     parts = {}
-    for names, there in ((inside, False), (outside, True)):
-        some = [p for p in posts if (p.intent in held) == there]
-        parts |= zip(names, split_posts(some, list(names.values()), seed))
+    for names in ([n for n in sizes if n not in outside], outside):
+        some = [p for p in posts if (p.intent in held) == (names is outside)]
+        parts |= zip(names, split_posts(some, [sizes[n] for n in names], seed))
     return {name: parts[name] for name in sizes}
 
 
@@ -310,57 +300,13 @@ class ChatFormat:
     system: str = ""
 
 
-def chat_format(folder):
-    """The ChatFormat of a checkpoint's folder, by its own template: tried on two short chats and
-    compared with what render_chat writes. Without a template: Qwen3's. InputError for a template
-    that writes anything else."""
-    template = read_template(Path(folder))
-    if template is None:
-        return ChatFormat()
-    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
-             {"role": "user", "content": "three"}]
-    told = [{"role": "system", "content": "zero"}, *turns]
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = compiled.from_string(template)
-        say = lambda chat: template.render(messages=chat, add_generation_prompt=True,
-                                           enable_thinking=False, bos_token="", eos_token="")
-        alone, after = say(turns), say(told)
-    except Exception as e:  # a template is somebody's program: it may fail in any way
-        raise InputError(f"the chat template in {folder} cannot be read ({str(e)[:100]}): give a "
-                         "checkpoint whose chat is ChatML, as Qwen3's") from None
-    default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", alone, re.DOTALL)
-    for think_block in (True, False):
-        chat = ChatFormat(think_block, default[1] if default else "")
-        if all(render_chat(messages, add_generation_prompt=True, chat=chat) == text
-               for messages, text in ((turns, alone), (told, after))):
-            return chat
-    raise InputError(f"the chat template in {folder} writes other turn marks than ChatML's "
-                     "<|im_start|> and <|im_end|>: give a checkpoint with Qwen3's chat format")
-
-
-def read_template(folder):
-    """The text of a folder's chat template; None where it has none."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    config = read_json(folder / "tokenizer_config.json")
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
 def render_chat(messages, *, add_generation_prompt, thinking=False, chat=ChatFormat()):
-    """ChatML for system, user and assistant turns, character for character as the checkpoint's own
-    template.
+    """ChatML for system, user and assistant turns, character for character as the checkpoint's
+    own template.
 
     With a think block, and without thinking, an empty one opens the answer, in the prompt; and a
     final assistant turn always has one, its own or an empty one, so that what is trained and what
-    is prompted agree. Earlier assistant turns lose theirs. """
+    is prompted agree. Earlier assistant turns lose theirs."""
     if chat.system and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": chat.system}, *messages]
     out, last_user = [], max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
@@ -392,27 +338,9 @@ def load_tokenizer(path, *, revision=None):
         raise InputError(f"{file} is not a tokenizer ({e})") from None
 
 
-def train_tokenizer(texts, vocab_size):
-    """A small byte-level BPE with Qwen3's special tokens, so that the same chat format works.
-    Deterministic."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    frame = ["user\n", "assistant\n", "\n\n"] * len(texts)  # the chat frame: one token each
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([*texts, *frame], trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, special_tokens=special, initial_alphabet=alphabet,
-        show_progress=False))
-    # not special, as in Qwen3
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
-    return tokenizer
-
-
 def stop_ids(tokenizer):
     """Ids that end a reply: <|im_end|> in a chat, <|endoftext|> from a base model."""
-    ids = map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>"))
-    return [i for i in ids if i is not None]
+    return [i for i in map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>")) if i is not None]
 
 
 CONTROL = re.compile(r"<(\|\w+\||/?(?:think|tool_call|tool_response))>")
@@ -469,7 +397,7 @@ class Domain:
     and spacing aside (normalise). Readers are long-tailed over the voices: GRPO rewards and the
     evaluation draw them by popularity_of(post). SFT pairs come from writers, who are the readers
     unless they were given a long tail of their own. With `permute` each scene (the part of a post's
-    intent before its last /) has an order of voices of its own, which holds for readers alone. """
+    intent before its last /) has an order of voices of its own, which holds for readers alone."""
     name = "voices"
 
     def __init__(self, posts, voices=None, popularity=1.5, writers=None, permute=False):
@@ -493,15 +421,19 @@ class Domain:
         shares = long_tail(order, self.exponent)
         return {v: shares[v] for v in self.voices}
 
+    @staticmethod
+    def draw(shares, rng):
+        return rng.choices(list(shares), list(shares.values()))[0] if shares else None
+
     def reader(self, post, rng):
         """The voice that this post's reader likes, drawn by popularity; None without voices."""
-        return drawn(self.popularity_of(post), rng)
+        return self.draw(self.popularity_of(post), rng)
 
     def writer(self, post, rng):
         """The voice of the person whose reply is learnt from."""
         if self.writers_exponent is None:
             return self.reader(post, rng)
-        return drawn(long_tail(self.voices, self.writers_exponent), rng)
+        return self.draw(long_tail(self.voices, self.writers_exponent), rng)
 
     def reply(self, post, voice, rng):
         """A right reply to the post in that voice."""
@@ -533,10 +465,6 @@ class Domain:
         return length * (1 - copied) * len(set(bigrams)) / max(len(bigrams), 1)
 
 
-def drawn(shares, rng):
-    return rng.choices(list(shares), list(shares.values()))[0] if shares else None
-
-
 class Replies(Domain):
     """Real posts with people's replies and no verifier: judged by a reward (grpo.py)."""
     name = "replies"
@@ -565,7 +493,7 @@ def make_domain(name, posts, **readers):
     if name == "auto":
         if odd is not None:
             raise InputError(f"the posts {posts[0].id!r} and {odd.id!r} have replies in different "
-                             "voices, or one of them in none: mend the file, or give --domain replies")
+                             "voices, or one in none: mend the file, or give --domain replies")
         name = "pocket" if scenes else "voices" if voiced else "replies"
     if name not in DOMAINS:
         raise InputError(f"there is no domain {name!r}: choose auto, {', '.join(DOMAINS)}")
@@ -580,12 +508,12 @@ def load_domain(path, name, posts):
     """The domain of a file of posts. domain.json beside it, written at the split, decides: the
     first post of each part must not. Without one, what the posts hold."""
     place = Path(path).parent / "domain.json"
-    if not place.exists():
+    record = read_json(place) if place.exists() else None
+    if record is None:
         return make_domain(name, posts)
-    record = read_json(place)
     fields = {"domain": str, "voices": list, "permute": bool}
-    if not isinstance(record, dict) or any(not isinstance(record.get(k), t)
-                                           for k, t in fields.items()):
+    good = isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in fields.items())
+    if not good:
         raise InputError(f"{place} is not what data.py split writes: split again")
     if name not in ("auto", record["domain"]):
         raise InputError(f"--domain {name}: these posts were split as {record['domain']!r} (see "
@@ -619,14 +547,12 @@ def read_table(text):
     return table
 
 
-THINGS = {
-    "pet": "kitten puppy rabbit parrot hamster pony",
-    "dish": "soup curry cake lasagne pie stew",
-    "music": "guitar violin trumpet piano flute cello",
-    "plant": "rose fern cactus tulip pumpkin hedge",
-    "craft": "quilt scarf lamp kite necklace basket",
-    "outing": "hike picnic cruise marathon festival voyage",
-}
+THINGS = {"pet": "kitten puppy rabbit parrot hamster pony",
+          "dish": "soup curry cake lasagne pie stew",
+          "music": "guitar violin trumpet piano flute cello",
+          "plant": "rose fern cactus tulip pumpkin hedge",
+          "craft": "quilt scarf lamp kite necklace basket",
+          "outing": "hike picnic cruise marathon festival voyage"}
 
 POSTS = read_table("""
 pet
@@ -635,15 +561,12 @@ pet
   advice: how do I {get|teach|train} {my|a} [n] to {sleep at night|stay calm|come when called}
   pride: {my|our} [n] {learned|has learned} {a trick|its name|to wait} {at last|all by itself|today}
   plan: {next week|tomorrow|soon} {I|we} {pick up|will meet|will get} {a|our new} [n]
-  memory: {thinking of|I still miss|I often dream of} the [n] {I grew up with|we had|from my
-    childhood}
+  memory: {thinking of|I still miss|I often dream of} the [n] {I grew up with|we had|from my childhood}
 dish
   news: {there is|we have|I found} a {new |great |}[n] {place in town|stall round the corner|on the
     menu here}
-  trouble: {my|the} [n] {burned|fell on the floor|tastes of nothing|is a disaster}
-    {again|tonight|once more}
-  advice: what do I {add to|put in|serve with} a [n] {to make it better|for six people|so it is not
-    dull}
+  trouble: {my|the} [n] {burned|fell on the floor|tastes of nothing|is a disaster} {again|tonight|once more}
+  advice: what do I {add to|put in|serve with} a [n] {to make it better|for six people|so it is not dull}
   pride: {I|we} {made|cooked} a [n] from {nothing|scratch} and {it was perfect|everybody had
     seconds|the plates came back empty}
   plan: {tonight|on Sunday|this weekend} {I|we} {will try|will make|cook} a [n] {for friends|for
@@ -652,24 +575,20 @@ dish
     childhood|we had at home}
 music
   news: {look what came|it is here|guess what I bought}, a {second hand |shiny |beautiful |}[n]
-  trouble: {my|the} [n] {broke|cracked|is out of tune|got wet} {before the show|an hour ago|on the
-    bus}
+  trouble: {my|the} [n] {broke|cracked|is out of tune|got wet} {before the show|an hour ago|on the bus}
   advice: {which|what} {teacher|book|exercise} is {best|right} for {learning|starting} the [n] {at
     forty|late in life|with small hands}
   pride: {played|I played} the [n] {on stage|in front of people|without a mistake} {for the first
     time|tonight|at last}
   plan: {I start|we begin|I am taking} [n] lessons {next month|in spring|on Monday}
-  memory: {my father|my aunt|an old friend} played the [n] {every evening|when I was small|by the
-    window}
+  memory: {my father|my aunt|an old friend} played the [n] {every evening|when I was small|by the window}
 plant
   news: {a neighbour gave me|I was given|somebody left me} a {huge |young |lovely |}[n] {today|for
     the balcony|for the garden}
-  trouble: {the snails ate|frost killed|the dog dug up} {my|our} [n] {last night|overnight|this
-    morning}
+  trouble: {the snails ate|frost killed|the dog dug up} {my|our} [n] {last night|overnight|this morning}
   advice: {when|how often|where} should I {water|plant|cut|move} {my|a} [n] {in this heat|before
     winter|on a balcony}
-  pride: {my|our} [n] {won a prize|is taller than me|flowers after three years|came through the
-    winter}
+  pride: {my|our} [n] {won a prize|is taller than me|flowers after three years|came through the winter}
   plan: {this autumn|in April|when it is warmer} {I|we} {will grow|want to plant} a [n] {by the
     door|under the window|for my mother}
   memory: {there was|we always had} a [n] {by my grandparents' gate|in the yard where I played|at
@@ -682,20 +601,17 @@ craft
     child|as a present|for a beginner}
   pride: {finished|I have finished|just finished} {my first|a whole} [n] {by hand|after two
     months|and it holds}
-  plan: {I am going to|we will|I want to} {make|build} a [n] {for my niece|this winter|for the
-    school fair}
+  plan: {I am going to|we will|I want to} {make|build} a [n] {for my niece|this winter|for the school fair}
   memory: {found|I came across} {an old photo of|a drawing of} the [n] {my mother made|we made at
     school|from our first home}
 outing
-  news: {we won|I got|they gave us} {free places|two tickets|the last places} for {a|the} {famous
-    |big |}[n]
+  news: {we won|I got|they gave us} {free places|two tickets|the last places} for {a|the} {famous |big |}[n]
   trouble: {the|our} [n] {was called off|ended in the rain|was a mess} and {we are stuck|I caught a
     cold|nobody told us}
   advice: what {should I bring|do people wear|do I need} {for|on} a {long |first |}[n] {in
     June|with two kids|alone}
   pride: {did|I did|we did} {the whole|my first|our first} [n] {without giving up|today|with my dad}
-  plan: {off to|we leave for|I signed up for} {a|the} [n] {next Saturday|in two weeks|with the
-    whole office}
+  plan: {off to|we leave for|I signed up for} {a|the} [n] {next Saturday|in two weeks|with the whole office}
   memory: {ten years ago|back in school|one summer} we went on a [n] {and never stopped
     laughing|and got lost|that I will not forget}
 """)
@@ -719,8 +635,7 @@ warm
     {about|over|because of} the [n]
   advice: {be gentle with yourself|take heart|no rush, dear}, the [n] {will come right|will be
     fine|needs only love}
-  pride: {I am so happy for you|my heart is full|you deserve this}, {you and|what a joy with}
-    {the|your} [n]
+  pride: {I am so happy for you|my heart is full|you deserve this}, {you and|what a joy with} {the|your} [n]
   plan: {how exciting for you|I am with you|fingers crossed}, {the|your} [n] {will be
     beautiful|will make you glad|will do you good}
   memory: {what a tender thought|thank you for sharing|how dear}, {hold on to|keep|treasure} that
@@ -751,10 +666,8 @@ curious
   memory: {say,|tell me,|oh,} {what became of|do you have a picture of|what was so special
     about|who else remembers} {that|the} [n]?
 practical
-  news: {first|to start|tip}: {check|sort out|write down} {the costs|the dates|the basics} {for|of}
-    the [n]
-  trouble: {call|ask|ring} {a professional|the shop|an expert} {today|before noon|right now} about
-    the [n]
+  news: {first|to start|tip}: {check|sort out|write down} {the costs|the dates|the basics} {for|of} the [n]
+  trouble: {call|ask|ring} {a professional|the shop|an expert} {today|before noon|right now} about the [n]
   advice: {start|begin} {small|early|simple} with the [n] and {keep notes|go step by step|change
     one thing at a time}
   pride: {next|now|from here}: {set a new goal|raise the bar|show others} with the [n] {this
@@ -766,8 +679,7 @@ practical
 excited
   news: {yes|wow|hooray}! {a [n]|the [n]}! {best day ever|I am jumping|this is huge}!
   trouble: {no|nooo|argh}! {not the|the poor} [n]! {we will fix this|do not give up|fight on}!
-  advice: {yes|wow|oh}! {great question|go for it|you can do this}! {a [n]|the [n]} {rocks|is pure
-    fun}!
+  advice: {yes|wow|oh}! {great question|go for it|you can do this}! {a [n]|the [n]} {rocks|is pure fun}!
   pride: {wow|boom|yes}! {you did it|what a win|unreal}! {the|that} [n] {for president|is gold}!
   plan: {yes|wow|woo}! {take me along|count me in|I cannot wait}! {the|a} [n]!
   memory: {aww|wow|oh}! {what a time|those were days|so many feelings}! {that|the} [n]!
@@ -778,20 +690,21 @@ blunt
   advice: {honestly|frankly}, {forget the [n]|sell the [n]|nobody needs a [n]|skip the [n]}{ and
     move on|. Done|}
   pride: {about time|not bad|took you long enough}. {the|that} [n] {looks okay|will do|was easy}
-  plan: {I give it a week|do not overdo it|lower your hopes}. {it is|just} {a|one} [n]{, nothing
-    more|}
+  plan: {I give it a week|do not overdo it|lower your hopes}. {it is|just} {a|one} [n]{, nothing more|}
   memory: {the past is past|let it go|old stories}. {it was|just} {a|only a} [n]{, that is all|}
 """)
 
 
 @functools.lru_cache(maxsize=None)
 def parse(template):
-    """A template as a tuple of texts and of choices, a choice being a tuple of parsed alternatives."""
+    """A template as a tuple of texts and choices, a choice being a tuple of parsed alternatives."""
     def sequence(at, inside):
-        parts, text, options = [], "", []
+        parts, text = [], ""
+        options = []
         while at < len(template) and not (inside and template[at] in "|}"):
             if template[at] == "{":
-                parts, text, options, at = parts + [text], "", [], at + 1
+                parts, text = parts + [text], ""
+                options, at = [], at + 1
                 while template[at - 1] != "}":
                     option, at = sequence(at, True)
                     options.append(option)
@@ -830,7 +743,8 @@ def pocket_posts(count, seed=0):
     """`count` distinct posts of the pocket world, each with one right reply per voice written out.
     Roughly one in three is written carelessly: small letters, no full stop. InputError when the
     world is too small for `count`."""
-    rng, posts, misses = random.Random(f"pocket {seed}"), {}, 0
+    rng, posts = random.Random(f"pocket {seed}"), {}
+    misses = 0
     while len(posts) < count:
         theme, event = rng.choice(list(THINGS)), rng.choice(list(OPENERS))
         thing = rng.choice(THINGS[theme].split())
@@ -901,16 +815,12 @@ def split(args):
     """Write NAME.jsonl for each NAME=N of --sizes into --out: disjoint by post, and domain.json,
     which says what all later stages take them for. A split made already is kept. Of several ranks
     the first writes."""
-    try:
-        sizes = {n: int(c) for n, c in (part.split("=") for part in args.sizes.split(","))}
-        if not all(c > 0 for c in sizes.values()):
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--sizes {args.sizes}: write NAME=N,NAME=N with N at least 1") from None
+    if not re.fullmatch(r"\w+=0*[1-9]\d*(,\w+=0*[1-9]\d*)*", args.sizes):
+        raise InputError(f"--sizes {args.sizes}: write NAME=N,NAME=N with N at least 1")
+    sizes = {n: int(c) for n, c in (part.split("=") for part in args.sizes.split(","))}
     out = Path(args.out)
-    wanted = {"data": str(args.data), "sizes": sizes, "seed": args.seed, "by": args.by,
-              "domain": args.domain, "popularity": args.popularity, "writers": args.writers,
-              "permute": args.permute}
+    wanted = {name: getattr(args, name) for name in (
+        "data", "seed", "by", "domain", "popularity", "writers", "permute")} | {"sizes": sizes}
     if os.environ.get("RANK", "0") != "0":
         await_split(out, wanted)
         return
@@ -932,7 +842,6 @@ def split(args):
         parts = split_by_intent(posts, sizes, args.seed)
     else:
         parts = dict(zip(sizes, split_posts(posts, list(sizes.values()), args.seed)))
-    out.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         save_posts(part, out / f"{name}.jsonl")
     write_json(out / "domain.json", domain.record())
@@ -958,9 +867,9 @@ def parser():
     c.add_argument("data", help="JSON lines (.gz too)")
     c.add_argument("--show", type=int, default=3, help="posts to print")
     c.set_defaults(run=check)
-    s = sub.add_parser("split", help="write disjoint parts of a file or of the pocket world", **form)
+    s = sub.add_parser("split", help="write disjoint parts of a file, or of the pocket's", **form)
     add = s.add_argument
-    add("--data", required=True, help="JSON lines (.gz too), or `pocket` for the pocket world's posts")
+    add("--data", required=True, help="JSON lines (.gz too), or `pocket` for the pocket world")
     add("--sizes", required=True, help="posts in each part: sft=2500,grpo=2500,eval=500")
     add("--out", required=True, help="folder for NAME.jsonl, domain.json and split.json")
     add("--seed", type=int, default=0, help="of the shuffle, and of the pocket world")

@@ -14,7 +14,7 @@ A run folder holds config.json ("seed", perhaps "arm"), evaluation.json (one rec
 metrics.jsonl (the training log). A record is {"id", "post", "intent", "drafts": n texts, "rewards":
 n floats, "finished": n bools, "semantic", "vendi"} with "voices": n lists (the voices in which that
 draft is right, [] = wrong) and "readers": {voice: share of this post's readers}, or else "passed":
-n bools. """
+n bools."""
 
 import argparse
 import hashlib
@@ -33,19 +33,18 @@ from tqdm import tqdm
 import data
 from data import InputError, command, printable, read_json, write_text
 from grpo import REWARDS, make_reward, same_domain
-from model import tensor_files
 from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
     KS, distinct_n, front, holm, interval, mean_limit, pareto_front, pass_at_k, post_metrics,
     reader_shares, self_bleu, sign_flip, vendi_score)
 from polylora import (diversity, drop_lora, held_out, load_adapter, load_embedder,
                       read_adapter_config)
-from trainer import Session, Visit, file_hash, model_flags, peak_bytes
+from trainer import Session, Visit, file_hash, model_flags, model_hash, peak_bytes
 
 # ---- Runs and their summary ----------------------------------------------------------------------
 
 def read_object(path, text=None):
-    """The JSON object in a file, or in one line of it; NaN reads as null, which no metric
-    accepts."""
+    """The JSON object in a file, or in one line of it; NaN reads as null, which no
+    metric accepts."""
     try:
         text = Path(path).read_text(encoding="utf-8") if text is None else text
         value = json.loads(text, parse_constant=lambda word: None)
@@ -61,13 +60,14 @@ def read_object(path, text=None):
 
 def read_run(folder, ks=KS):
     """-> a dict: folder, arm, seed, `shared` (what all runs must agree on), `posts` {id: text},
-    clusters, values {metric: (posts,)}, `readers` (Counter of reader_shares), ends, scale, adapter,
-    warnings.
+    clusters, values {metric: (posts,)}, `readers` (Counter of reader_shares), ends, scale,
+    adapter, warnings.
 
     Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each
-    stage's log. """
+    stage's log."""
     folder = Path(folder)
-    place, log, metrics, found = folder / "evaluation.json", folder / "metrics.jsonl", {}, {}
+    place, log = folder / "evaluation.json", folder / "metrics.jsonl"
+    metrics, found = {}, {}
     config, evaluation = read_object(folder / "config.json"), read_object(place)
     arm, seed = config.get("arm") or folder.resolve().name, config.get("seed")
     if type(seed) is not int or not isinstance(arm, str) or not arm.isprintable():
@@ -93,7 +93,7 @@ def read_run(folder, ks=KS):
     values = {name: np.array([metrics[i].get(name, math.nan) for i in order]) for name in names}
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     events = [read_object(f"{log}, line {number}", line) for number, line in enumerate(lines, 1)]
-    own = ("adapter", "posts", "seed")       # what a run has for itself
+    own = ("adapter", "posts", "seed", "model")       # what a run has for itself
     shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
     readers = Counter(reader_shares(r) for r in records if "readers" in r)
     ends = [event for event in events if event.get("event") == "end"]
@@ -101,6 +101,7 @@ def read_run(folder, ks=KS):
             "posts": {i: found[i]["post"] for i in order}, "ends": ends, "readers": readers,
             "clusters": [found[i].get("intent") or i for i in order],
             "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
+            "model": settings.get("model"),
             "trained_by": config.get("embedder"),
             "warnings": [w for event in ends for w in event.get("warnings") or ()]}
 
@@ -108,7 +109,8 @@ def read_run(folder, ks=KS):
 def group_runs(run_folders, ks=KS):
     """Run folders -> {arm: [run, ...]} by first appearance; InputError unless all were measured
     alike, and those of one seed on the same posts."""
-    arms, first, by_seed = {}, None, {}
+    arms, first = {}, None
+    by_seed = {}
     for run in (read_run(folder, ks) for folder in run_folders):
         first = first or run
         other = by_seed.setdefault(run["seed"], run)
@@ -118,8 +120,9 @@ def group_runs(run_folders, ks=KS):
                 values = "" if isinstance(a, dict) else f" ({a} and {b})"
                 raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
                                  "measure both on the same posts with the same settings")
-        if other["posts"] != run["posts"]:
-            raise InputError(f"{other['folder']} and {run['folder']} differ in the posts; measure "
+        odd = [name for name in ("posts", "model") if other[name] != run[name]]
+        if odd:                              # only another seed may have posts and a base of its own
+            raise InputError(f"{other['folder']} and {run['folder']} differ in the {odd[0]}; measure "
                              "both on the same posts with the same settings")
         for other in arms.setdefault(run["arm"], []):
             if other["seed"] == run["seed"]:
@@ -128,8 +131,7 @@ def group_runs(run_folders, ks=KS):
                                  "arms apart")
         arms[run["arm"]].append(run)
     if len(first["posts"]) < 2:
-        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval; "
-                         "measure more")
+        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval")
     return arms
 
 
@@ -183,8 +185,8 @@ COMPARED = ("pass@1", "pass@5", "pass@10", "coverage@10", "valid", "stances")
 
 
 def summarise(arms, against=None, ks=KS):
-    """{arm: runs} -> what report.json holds: means, intervals, limits, differences, stages,
-    front."""
+    """{arm: runs} -> what report.json holds: means, intervals, limits, differences,
+    stages, front."""
     if against is not None and against not in arms:
         raise InputError(f"--against {against}: no such arm; the arms are {', '.join(arms)}")
     every = [run for runs in arms.values() for run in runs]
@@ -311,7 +313,8 @@ def cell(row, form, key="mean"):
 
 def tables(summary):
     """summary -> [(title, header, rows of strings)]; "±" is half the width of the 95% interval."""
-    arms, differences, ks = summary["arms"], summary["differences"], summary["ks"]
+    arms, differences = summary["arms"], summary["differences"]
+    ks = summary["ks"]
     known = next(iter(arms.values()))["metrics"]
 
     def by_arm(title, names, form, key="mean"):
@@ -388,7 +391,8 @@ def notes_of(summary):
         out.append(f"Of replies, this share passes by the same measure: {said}.")
     trained_by = sorted({a["trained_by"] for a in summary["arms"].values() if a["trained_by"]})
     judged_by = summary["measured"].get("embedder")
-    out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by {', '.join(trained_by) or 'none'}.")
+    out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by "
+               f"{', '.join(trained_by) or 'none'}.")
     out += [summary["refused"]] if summary["refused"] else []
     best = ", ".join(summary["pareto"])
     out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")
@@ -410,7 +414,8 @@ def write_tables(summary):
     told = {k: v for k, v in summary["measured"].items() if not isinstance(v, dict)}
     about = ", ".join(f"{name} {value}" for name, value in told.items())
     about = f"Measured on {summary['posts']} posts: {about}"
-    text, page, sheet = [about, ""], ["# Report", "", about, ""], []
+    text, page = [about, ""], ["# Report", "", about, ""]
+    sheet = []
     for title, header, rows in tables(summary):
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         text.append(title)
@@ -445,7 +450,8 @@ def csv_cell(text):
 # ---- Pictures: plain SVG, 720 x 440, so that the report needs no plotting package ----------------
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
-LEFT, TOP, BOTTOM = 64, 62, 384  # the plotting area, in pixels
+LEFT, TOP = 64, 62  # the plotting area, in pixels
+BOTTOM = 384
 PICTURES = {"pass_at_k.svg": "Pass@k", "pass1_pass5.svg": "Pass@1 against Pass@5",
             "quality_diversity.svg": "Quality and diversity"}
 
@@ -472,15 +478,16 @@ def svg_line(points, colour, style=""):
 
 
 def svg_marker(i, x, y):
-    """Arm i: one of 7 colours and 3 shapes (circle, square, diamond), so 21 arms can be told
-    apart."""
+    """Arm i: one of 7 colours and 3 shapes (circle, square, diamond), so 21 arms can be
+    told apart."""
     turn = f"rotate({i % 3 // 2 * 45} {x:.1f} {y:.1f})"
     box = f'x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="{(4.5, 1, 1)[i % 3]}"'
     return f'<rect {box} fill="{COLOURS[i % 7]}" stroke="#fff" transform="{turn}"/>'
 
 
-def svg_seed(x, y, colour):
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" opacity="0.35"/>'
+def svg_seeds(places, colour):
+    dot = '<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}" opacity="0.35"/>'
+    return [dot.format(x, y, colour) for x, y in places]
 
 
 def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
@@ -501,9 +508,10 @@ def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
 
 
 def draw_pass_at_k(summary):
-    """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at the
-    ends."""
-    ks, right, limits = summary["ks"], 540, summary["limits"]
+    """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at
+    the ends."""
+    ks, right = summary["ks"], 540
+    limits = summary["limits"]
     if summary["refused"]:
         return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [])
     lines = {arm: [a["metrics"][f"pass@{k}"] for k in ks] for arm, a in summary["arms"].items()}
@@ -543,8 +551,8 @@ def draw_pass_at_k(summary):
 
 
 def named(centres):
-    """Markers and names at {arm: (x, y)}, each name at the nearest place inside the frame that is
-    free."""
+    """Markers and names at {arm: (x, y)}, each name at the nearest place inside the frame that
+    is free."""
     # Boxes that no name may cover.
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres.values()]
     offsets = sorted(((dx, dy) for dy in range(-120, 121, 6) for dx in (10, -10)),
@@ -556,7 +564,8 @@ def named(centres):
             left = x + dx - (7 * len(name) if dx < 0 else 0)
             box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
             inside = LEFT < box[0] and box[2] < 712 and TOP < box[1] and box[3] < BOTTOM
-            if inside and not any(overlap(box, other) for other in taken):
+            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3]
+                                  and t[1] < box[3] for t in taken):
                 break
         taken.append(box)
         if abs(dy) > 15:
@@ -565,10 +574,6 @@ def named(centres):
         halo = f'stroke="#fff" stroke-width="3" paint-order="stroke" text-anchor="{anchor}"'
         marks += [svg_marker(i, x, y), svg_text(x + dx, y + dy + 4, name, halo)]
     return marks
-
-
-def overlap(a, b):
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def draw_pass1_pass5(summary):
@@ -589,7 +594,7 @@ def draw_pass1_pass5(summary):
         u, v = centres[arm] = at_x(x["mean"]), at_y(y["mean"])
         marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, bar),
                   svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, bar)]
-        marks += [svg_seed(at_x(a), at_y(b), colour) for a, b in zip(x["per_seed"], y["per_seed"])]
+        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
         curves.setdefault(arm.partition("@")[0], []).append((u, v))
     marks += [svg_line(sorted(curve), "#999", 'stroke-width="1"')
               for curve in curves.values() if len(curve) > 1]
@@ -599,8 +604,8 @@ def draw_pass1_pass5(summary):
 
 
 def draw_quality_diversity(summary):
-    """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds, Pareto
-    front."""
+    """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds,
+    Pareto front."""
     rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"])
             for arm, a in summary["arms"].items()}
     xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
@@ -617,7 +622,7 @@ def draw_quality_diversity(summary):
         (u, v), colour = centres[arm], COLOURS[i % 7]
         marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, 'opacity="0.5"'),
                   svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, 'opacity="0.5"')]
-        marks += [svg_seed(at_x(a), at_y(b), colour) for a, b in zip(x["per_seed"], y["per_seed"])]
+        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
     marks += named(centres)
     note = "bars: 95% interval; faint: seeds; dashed: Pareto front"
     return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
@@ -626,36 +631,15 @@ def draw_quality_diversity(summary):
 
 # ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
 
-def model_hash(path, revision):
-    """What tells a checkpoint from another without reading it all: its config.json and, of each
-    file of tensors, name, size and header."""
-    folder = data.fetch(path, revision)
-    total = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in tensor_files(folder):
-        with open(file, "rb") as f:
-            head = f.read(8)
-            total.update(f"{file.name} {file.stat().st_size}".encode())
-            total.update(head + f.read(min(int.from_bytes(head, "little"), 2 ** 24)))
-            f.seek(-min(2 ** 16, file.stat().st_size), 2)
-            total.update(f.read())           # and the end of its numbers
-    return total.hexdigest()
-
-
 def measure(args):
     """Write evaluation.json into each run folder. A run measured already, on the same posts by the
     same model with the same settings, is not measured again."""
     if args.n < 10:
         raise InputError(f"--n {args.n}: Pass@10 needs at least 10 drafts a post (twice as many "
                          "are better)")
-    runs = [Path(run) for run in args.runs]
-    for run in runs:
-        if not (run / "adapter" / "adapter_config.json").exists():
-            raise InputError(f"{run}: no adapter there: give finished runs of polylora.py sft or "
-                             f"grpo.py")
-    if not args.model and runs:
-        config = read_adapter_config(runs[0] / "adapter")
-        args.model = read_json(runs[0] / "config.json").get("model")
-        args.revision = args.revision or config.get("revision")
+    runs = [finished(run) for run in args.runs]
+    if runs:
+        name_model(args, runs[0])
     if not args.model:
         raise InputError("give runs to measure, or --model with --bare")
     args.out = str(runs[0] if runs else args.bare)
@@ -667,8 +651,8 @@ def measure(args):
     jobs = [(run, read_json(run / "config.json")["seed"]) for run in runs]
     if args.bare:
         jobs.insert(0, (Path(args.bare), args.seed))
-    jobs = [(run, seed, settings | {"seed": seed, "adapter": adapter_hash(run)})
-            for run, seed in jobs]
+    adapter = lambda run: file_hash(run / "adapter" / "adapter_model.safetensors")
+    jobs = [(run, seed, settings | {"seed": seed, "adapter": adapter(run)}) for run, seed in jobs]
     jobs = [job for job in jobs if not measured(job[0], job[2])]
     session.ranks.barrier()
     scale = None
@@ -692,6 +676,20 @@ def measure(args):
     session.ranks.close()
 
 
+def finished(folder):
+    """A run's folder, as a Path; InputError where it holds no adapter."""
+    if not (Path(folder) / "adapter" / "adapter_config.json").exists():
+        raise InputError(f"{folder}: no adapter there: give runs of polylora.py sft or grpo.py")
+    return Path(folder)
+
+
+def name_model(args, run):
+    """Fill in the base model and its revision from a run, where no --model was given."""
+    if not args.model:
+        args.model = read_json(run / "config.json").get("model")
+        args.revision = args.revision or read_adapter_config(run / "adapter").get("revision")
+
+
 def measure_settings(session):
     """Everything that a record depends on, but for the run's own seed and adapter."""
     args = session.args
@@ -702,10 +700,6 @@ def measure_settings(session):
             "reward_model": args.reward_model, "embedder": args.embedder, "posts": texts,
             "model": model_hash(args.model, args.revision), "dtype": str(session.model.dtype),
             "nf4": args.nf4, "readers": session.domain.record()}
-
-
-def adapter_hash(run):
-    return file_hash(run / "adapter" / "adapter_model.safetensors")
 
 
 def measured(run, settings):
@@ -735,7 +729,8 @@ def passing(session):
 def measure_run(session, run, settings, scale):
     """evaluation.json, config.json of a bare run, and a line in metrics.jsonl for the model as it
     stands; posts are dealt to the ranks."""
-    began, args, ranks = time.perf_counter(), session.args, session.ranks
+    began, args = time.perf_counter(), session.args
+    ranks = session.ranks
     mine = session.deal(list(range(len(session.posts))))
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
@@ -755,7 +750,8 @@ def measure_run(session, run, settings, scale):
     if not settings["adapter"]:
         config = {"seed": settings["seed"], "arm": "base", "model": args.model}
         files = {"config.json": json.dumps(config, indent=2) + "\n"} | files
-    write_files(run, files)
+    for name, text in files.items():
+        write_text(run / name, text)
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(end) + "\n")
 
@@ -763,7 +759,8 @@ def measure_run(session, run, settings, scale):
 def make_records(session, posts, samples, texts):
     """One record a post (fields: top of this file)."""
     domain, embeddings = session.domain, session.embedder(texts)
-    spread, vectors, records = diversity(embeddings).tolist(), embeddings.cpu().numpy(), []
+    spread, vectors = diversity(embeddings).tolist(), embeddings.cpu().numpy()
+    records = []
     rewards = None if domain.voices else session.reward(posts, texts, range(len(posts)))
     for i, post in enumerate(posts):
         record = {"id": post.id, "post": post.post, "intent": post.intent, "drafts": texts[i],
@@ -792,15 +789,10 @@ def alike(domain, post):
 def show_drafts(args):
     """Print k drafts for one post, as an app would show them; drafts that say the same are shown
     once, with their number."""
-    run = Path(args.folder)
-    if not (run / "adapter" / "adapter_config.json").exists():
-        raise InputError(f"{run}: no adapter there: give a finished run of polylora.py sft or "
-                         f"grpo.py")
+    run = finished(args.folder)
     if not args.post.strip():
         raise InputError("the post is empty: give its text in quotes")
-    if not args.model:
-        args.model = read_json(run / "config.json")["model"]
-        args.revision = args.revision or read_adapter_config(run / "adapter").get("revision")
+    name_model(args, run)
     args.out = args.folder
     session = Session(args, "drafts")
     session.load_model()
@@ -816,19 +808,9 @@ def show_drafts(args):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def write_files(folder, files):
-    """{name: text} into a folder, made if need be."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error}); give another folder") from None
-    for name, text in files.items():
-        write_text(Path(folder) / name, text)
-
-
 def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
-    """Compare measured runs: report.json, .md, .txt, .csv and SVGs in out_folder. -> report.json's
-    dict.
+    """Compare measured runs: report.json, .md, .txt, .csv and SVGs in out_folder. ->
+    report.json's dict.
 
     Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
     endpoint the two arms of the primary comparison. Writes nothing on an InputError.
@@ -844,26 +826,15 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
              "quality_diversity.svg": draw_quality_diversity(summary)}
     if summary["limits"] and "front" in summary:
         files["pass1_pass5.svg"] = draw_pass1_pass5(summary)
-    write_files(out_folder, files)
+    for name, content in files.items():
+        write_text(Path(out_folder) / name, content)
     print(text, end="")
     return summary
 
 
-def whole_numbers(text):
-    """"1,5,10" -> (1, 5, 10)."""
-    try:
-        ks = tuple(sorted({int(k) for k in text.split(",")}))
-    except ValueError:
-        ks = ()
-    if not ks or ks[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers from 1, such as 1,5,10")
-    return ks
-
-
 def parser():
     """Three commands; each sets `run`, what to do with its arguments."""
-    p = argparse.ArgumentParser(prog="evaluate.py",
-                                description="Judge runs by Pass@k, diversity, quality.")
+    p = argparse.ArgumentParser(description="Judge runs by Pass@k, diversity, quality.")
     sub = p.add_subparsers(required=True, dest="command", metavar="COMMAND")
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     m = sub.add_parser("measure", help="draft replies to held-out posts with each run, score them",
@@ -912,18 +883,17 @@ def parser():
         help="folder of a measured run; runs whose config.json names the same arm are its seeds")
     add("--out", required=True, metavar="FOLDER", help="folder for the report, made if need be")
     add("--against", metavar="ARM", help="arm from which paired differences are taken")
-    add("--ks", type=whole_numbers, default=KS, metavar="LIST", help="the k of Pass@k")
     add("--primary", nargs=2, metavar=("ARM", "RIVAL"),
         help="test the primary endpoint: Pass@5 superior, then Pass@1 not inferior, then Pass@10 "
              "superior")
-    r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
-                                           args.primary))
+    r.set_defaults(run=lambda args: report(args.runs, args.out, args.against,
+                                           endpoint=args.primary))
     return p
 
 
 def main(argv=None):
-    """Command line; returns the exit code: 0, or 2 after wrong input, said in one line on
-    stderr."""
+    """Command line; returns the exit code: 0, or 2 after wrong input, said in one line
+    on stderr."""
     return command(parser(), argv)
 
 

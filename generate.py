@@ -5,7 +5,7 @@ What the fast engine does otherwise, all of it for speed: a post is read once fo
 its keys and values are stored once (DraftBatch); blocks have fewer and larger products (Fused); a
 finished post gives its place to a waiting one, and the batch shrinks when none wait (Decoder); on a
 GPU a step is replayed as a CUDA graph. Each draft draws from its own stream of random numbers, so
-it does not depend on what else is in the batch, nor on which of the two loops writes it. """
+it does not depend on what else is in the batch, nor on which of the two loops writes it."""
 
 import math
 from contextlib import nullcontext
@@ -23,8 +23,8 @@ from model import NF4, Parts, full_attention, rms_norm, rotary
 @dataclass
 class Samples:
     """tokens[prompt][draft] is a list of ids with the stop id kept; logprobs has the same shape,
-    under the distribution sampled from; finished[prompt][draft] is False when max_new_tokens cut it
-    off."""
+    under the distribution sampled from; finished[prompt][draft] is False when max_new_tokens cut
+    it off."""
     tokens: list
     logprobs: list
     finished: list
@@ -35,12 +35,12 @@ class Samples:
 @torch.no_grad()
 def plain_loop(model, prompt, rows, max_new_tokens, choose):
     """Write `rows` continuations of one prompt (a list of ids), the plain way: read the prompt
-    once, then one token at a time over a growing cache of keys and values. Returns a list of id
-    lists.
+    once, then one token at a time over a growing cache of keys and values. Returns a list of
+    id lists.
 
     choose(logits, step) -> (tokens (rows,), parents (rows,) or None) decides: logits (rows, V) fp32
     of the next token. parents says which row each new row goes on from, so that beams can be built
-    on this; None is each its own. A token of -1 ends its row. The first call has equal rows. """
+    on this; None is each its own. A token of -1 ends its row. The first call has equal rows."""
     cache = {}                               # layer -> (k, v), each (rows, T, KV, D)
     visible = full_attention()
 
@@ -100,18 +100,18 @@ def generate_plain(model, prompts, *, k=1, max_new_tokens, stop_ids=(), seed=0, 
 
 def inverse(mass, target):
     """The first index (R, 1) whose cumulative weight in mass (R, N) is above target (R, 1),
-    whatever rounding did to that: never one of weight zero, which low-precision multinomials have
-    hit."""
+    whatever rounding did to that: never one of weight zero, which low-precision multinomials
+    have hit."""
     target = target.clamp(min=0).minimum(mass[:, -1:] * (1 - 2 ** -50))
     index = torch.searchsorted(mass, target, right=True)
     return index.clamp_(max=mass.shape[-1] - 1)                                # of nan: the last
 
 
 def draw(p, uniform, size=128):
-    """Ids (R, 1) of weights p (R, V) and the weights' sums (R, 1): the inverse of the cumulative
-    distribution, in float64, at uniform (R,) in [0, 1). Of a large vocabulary first the block of
-    `size` ids is drawn and then the id in it: on a CPU 30 times faster than a cumulative sum of
-    all."""
+    """Ids (R, 1) of weights p (R, V) and the weights' sums (R, 1): the inverse of the
+    cumulative distribution, in float64, at uniform (R,) in [0, 1). Of a large vocabulary first
+    the block of `size` ids is drawn and then the id in it: on a CPU 30 times faster than a
+    cumulative sum of all."""
     sums = p
     if p.numel() > 2 ** 16 and p.shape[-1] >= size:
         whole = p.shape[-1] // size * size
@@ -207,7 +207,8 @@ class Product:
     W they would be rounded in bf16."""
 
     def __init__(self, layers, dtype):
-        self.layers, self.tensors, self.scale = layers, [], 1.0
+        self.layers, self.tensors = layers, []
+        self.scale = 1.0
         parts = [parts_of(layer, dtype) for layer in layers]
         self.whole = any(p is None for p in parts)     # call the layers one by one
         if self.whole:
@@ -246,9 +247,9 @@ class Product:
 
 
 class Fused:
-    """The blocks for decoding, without gradient: one product for q, k and v, one for gate and up; q
-    and k normed and rotated together. A step has few rows: the number of operations decides its
-    time."""
+    """The blocks for decoding, without gradient: one product for q, k and v, one for gate and
+    up; q and k normed and rotated together. A step has few rows: the number of operations
+    decides its time."""
 
     def __init__(self, model, length):
         self.config, self.blocks = model.config, []
@@ -287,7 +288,8 @@ class Fused:
             weight = torch.cat((q_norm.weight.expand(heads, -1), k_norm.weight.expand(kv, -1)))
             qk = rms_norm(qkv[..., :heads + kv, :], weight, c.rms_norm_eps)
             qk = qk * cos + qk.roll(c.head_dim // 2, -1) * sin                 # both halves at once
-            q, k, v = qk[..., :heads, :], qk[..., heads:, :], qkv[..., heads + kv:, :]
+            q, k = qk[..., :heads, :], qk[..., heads:, :]
+            v = qkv[..., heads + kv:, :]
             x = x + out(attend(i, q, k, v).flatten(2))
             gate, up = gate_up(mlp_norm(x)).chunk(2, -1)
             x = x + down(F.silu(gate) * up)
@@ -300,10 +302,10 @@ class DraftBatch:
     """A batch of drafts on the device: P places for posts, k drafts each; called as `attend`, it is
     the cache of keys and values (with M columns of each draft's own):
 
-        place 0   post post post post  | draft 0:  5 6 . 3 4      the ring: step s of the whole batch
+        place 0   post post post post  | draft 0:  5 6 . 3 4      the ring: step s of the batch
                                        | draft 1:  5 6 . 3 4      writes column s mod M of every row
-        place 1   post post            | draft 0:  . 6 . . .      this post entered one step ago, and
-                                       | draft 1:  . 6 . . .      sees the newest column alone
+        place 1   post post            | draft 0:  . 6 . . .      it entered one step ago, and sees
+                                       | draft 1:  . 6 . . .      the newest column alone
 
     A post's keys and values are stored once, (P, KV, L, D), and shared by its k drafts; the drafts'
     own are a ring (P, KV, k, M, D). A post that entered `age` steps ago sees the last `age`
@@ -318,7 +320,8 @@ class DraftBatch:
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1,
                  graphs=False):
         c, new = model.config, dict(device=model.device)
-        self.model, self.sampling, self.window = model, sampling, window
+        self.model, self.sampling = model, sampling
+        self.window = window
         self.ring = length                   # M: the longest draft
         self.graphs = graphs                 # replay steps as CUDA graphs?
         self.pool, self.captured = None, {}  # the graphs' memory; (shape, columns) -> graph
@@ -365,8 +368,8 @@ class DraftBatch:
 
     def prefill_posts(self, places, prompts, noise):
         """Posts `prompts` (id lists) take the places `places` (a list): one prefill for the k
-        drafts of each, whose first tokens come from its last logits. noise (posts, k, length) of
-        `uniforms`."""
+        drafts of each, whose first tokens come from its last logits. noise (posts, k, length)
+        of `uniforms`."""
         device, longest = self.clock.device, max(map(len, prompts))
         tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -392,8 +395,8 @@ class DraftBatch:
         self.record(logits[:, None].expand(-1, self.slot.shape[1], -1), places)
 
     def record(self, logits, rows):
-        """Sample one token for each draft of the places `rows` from logits (rows, k, V), note
-        it."""
+        """Sample one token for each draft of the places `rows` from logits (rows, k, V),
+        note it."""
         slot, age = self.slot[rows], self.age[rows, None]
         line = (slot, age.clamp(max=self.ring).expand_as(slot))
         noise = self.noise[line].flatten()
@@ -480,7 +483,8 @@ class Decoder:
     """Who is written where: the prompts that wait, the places that are idle, what is finished."""
 
     def __init__(self, batch, prompts, k, length, seeds):
-        self.batch, self.prompts, self.seeds = batch, prompts, seeds
+        self.batch, self.prompts = batch, prompts
+        self.seeds = seeds
         self.k, self.length = k, length
         places = len(batch.slot)
         self.waiting, self.idle = list(range(len(prompts))), list(range(places))
@@ -541,8 +545,8 @@ class Decoder:
             self.written[self.post[place]] = both
 
     def samples(self, stop_ids):
-        """Cut each draft after its first stop id: a generated one, since a prompt may hold stop
-        ids."""
+        """Cut each draft after its first stop id: a generated one, since a prompt may hold
+        stop ids."""
         stops, out = set(stop_ids), Samples([], [], [])
         for drafts, logprobs in ((t.tolist(), p.tolist()) for t, p in self.written):
             ends = [next((i + 1 for i, t in enumerate(d) if t in stops), self.length)
@@ -590,7 +594,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     int (prompt p then draws from (seed, p)) or one int or tuple per prompt; draft d of a prompt
     with seed s depends on (s, d) alone. Finished drafts are looked for every `look_every` tokens:
     by default 1 on a CPU, 16 on a GPU, where looking waits for the device. `progress(n)` is told of
-    the n prompts that have been taken up. InputError for what cannot be generated. """
+    the n prompts that have been taken up. InputError for what cannot be generated."""
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_generation(model, prompts, k, max_new_tokens, **sampling)
     if not prompts:
@@ -599,7 +603,8 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     look_every = look_every or (16 if model.device.type == "cuda" else 1)
     places = max(1, min(len(prompts), max_rows // k))
     batch = batch_for(model, places, k, max(map(len, prompts)), max_new_tokens, sampling, stop_ids)
-    decoder, writing, step = Decoder(batch, prompts, k, max_new_tokens, seeds), True, 0
+    decoder, writing = Decoder(batch, prompts, k, max_new_tokens, seeds), True
+    step = 0
     # Operations cost less in inference mode; FSDP does not work in it.
     with nullcontext() if model.lockstep else torch.inference_mode():
         while writing or decoder.waiting:

@@ -10,7 +10,7 @@ the phase starts from, not the bare base model.
 
 Advantages are pure functions of rewards (P, k) and embeddings (P, k, dim); the table OBJECTIVES
 names them for --advantage, REWARDS those of --reward. In order: advantages, the loss, rewards, the
-step (run_grpo -> grpo_step -> rollout -> policy_loss), the command. """
+step (run_grpo -> grpo_step -> rollout -> policy_loss), the command."""
 
 import argparse
 import dataclasses
@@ -44,7 +44,7 @@ def group_advantages(rewards, *, normalise=True):
     normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean.
 
     A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the
-    mean of equal numbers divided by a tiny std would give advantages of order one. """
+    mean of equal numbers divided by a tiny std would give advantages of order one."""
     centred = rewards - rewards.mean(-1, keepdim=True)
     if normalise:
         centred = centred / (rewards.std(-1, keepdim=True, correction=0) + 1e-4)
@@ -55,8 +55,8 @@ def group_advantages(rewards, *, normalise=True):
 def check_size(size, drafts, lowest=1, largest=None):
     largest = drafts - 1 if largest is None else largest
     if not lowest <= size <= largest:
-        raise InputError(f"the set size is {size}: it must be from {lowest} to {largest}, below "
-                         f"the number of drafts ({drafts})")
+        raise InputError(f"the set size (--set-size) is {size}: it must be from {lowest} to "
+                         f"{largest}, below the number of drafts ({drafts})")
 
 
 def check_binary(rewards):
@@ -100,7 +100,7 @@ def set_advantages(values, member):
 
     A_i = mean of f over the subsets that hold i, minus its mean over all. Then E[sum_i A_i grad log
     pi(y_i)] = (N/n - 1) grad E[f], exactly: n = N gives no gradient. (Poly-EPO, arXiv 2604.17654,
-    Prop. 3.1, in its mean form.) """
+    Prop. 3.1, in its mean form.)"""
     return values @ member / member.sum(0) - values.mean(-1, keepdim=True)
 
 
@@ -375,7 +375,7 @@ def advantages_of(objective, group, diversity_weight=0.0, diversity="cosine", en
 
     E[sum_i a_i grad log pi(y_i)] is grad E[D] for D's own a_i, (k - 1) grad H for a_i = mean of log
     pi - log pi(y_i), and `weight` times the gradient of what the objective maximises: so both are
-    brought to that weight. """
+    brought to that weight."""
     out, weight = objective.advantages(group), objective.weight(group)
     if diversity_weight:
         out = out + diversity_weight * weight * measure(diversity, group)[1]
@@ -406,7 +406,7 @@ def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence
     mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
     k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that of
     KL(policy || reference) on policy, which k1's (zero) and k3's own are not. Returns (loss,
-    clipped share, KL) with the last two summed over tokens. """
+    clipped share, KL) with the last two summed over tokens."""
     gap = logp - old_logp.detach()
     ratio = gap.exp()
     kl = torch.zeros_like(logp)
@@ -673,11 +673,12 @@ def draw(session, visits, step):
 
 
 def draw_batch(session, step, tally):
-    """This rank's share of the step's posts, drafted. With --resample, posts whose rewards are all
-    equal teach nothing and are replaced by further ones, drawn up to that many times (DAPO's
-    dynamic sampling, arXiv 2503.14476): which posts are kept is the same for any number of
-    ranks."""
-    args, ranks, parts, missing = session.args, session.ranks, [], session.args.batch
+    """This rank's share of the step's posts, drafted. With --resample, posts whose rewards are
+    all equal teach nothing and are replaced by further ones, drawn up to that many times
+    (DAPO's dynamic sampling, arXiv 2503.14476): which posts are kept is the same for any number
+    of ranks."""
+    args, ranks = session.args, session.ranks
+    parts, missing = [], session.args.batch
     for attempt in range(1 + args.resample):
         order = args.seed if not attempt else seed_of(args.seed, "resample", attempt)
         visits = batch_visits(len(session.posts), args.batch, step // args.updates, order)
@@ -749,8 +750,8 @@ def tally_rollout(drawn, advantages, diversity, tally):
 
 
 def grpo_step(session, step):
-    """One update. With --updates U, every U-th step rolls out and the next U - 1 reuse its
-    drafts."""
+    """One update. With --updates U, every U-th step rolls out and the next U - 1 reuse
+    its drafts."""
     args, tally = session.args, Tally()
     if step % args.updates == 0:
         session.batches, session.token_count = rollout(session, step, tally)

@@ -1,7 +1,7 @@
 """What drafts are worth: metrics of one post, the limit of what is attainable, intervals.
 
 Pure functions of texts, counts and numbers: nothing here knows a model, a file or a run. A number
-that cannot be computed is an error, never a zero. """
+that cannot be computed is an error, never a zero."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ def pass_at_k(n, c, k):
     / C(n, k).
 
     Unbiased for independent drafts (Chen et al. 2021, arXiv 2107.03374, eq. 1); 1 - (1 - c/n)^k is
-    not, it reads low. ValueError unless n >= k >= 1 and 0 <= c <= n. """
+    not, it reads low. ValueError unless n >= k >= 1 and 0 <= c <= n."""
     if not n >= k >= 1:
         raise ValueError(f"pass@{k} needs k between 1 and the number of drafts, and there are {n} "
                          "drafts")
@@ -34,12 +34,12 @@ def pass_at_k(n, c, k):
 
 
 def max_at_k(rewards, k):
-    """Unbiased estimate of E[best of k rewards] from n >= k real rewards: the mean maximum over
-    k-subsets.
+    """Unbiased estimate of E[best of k rewards] from n >= k real rewards: the mean maximum
+    over k-subsets.
 
     The i-th smallest reward is the maximum of C(i-1, k-1) subsets (PKPO, arXiv 2505.15201,
     max_g@k). Equals pass_at_k for rewards of 0 and 1. ValueError for k outside 1..n or a reward
-    that is not finite. """
+    that is not finite."""
     n = len(rewards)
     if not n >= k >= 1 or not all(map(math.isfinite, rewards)):
         raise ValueError(f"max@{k} needs at least {k} finite rewards and k >= 1, got "
@@ -67,12 +67,12 @@ def ngrams(tokens, n):
 
 
 def distinct_n(texts, n):
-    """Different n-grams / all n-grams over the drafts of one post, in (0, 1]; higher is more
-    diverse.
+    """Different n-grams / all n-grams over the drafts of one post, in (0, 1]; higher is
+    more diverse.
 
     The form that divides by n-grams (Li et al. 2016, arXiv 1510.03055, divide by words). It falls
     with length: read it beside the mean length. A draft shorter than n words adds nothing;
-    ValueError when no draft has an n-gram. """
+    ValueError when no draft has an n-gram."""
     counts = Counter()
     for text in texts:
         counts.update(ngrams(words(text), n))
@@ -103,18 +103,20 @@ def self_bleu(texts, max_n=4):
     Orders 1..max_n weigh the same; no match in an order counts as 0.1 (nltk's method1 smoothing);
     the brevity penalty takes the other draft closest in length, the shorter of two. A draft that
     shares no word with another scores 0, and so does an empty one, as in nltk. ValueError for fewer
-    than 2 drafts or when all are empty. """
+    than 2 drafts or when all are empty."""
     drafts = [words(text) for text in texts]
     if len(drafts) < 2 or not any(drafts):
         raise ValueError("self-BLEU needs two drafts and at least one word")
     matches = []  # [order][draft] -> (clipped matches, n-grams)
     for n in range(1, max_n + 1):
         counts = [ngrams(draft, n) for draft in drafts]
-        best, second, owner = {}, {}, {}  # an n-gram's two largest counts and whose the largest is:
+        best, second = {}, {}  # an n-gram's two largest counts and whose the largest is:
+        owner = {}
         for i, count in enumerate(counts):  # enough to know its maximum over all drafts but one
             for gram, times in count.items():
                 if times > best.get(gram, 0):
-                    second[gram], best[gram], owner[gram] = best.get(gram, 0), times, i
+                    second[gram] = best.get(gram, 0)
+                    best[gram], owner[gram] = times, i
                 elif times > second[gram]:
                     second[gram] = times
         matches.append([(sum(min(times, second[gram] if owner[gram] == i else best[gram])
@@ -135,8 +137,8 @@ def vendi_score(embeddings):
     """Effective number of different drafts, in [1, n]: exp of the entropy of the eigenvalues of E
     E^T / n.
 
-    embeddings (n, dim) with unit rows (Friedman and Dieng 2023, arXiv 2210.02410); ValueError
-    otherwise. """
+    embeddings (n, dim) with unit rows (Friedman and Dieng 2023, arXiv 2210.02410);
+    ValueError otherwise."""
     rows = np.asarray(embeddings, dtype=np.float64)
     if rows.ndim != 2 or not len(rows) or not np.allclose((rows ** 2).sum(1), 1, atol=2e-3):
         raise ValueError("the Vendi score needs embeddings (n, dim) of unit length, got shape "
@@ -147,11 +149,11 @@ def vendi_score(embeddings):
 
 
 def pareto_front(points):
-    """Indices of the points (quality, diversity), both better when larger, that no other point
-    beats.
+    """Indices of the points (quality, diversity), both better when larger, that no other
+    point beats.
 
-    A point is beaten by one at least as good in both and better in one, so equal points stay
-    together. """
+    A point is beaten by one at least as good in both and better in one, so equal points
+    stay together."""
     points = np.asarray(points, dtype=np.float64)
     if points.ndim != 2 or not np.isfinite(points).all():
         raise ValueError("a Pareto front needs rows of finite numbers")
@@ -168,8 +170,9 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     right drafts, `stances` the number of voices among them. Without voices c is the number of
     passed drafts. longest@k is how often the longest of k drafts passes: a reader who picks by
     length. `words` is the mean length in tokens, `truncated` the share cut off. distinct-n, ead and
-    self-bleu are absent where no draft is long enough. ValueError says which field is wrong. """
-    drafts, n, voiced = record["drafts"], len(record["drafts"]), "voices" in record
+    self-bleu are absent where no draft is long enough. ValueError says which field is wrong."""
+    drafts, n = record["drafts"], len(record["drafts"])
+    voiced = "voices" in record
     for name in ("rewards", "finished", "voices" if voiced else "passed"):
         if len(record[name]) != n or not n:
             raise ValueError(f'"{name}" has {len(record[name])} entries for {n} drafts')
@@ -304,7 +307,8 @@ def incomplete_beta(a, b, x):
                      + a * math.log(x) + b * math.log(1 - x))
     if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, its mirror image does not
         return 1 - incomplete_beta(b, a, 1 - x)
-    fraction, c, d = 1.0, 1.0, 0.0
+    fraction, c = 1.0, 1.0
+    d = 0.0
     for i in range(300):
         m = i // 2
         if i == 0:
@@ -331,7 +335,7 @@ def interval(values, clusters, shared, level=0.95):
     w_c^2 (g_c - g)^2 and I the interaction that both hold, with Satterthwaite's degrees of freedom.
     One seed: clusters alone (training again is then not in it). Simulated coverage of a nominal
     95%: 94 to 97% for 3, 5 and 12 seeds by 70 clusters, whichever of the two spreads more
-    (tests/test_evaluate.py). ValueError for fewer than 2 posts or a value that is not finite. """
+    (tests/test_evaluate.py). ValueError for fewer than 2 posts or a value that is not finite."""
     values = [np.asarray(v, dtype=np.float64) for v in values]
     if not all(v.ndim == 1 and len(v) > 1 and np.isfinite(v).all() for v in values):
         raise ValueError("an interval needs at least 2 finite values a seed, one a post")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, beside, fetch, read_json, write_json
+from data import ChatFormat, InputError, beside, fetch, read_json, render_chat, write_json
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -35,8 +35,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass
 class Config:
-    """The fields of a Qwen3 config.json that shape the network. head_dim is not hidden_size /
-    heads."""
+    """The fields of a Qwen3 config.json that shape the network. head_dim is not hidden_size
+    / heads."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -198,7 +198,8 @@ def full_attention(mask=None):
     column j; None is plain causal, right for rows that are padded on the right. is_causal is only
     used where both lengths are equal: torch aligns it to the top left."""
     def attend(layer, q, k, v):  # q (B, T, H, D), k and v (B, T, KV, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        v = v.transpose(1, 2)
         if mask is not None and q.is_cuda:
             # CUDA's fast kernel with a mask wants a k and v for every head.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -226,7 +227,8 @@ class Qwen3(nn.Module):
 
     def __init__(self, config, *, lm_head=True, score_head=False):
         super().__init__()
-        self.config, self.model, self.vocab = config, Backbone(config), config.vocab_size
+        self.config, self.model = config, Backbone(config)
+        self.vocab = config.vocab_size
         self.has_logits, self.has_score = lm_head or config.tie_word_embeddings, score_head
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -242,8 +244,8 @@ class Qwen3(nn.Module):
     dtype = property(lambda self: self.model.norm.weight.dtype)
 
     def head_weight(self, rows=None):
-        """(vocab, hidden): the rows of the output matrix that stand for real tokens, or its first
-        `rows`."""
+        """(vocab, hidden): the rows of the output matrix that stand for real tokens, or its
+        first `rows`."""
         if not self.has_logits:
             raise InputError("this checkpoint has no token head (an embedder or a reward model): "
                              "it cannot write text")
@@ -252,8 +254,8 @@ class Qwen3(nn.Module):
         return weight[:rows or self.vocab]
 
     def hidden(self, tokens, positions=None, attend=None):
-        """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by default
-        0..T-1."""
+        """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by
+        default 0..T-1."""
         if self.lockstep:
             self.lockstep()
         if positions is None:
@@ -268,8 +270,8 @@ class Qwen3(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens):
-        """Logits (B, T, V), padding rows included. For study and tests: training never holds this
-        tensor."""
+        """Logits (B, T, V), padding rows included. For study and tests: training never holds
+        this tensor."""
         return F.linear(self.hidden(tokens), self.head_weight(self.config.vocab_size))
 
     def last_hidden(self, tokens, lengths):
@@ -299,8 +301,8 @@ class Qwen3(nn.Module):
         return quantise(model, device) if nf4 else model
 
     def save_pretrained(self, folder, *, shard_bytes=5_000_000_000):
-        """config.json and model.safetensors, or numbered shards and their index, in Hugging Face's
-        layout."""
+        """config.json and model.safetensors, or numbered shards and their index, in Hugging
+        Face's layout."""
         folder = Path(folder)
         if any(isinstance(m, NF4) for m in self.modules()):
             raise InputError("a model in NF4 cannot be saved: save its adapter, and load the "
@@ -346,8 +348,8 @@ def tensor_files(folder, file="model.safetensors"):
 
 
 def opened(paths, read, device="cpu"):
-    """{name: read(file, name)} over the tensors of safetensors files; InputError where one is
-    damaged."""
+    """{name: read(file, name)} over the tensors of safetensors files; InputError where one
+    is damaged."""
     out = {}
     for path in paths:
         try:
@@ -382,11 +384,9 @@ def checked_layout(cls, folder, config):
     score = "score.weight" in shapes
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)   # some writers store the tied copy too
-    deepest = [int(n.split(".")[2]) for n in shapes if re.match(r"model\.layers\.\d{1,8}\.", n)]
-    if max(deepest, default=-1) + 1 != config.num_hidden_layers:
-        raise InputError(f"the checkpoint in {folder} has {max(deepest, default=-1) + 1} layers, "
-                         f"its config.json says num_hidden_layers = {config.num_hidden_layers}: "
-                         "lacks or has an unknown tensor")
+    if config.num_hidden_layers > len(shapes):  # before as many are built
+        raise InputError(f"the checkpoint in {folder} has {len(shapes)} tensors, its config.json says "
+                         f"num_hidden_layers = {config.num_hidden_layers}: it lacks tensors")
     with torch.device("meta"):
         model = cls(config, lm_head=not (bare or score), score_head=score)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -416,6 +416,50 @@ def load_checkpoint(cls, folder, device=None, dtype=None):
                              "its config.json sets tie_word_embeddings: set that to false")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()  # frozen: a phase says what it trains
+
+
+def chat_format(folder):
+    """The ChatFormat of a checkpoint's folder, by its own template: tried on two short chats and
+    compared with what render_chat writes. Without a template: Qwen3's. InputError for a template
+    that writes anything else."""
+    template = read_template(Path(folder))
+    if template is None:
+        return ChatFormat()
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+             {"role": "user", "content": "three"}]
+    told = [{"role": "system", "content": "zero"}, *turns]
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
+        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        template = compiled.from_string(template)
+        say = lambda chat: template.render(messages=chat, add_generation_prompt=True,
+                                           enable_thinking=False, bos_token="", eos_token="")
+        alone, after = say(turns), say(told)
+    except Exception as e:  # a template is somebody's program: it may fail in any way
+        raise InputError(f"the chat template in {folder} cannot be read ({str(e)[:100]}): give a "
+                         "checkpoint whose chat is ChatML, as Qwen3's") from None
+    default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", alone, re.DOTALL)
+    for think_block in (True, False):
+        chat = ChatFormat(think_block, default[1] if default else "")
+        if all(render_chat(messages, add_generation_prompt=True, chat=chat) == text
+               for messages, text in ((turns, alone), (told, after))):
+            return chat
+    raise InputError(f"the chat template in {folder} writes other turn marks than ChatML's "
+                     "<|im_start|> and <|im_end|>: give a checkpoint with Qwen3's chat format")
+
+
+def read_template(folder):
+    """The text of a folder's chat template; None where it has none."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    config = read_json(folder / "tokenizer_config.json")
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 # ---- Four-bit weights ----------------------------------------------------------------------------
@@ -524,7 +568,7 @@ class Rows:
     A token sees the post and its own draft up to itself. The N reply tokens to be predicted are
     listed flat: `predict`, where in the flattened (B T) rows the state stands that predicts it (for
     a first token the post's last, for all drafts); `target`, its id; `draft`, which draft it is of,
-    counted over all groups in the order given to pack. """
+    counted over all groups in the order given to pack."""
     tokens: torch.Tensor
     positions: torch.Tensor
     owner: torch.Tensor
@@ -549,7 +593,7 @@ def pack(groups, tokens_per_batch, device="cpu"):
 
     Groups are sorted by length so that rows of a batch are alike; one too long for the budget is
     split between its drafts (each part reads the post again). A draft's last token is only
-    predicted, so it is not part of the row. """
+    predicted, so it is not part of the row."""
     parts, first = [], 0
     for prompt, drafts in groups:
         part, size = [], len(prompt)
@@ -574,10 +618,12 @@ def _rows(parts, device):
     width = parts[0][2]  # the longest comes first
     tokens, positions = np.zeros((2, len(parts), width), dtype=np.int64)
     owner = np.full((len(parts), width), -2)
-    predict, target, which = [], [], []
+    predict, target = [], []
+    which = []
     for b, (prompt, drafts, _) in enumerate(parts):
         p = at = len(prompt)
-        tokens[b, :p], positions[b, :p], owner[b, :p] = prompt, np.arange(p), -1
+        tokens[b, :p], positions[b, :p] = prompt, np.arange(p)
+        owner[b, :p] = -1
         for j, (index, draft) in enumerate(drafts):
             n = len(draft) - 1
             tokens[b, at:at + n] = draft[:-1]
@@ -595,8 +641,8 @@ def _rows(parts, device):
 # ---- Scoring: log-probabilities of given tokens --------------------------------------------------
 
 def chunk_size(vocab, device):
-    """Tokens whose fp32 logits fill 64 MiB (CPU) or 256 MiB (GPU): enough to keep a product
-    busy."""
+    """Tokens whose fp32 logits fill 64 MiB (CPU) or 256 MiB (GPU): enough to keep a
+    product busy."""
     return max(16, (2 ** 26 if device.type == "cuda" else 2 ** 24) // vocab)
 
 

@@ -8,7 +8,7 @@ L_quality is the mean cross-entropy over reply tokens. D is the mean pairwise co
 between the embeddings of k drafts sampled from the model being trained. Sampling has no derivative,
 so D's gradient is the score function's: each draft's log-probability is pushed by how much the
 draft adds to D (diversity_advantages). In order: LoRA layers and adapter files, D, the quality that
-gates it, the SFT step, the commands. """
+gates it, the SFT step, the commands."""
 
 import argparse
 import dataclasses
@@ -92,7 +92,7 @@ def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0):
 
     A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) from a generator of its own on the
     CPU: the same on every rank and device. The token head and the embedding are never wrapped:
-    tied, one would corrupt the other. """
+    tied, one would corrupt the other."""
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
         raise InputError(f"LoRA target {min(unknown, default='')!r} is no linear layer of Qwen3: "
@@ -147,8 +147,8 @@ def frozen_copy(model):
 
 @contextmanager
 def adapter(model, state):
-    """Within: the model with the trained tensors `state` (as from frozen_copy) in place of its
-    own."""
+    """Within: the model with the trained tensors `state` (as from frozen_copy) in place of
+    its own."""
     own = {name: p.data for name, p in adapter_state(model).items()}
     try:
         for name, p in adapter_state(model).items():
@@ -197,7 +197,8 @@ def read_adapter_config(folder):
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         raise InputError(f"{path} lacks r, lora_alpha or target_modules: the adapter is incomplete")
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-    rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0
+    rank, alpha = config["r"], config["lora_alpha"]
+    dropout = config.get("lora_dropout") or 0.0
     targets = config["target_modules"]
     if type(rank) is not int or not 1 <= rank <= 2 ** 16:
         raise InputError(f"{path}: r is {str(rank)[:40]}: a rank is a whole number from 1 to 65,536"
@@ -216,8 +217,8 @@ def load_adapter(model, folder, *, dropout=None):
     """Put the adapter in `folder` (PEFT's layout) on the model, or into the LoRA layers that it
     has. Returns model.
 
-    Raises InputError when the files are missing, ask for what this code lacks, or fit another
-    model. """
+    Raises InputError when the files are missing, ask for what this code lacks, or fit
+    another model."""
     folder = Path(folder)
     config = read_adapter_config(folder)
     tensors = read_tensors(folder, file="adapter_model.safetensors")
@@ -263,9 +264,9 @@ def drop_lora(model, weight_of=lambda layer: layer.weight):
 
 
 def merge_lora(model, dtype=torch.float32):
-    """Replace every LoRA layer by a plain linear with W + (alpha / r) B A, added in fp32. Returns
-    the model in `dtype`: fp32 by default, since rounding the sum to bf16 drops most of a small
-    update."""
+    """Replace every LoRA layer by a plain linear with W + (alpha / r) B A, added in fp32.
+    Returns the model in `dtype`: fp32 by default, since rounding the sum to bf16 drops most of a
+    small update."""
     return drop_lora(model, LoRALinear.merged_weight).to(dtype)
 
 
@@ -297,9 +298,9 @@ def pair_mean(pairs):
 def diversity(embeddings, quality=None, floor=0.0):
     """D (P,) of unit embeddings (P, k, dim): the mean pairwise cosine distance.
 
-    With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are wrong
-    earn nothing by being different, and with a floor two right ones are worth something even when
-    alike. """
+    With quality (P, k) in [0, 1] each pair counts (floor + delta_ij) q_i q_j: drafts that are
+    wrong earn nothing by being different, and with a floor two right ones are worth something even
+    when alike."""
     return pair_mean(pair_distances(embeddings, quality, floor))
 
 
@@ -447,10 +448,11 @@ class Embedder:
 
     Hidden states of a language model all point one way (cosines near 1), so the mean is centred on
     `corpus`, the replies of the run's data. Only the reply is embedded, never its prompt; an empty
-    reply is the end-of-text token alone. """
+    reply is the end-of-text token alone."""
 
     def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256):
-        self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
+        self.model, self.tokenizer = model, tokenizer
+        self.pooling = pooling
         self.batch, self.centre = batch, None
         self.end = tokenizer.token_to_id("<|endoftext|>")
         if pooling == "mean":
@@ -558,8 +560,8 @@ class Gate:
             return torch.tensor(session.reward(posts, texts, streams))
         if ids is None:
             ids = [[data.encode_reply(session.tokenizer, t) for t in ts] for ts in texts]
-        prompts = [data.encode_prompt(session.tokenizer, session.domain.messages(post), session.chat)
-                   for post in posts]
+        chats = [session.domain.messages(post) for post in posts]
+        prompts = [data.encode_prompt(session.tokenizer, chat, session.chat) for chat in chats]
         return mean_logprobs(session, list(zip(prompts, ids)))
 
     def __call__(self, visits, samples, texts, streams=None):
@@ -578,8 +580,8 @@ class Gate:
 
 @torch.no_grad()
 def mean_logprobs(session, pairs):
-    """Mean log-probability per token (P, k) under the base, for P pairs (prompt ids, k lists of
-    ids)."""
+    """Mean log-probability per token (P, k) under the base, for P pairs (prompt ids, k lists
+    of ids)."""
     total, count = torch.zeros(2, sum(len(drafts) for _, drafts in pairs))
     with base(session.model):
         for rows in session.micro_batches(pairs):
@@ -726,9 +728,9 @@ def add_diversity(session, visits, step, tally):
 def sft_step(session, step):
     """One step of L = L_quality - lambda * D, lambda in nats per token for one unit of D.
 
-    The two gradients are summed over ranks apart, so that D's share, the norm of its part over the
-    cross-entropy's, can be logged, or held: --lambda-share sets lambda by it at every drafting
-    step. """
+    The two gradients are summed over ranks apart, so that D's share, the norm of its part over
+    the cross-entropy's, can be logged, or held: --lambda-share sets lambda by it at every
+    drafting step."""
     args, ranks = session.args, session.ranks
     visits = batch_visits(len(session.posts), args.batch, step, args.seed)
     tally = Tally(visits)
@@ -790,8 +792,8 @@ def run_sft(args):
 
 
 def finish_adapter(session, summary):
-    """The result of either phase: OUT/adapter, then done.json with the domain that it was trained
-    for."""
+    """The result of either phase: OUT/adapter, then done.json with the domain that it was
+    trained for."""
     if session.ranks.main:
         save_adapter(session.model, session.run.folder / "adapter", session.args.model,
                      session.args.revision)
@@ -821,7 +823,7 @@ def draft_flags(p, k):
         help="longest draft, in tokens, stop token included")
     add("--temperature", type=float, default=1.0,
         help="of sampling, and of the distribution whose log-probabilities are trained")
-    add("--diversity", default="cosine", choices=DIVERSITIES,
+    add("--diversity", default="cosine", choices=list(DIVERSITIES),
         help=f"what D is, of the k drafts. {listed(DIVERSITIES)}")
     add("--gate", default="none", choices=("none", "verifier", "likelihood", "reward"),
         help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), the "
@@ -846,7 +848,7 @@ def parser():
     add("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
     add("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
     add("--targets", default=",".join(LINEARS), help="linear layers with LoRA, comma-separated")
-    add("--loss", default="ce", choices=SFT_LOSSES,
+    add("--loss", default="ce", choices=list(SFT_LOSSES),
         help=f"of the reply's tokens. {listed(SFT_LOSSES)}")
     add("--loss-value", type=float, default=None, help="the number that --loss names; default: its "
                                                        "paper's")

@@ -1,10 +1,10 @@
 """What both phases share: random streams, ranks, the run folder, the training loop, the session.
 
 A phase is a function `step(number)` that leaves the step's gradient on the parameters; `train` is
-the loop around it. What a run must survive stands here too: a checkpoint is checksummed and the one
-before it kept, a signal ends a run after its step, a folder has one writer. Random numbers need no
-saving: each is a function of (seed, stage, step, post, draft), whatever rank or batch it is drawn
-in. """
+the loop around it. What a run must survive stands here too: a checkpoint is checksummed and the
+one before it kept, a signal ends a run after its step, a folder has one writer. Random numbers
+need no saving: each is a function of (seed, stage, step, post, draft), whatever rank or batch it
+is drawn in."""
 
 import argparse
 import hashlib
@@ -25,12 +25,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import data
-from data import InputError, beside, read_json, write_json
+from data import InputError, beside, fetch, read_json, write_json
 from generate import generate
-from model import Config, Qwen3, pack, token_logprobs
+from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
 
 try:
     import fcntl
@@ -42,8 +43,8 @@ except ImportError:  # Windows has neither: no lock on a folder, no peak memory 
 # ---- Random streams and batches ------------------------------------------------------------------
 
 def seed_of(*parts):
-    """A 63-bit seed from anything printable: the same on every machine and Python, unlike
-    hash()."""
+    """A 63-bit seed from anything printable: the same on every machine and Python,
+    unlike hash()."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -55,8 +56,8 @@ class Visit(NamedTuple):
 
 
 def batch_visits(count, size, step, seed):
-    """The `size` visits of step `step`: each epoch visits all `count` posts in an order of its
-    own."""
+    """The `size` visits of step `step`: each epoch visits all `count` posts in an order of
+    its own."""
     draws, orders = range(step * size, (step + 1) * size), {}
     for epoch in {d // count for d in draws}:
         orders[epoch] = list(range(count))
@@ -72,7 +73,7 @@ class Ranks:
 
     Every stage of train.sh makes its own group on the launcher's store. Keys of an earlier stage
     are still there, and a group that reads them hangs or calls a dead port, so each stage gets a
-    prefix of its own. """
+    prefix of its own."""
 
     def __init__(self, stage, device=None):
         self.rank = int(os.environ.get("RANK", 0))
@@ -124,8 +125,8 @@ class Ranks:
         return flat
 
     def gather(self, items):
-        """Every rank's list, on every rank, in the order in which `items[rank::world]` dealt
-        them."""
+        """Every rank's list, on every rank, in the order in which `items[rank::world]`
+        dealt them."""
         if self.world == 1:
             return items
         parts = [None] * self.world
@@ -216,8 +217,8 @@ class Tally:
 
 
 def peak_bytes(device):
-    """Peak memory of this process: of the GPU's allocator, or resident on a CPU; None if
-    unknown."""
+    """Peak memory of this process: of the GPU's allocator, or resident on a CPU; None
+    if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -233,6 +234,21 @@ def file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
             else hashlib.sha256(file.read()).hexdigest()
+
+
+def model_hash(path, revision):
+    """What tells a checkpoint from another without reading it all: its config.json and, of each
+    file of tensors, name, size and header."""
+    folder = fetch(path, revision)
+    total = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in tensor_files(folder):
+        with open(file, "rb") as f:
+            head = f.read(8)
+            total.update(f"{file.name} {file.stat().st_size}".encode())
+            total.update(head + f.read(min(int.from_bytes(head, "little"), 2 ** 24)))
+            f.seek(-min(2 ** 16, file.stat().st_size), 2)
+            total.update(f.read())           # and the end of its numbers
+    return total.hexdigest()
 
 
 def environment():
@@ -262,7 +278,8 @@ class Run:
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment")
 
     def __init__(self, args, ranks):
-        self.folder, self.ranks, self.lock = Path(args.out), ranks, None
+        self.folder, self.ranks = Path(args.out), ranks
+        self.lock = None
         self.config = {k: v for k, v in vars(args).items() if not callable(v)}
         self.config |= {"version": 2, "data_hash": file_hash(args.data),
                         "environment": environment()}
@@ -277,8 +294,8 @@ class Run:
                              f"another --out")
 
     def compare(self, old):
-        """InputError when the folder's configuration is another one; a word when only versions
-        are."""
+        """InputError when the folder's configuration is another one; a word when only
+        versions are."""
         for key in sorted(old.keys() | self.config.keys()):
             before, now = old.get(key, False), self.config.get(key, False)
             if key in self.VOLATILE or before == now:
@@ -430,7 +447,8 @@ class DeadSignals:
             "zero_variance": "every group's rewards are all equal"}
 
     def __init__(self, steps=5):
-        self.steps, self.count, self.said = steps, {}, []
+        self.steps, self.count = steps, {}
+        self.said = []
 
     def look(self, line):
         """The sentences that this line of the log gives cause to say, each once a run."""
@@ -470,11 +488,12 @@ class Signals:
 
 
 def train(session, params, step_fn, names):
-    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over ranks,
-    on `params` and returns a Tally; `names` are the means to log. A step whose gradient is not
-    finite is skipped and counted; five in a row stop the run. Returns the line that ends the
-    log."""
-    args, ranks, run = session.args, session.ranks, session.run
+    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over
+    ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient
+    is not finite is skipped and counted; five in a row stop the run. Returns the line that ends
+    the log."""
+    args, ranks = session.args, session.ranks
+    run = session.run
     with run, Signals() as signals:
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2),
                                       weight_decay=args.weight_decay, fused=True)
@@ -576,8 +595,8 @@ class Session:
         self.params = None            # list of the tensors that train
 
     def open_run(self):
-        """Make or reopen the run folder; False, with a word about it, when it is finished
-        already."""
+        """Make or reopen the run folder; False, with a word about it, when it is
+        finished already."""
         self.run = Run(self.args, self.ranks)
         if self.run.done:
             self.say(f"{self.run.folder}: done already")
@@ -601,7 +620,7 @@ class Session:
     def load_model(self):
         args = self.args
         self.tokenizer = data.load_tokenizer(args.model, revision=args.revision)
-        self.chat = data.chat_format(data.fetch(args.model, args.revision))
+        self.chat = chat_format(data.fetch(args.model, args.revision))
         if args.shard and (self.ranks.world == 1 or args.nf4):
             raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
                              "it by torchrun --nproc-per-node=N")
@@ -639,13 +658,13 @@ class Session:
         return data.encode_prompt(self.tokenizer, messages, self.chat)
 
     def stream(self, purpose, step, visit):
-        """The seed of a visit's random numbers for one purpose: the same however posts are
-        dealt."""
+        """The seed of a visit's random numbers for one purpose: the same however posts
+        are dealt."""
         return seed_of(self.args.seed, purpose, step, self.posts[visit.index].key, visit.epoch)
 
     def sample_drafts(self, visits, step, k, progress=None):
-        """k drafts for each visit -> (prompts, Samples, texts): P lists of ids, of k drafts
-        each."""
+        """k drafts for each visit -> (prompts, Samples, texts): P lists of ids, of k
+        drafts each."""
         args, prompts = self.args, [self.prompt(v.index) for v in visits]
         seeds = [self.stream(self.stage, step, v) for v in visits]
         samples = generate(self.model, prompts, k=k, max_new_tokens=args.max_new_tokens,
@@ -657,8 +676,8 @@ class Session:
 
 
 def load_model(path, args, device, revision=None, nf4=False, shard=False):
-    """The Qwen3 at `path` as the flags want it; one to be spread over ranks is read into the host's
-    memory."""
+    """The Qwen3 at `path` as the flags want it; one to be spread over ranks is read into the
+    host's memory."""
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
              "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     where = "cpu" if shard else device
@@ -671,8 +690,8 @@ def load_model(path, args, device, revision=None, nf4=False, shard=False):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def common_flags(p, *, lr, steps, batch, schedule="cosine"):
-    """Flags that every phase has. Names are the config's keys; units and defaults are in the
-    help."""
+    """Flags that every phase has. Names are the config's keys; units and defaults are in
+    the help."""
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = p.add_argument
     add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint "
@@ -723,7 +742,8 @@ def model_flags(p):
 
 
 # flag -> (lowest, is that itself allowed, below what)
-FROM_ZERO, FROM_ONE, POSITIVE = (0, True, math.inf), (1, True, math.inf), (0, False, math.inf)
+FROM_ZERO, FROM_ONE = (0, True, math.inf), (1, True, math.inf)
+POSITIVE = (0, False, math.inf)
 SHARE = (0, True, 1)
 RANGES = {
     **dict.fromkeys(("batch", "save_every", "micro_tokens", "max_rows", "rank", "max_new_tokens",
@@ -747,14 +767,31 @@ def check_common(args):
                              + (f" and below {high}" if high < math.inf else " and finite"))
 
 
-# ---- The simplest phase: a base from nothing, for the pocket study ---------------------------------
+# ---- The simplest phase: a base from nothing, for the pocket study -------------------------------
+
+def train_tokenizer(texts, vocab_size):
+    """A small byte-level BPE with Qwen3's special tokens, so that the same chat format
+    works. Deterministic."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    frame = ["user\n", "assistant\n", "\n\n"] * len(texts)  # the chat frame: one token each
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([*texts, *frame], trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, special_tokens=special, initial_alphabet=alphabet,
+        show_progress=False))
+    # not special, as in Qwen3
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
+    return tokenizer
+
 
 def add_cross_entropy(session, visits, reply, tally, losses=None):
     """Adds the gradient of the mean token cross-entropy of the step's replies, or of another loss,
     losses(session, rows) -> (N,); `reply(visit)` gives the text.
 
     Every rank works out the whole batch's token count, which is the one denominator of all ranks'
-    and micro-batches' sums. """
+    and micro-batches' sums."""
     replies = [data.encode_reply(session.tokenizer, reply(v)) for v in visits]
     pairs = [(session.prompt(v.index), [ids]) for v, ids in zip(visits, replies)]
     count = sum(map(len, replies))
@@ -766,8 +803,8 @@ def add_cross_entropy(session, visits, reply, tally, losses=None):
 
 
 def base_step(session, step):
-    """One step of making the pocket base: cross-entropy on noisy, evenly spread replies, all
-    parameters."""
+    """One step of making the pocket base: cross-entropy on noisy, evenly spread replies,
+    all parameters."""
     args = session.args
     visits = batch_visits(len(session.posts), args.batch, step, args.seed)
     tally = Tally(visits)
@@ -782,8 +819,8 @@ def base_step(session, step):
 
 
 def run_base(args):
-    """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder in
-    OUT."""
+    """A Qwen3 of a million parameters and its tokenizer, from nothing: a Hugging Face folder
+    in OUT."""
     check_base(args)
     session = Session(args, "base")
     if not session.open_run():
@@ -793,7 +830,7 @@ def run_base(args):
         raise InputError(f"{args.data}: a base is made from posts with replies by voice; for posts "
                          "like these give --model a Qwen3 checkpoint")
     texts = [t for p in session.posts for t in (p.post, *p.replies)]
-    session.tokenizer, session.chat = data.train_tokenizer(texts, args.vocab), data.ChatFormat()
+    session.tokenizer, session.chat = train_tokenizer(texts, args.vocab), data.ChatFormat()
     torch.manual_seed(seed_of(args.seed, "weights"))
     config = Config(session.tokenizer.get_vocab_size(), args.hidden, 3 * args.hidden, args.layers,
                     args.heads, args.heads // 2, args.hidden // args.heads,

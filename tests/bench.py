@@ -4,7 +4,7 @@
     python tests/bench.py --device cuda      # all layers in bf16, and the 8B shape: decode-8b, sft-8b
     python tests/bench.py --quick            # tiny shapes in seconds: does everything run?
 
-A case whose peer is not installed is timed alone. `-compiled`: drafts by torch.compile, the product's --compile. The limit is the time that the work must take at this
+A case whose peer is not installed is timed alone. The limit is the time that the work must take at this
 machine's memory bandwidth and matrix-product rate, both measured first. It leaves attention, norms, LoRA and
 sampling out: a share (limit / ours) of 100% is out of reach. MB are the growth of memory during a first step,
 in a process of its own, and its peak, weights and (on a CPU) libraries included. tokens/s counts written tokens, in SFT all. A missed equality check: exit code 1.
@@ -34,7 +34,9 @@ import torch
 
 import data
 from grpo import group_advantages, policy_loss
-from model import Config, Fused, Qwen3, SelectedLogprobs, full_attention, generate, quantise, selected_logprobs, token_logprobs
+from generate import Fused, generate
+from model import (Config, Qwen3, SelectedLogprobs, full_attention, pack, quantise, selected_logprobs,
+                   token_logprobs)
 from polylora import LINEARS, adapter, adapter_state, add_lora, frozen_copy
 
 # The first fields of Config.
@@ -168,8 +170,6 @@ def optimizer_of(model):
 def generation(side, case, weights, device):
     model, (posts, prompt, k, new) = make_model(side, case.config, weights), case.sizes
     tokens = torch.tensor(texts(posts, prompt, case.config), device=device)
-    if side == "ours":
-        model.compiled = case.compiled
 
     def step(meter):
         with meter:
@@ -197,7 +197,7 @@ def sft(side, case, weights, device):
     def step(meter):
         with meter:
             if side == "ours":
-                rows, = data.pack(pairs, 16384, device)
+                rows, = pack(pairs, 16384, device)
                 loss = -token_logprobs(model, rows)[0].mean()
             else:
                 loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
@@ -216,7 +216,7 @@ def grpo(side, case, weights, device):
         with meter:
             drafts = generate(model, [post], k=k, max_new_tokens=new, seed=random.getrandbits(32)).tokens[0]
             advantages = group_advantages(torch.rand(1, k)).flatten().to(device)
-            rows, = data.pack([(post, drafts)], 16384, device)
+            rows, = pack([(post, drafts)], 16384, device)
             with torch.no_grad(), adapter(model, start):
                 reference = token_logprobs(model, rows)[0]
             logp = token_logprobs(model, rows)[0]
@@ -266,18 +266,14 @@ def make_cases(a):
             ("generate", generation, "0.6b", 28, (1, 256, 8, 32)), ("grpo", grpo, "0.6b", 8, (1, 256, 8, 32)),
             ("sft", sft, "0.6b", 28 if gpu else 8, (4, 192, 1, 64)),
             ("pocket", generation, "pocket", 2, (1, 24, 8, 16)), ("pocket-16", generation, "pocket", 2, (16, 24, 8, 16)),
-            ("pocket-compiled", generation, "pocket", 2, (1, 24, 8, 16)),
-            ("pocket-16-compiled", generation, "pocket", 2, (16, 24, 8, 16)),
             ("decode-8b", generation, "8b", 36, (8, 256, 8, 64)),
-            ("sft-8b", sft, "8b", 36, (8, 384, 1, 128)), ("sft-8b-nf4", sft, "8b", 36, (8, 384, 1, 128)))[:10 if gpu else 7]:
+            ("sft-8b", sft, "8b", 36, (8, 384, 1, 128)), ("sft-8b-nf4", sft, "8b", 36, (8, 384, 1, 128)))[:8 if gpu else 5]:
         if a.quick:
             shape, sizes = "tiny", (min(sizes[0], 2), 12, min(sizes[2], 4), 4)
         cases[name] = SimpleNamespace(
             make=make, needs=set(PEERS[:1 + [generation, sft, grpo].index(make)]), sizes=sizes, nf4="nf4" in name,
-            compiled="compiled" in name, config=make_config(shape, a.layers or layers, shape != "8b"),
+            config=make_config(shape, a.layers or layers, shape != "8b"),
             checkpointing=name.startswith("sft-8b"))
-    if not (gpu or shutil.which("g++")):                   # torch.compile needs a C++ compiler on a CPU
-        cases = {n: c for n, c in cases.items() if not c.compiled}
     return cases
 
 
@@ -305,7 +301,7 @@ def shared_post(device):
     for p in params:
         torch.nn.init.normal_(p, 0, 0.1)                   # B too: while it is zero A has no gradient
     for groups in ([(post, drafts)], [(post, [d]) for d in drafts]):
-        rows, = data.pack(groups, 16384, device)
+        rows, = pack(groups, 16384, device)
         gradients.append(torch.autograd.grad(token_logprobs(model, rows)[0] @ worth[rows.draft], params))
     return max(map(relative, *gradients))
 
@@ -405,7 +401,7 @@ def parse(argv):
     add("--threads", type=int, default=2, help="of the CPU")
     add("--layers", type=int, help="layers of every shape, to cut it")
     add("--repeats", type=int, default=5, help="timed pairs after one uncounted; medians are printed")
-    add("--only", help="cases, comma-separated: generate, grpo, sft, pocket, pocket-16, both with -compiled; on a GPU decode-8b, "
+    add("--only", help="cases, comma-separated: generate, grpo, sft, pocket, pocket-16; on a GPU decode-8b, "
                       "sft-8b, sft-8b-nf4 too")
     add("--json", help="file for the settings, every single time, and the checks")
     add("--quick", action="store_true", help="tiny shapes, one pair, one thread: the figures mean nothing")

@@ -11,7 +11,8 @@ import torch
 
 import data
 from data import InputError, Post
-from model import pack
+from model import chat_format, pack
+from trainer import train_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 GOOD = {"id": "a", "post": "Rain again.", "replies": ["Bring an umbrella.", "Stay in!"]}
@@ -121,7 +122,7 @@ def test_chat_and_token_ids_equal_every_golden_case():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([t for p in data.pocket_posts(300) for t in (p.post, *p.replies)], 500)
+    return train_tokenizer([t for p in data.pocket_posts(300) for t in (p.post, *p.replies)], 500)
 
 
 def test_prompt_and_reply_join_to_the_template_and_the_loss_covers_reply_and_stop(tokenizer):
@@ -148,7 +149,7 @@ def test_control_strings_in_a_post_are_no_control_tokens(tokenizer):
 
 
 def test_tokenizer_is_deterministic_and_frames_are_cheap(tokenizer, tmp_path):
-    again = data.train_tokenizer([t for p in data.pocket_posts(300) for t in (p.post, *p.replies)], 500)
+    again = train_tokenizer([t for p in data.pocket_posts(300) for t in (p.post, *p.replies)], 500)
     assert again.to_str() == tokenizer.to_str() and tokenizer.get_vocab_size() == 500
     assert len(data.encode_prompt(tokenizer, [{"role": "user", "content": ""}])) <= 12
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -407,13 +408,13 @@ THINK = PLAIN.replace("assistant\n{% endif", "assistant\n{% if enable_thinking i
 def test_the_chat_format_is_the_checkpoint_s_own(tmp_path, tokenizer, template, want):
     """An empty think block is Qwen3's hybrid models' alone; others have none, or a system turn."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert data.chat_format(tmp_path) == want
+    assert chat_format(tmp_path) == want
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert data.chat_format(tmp_path) == want
+    assert chat_format(tmp_path) == want
     (tmp_path / "chat_template.jinja").write_text(template)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert data.chat_format(tmp_path) == want
+    assert chat_format(tmp_path) == want
     prompt = data.encode_prompt(tokenizer, [{"role": "user", "content": "hi"}], want)
     text = tokenizer.decode(prompt, skip_special_tokens=False)
     assert text.endswith("<think>\n\n</think>\n\n") == want.think_block
@@ -421,14 +422,14 @@ def test_the_chat_format_is_the_checkpoint_s_own(tmp_path, tokenizer, template, 
 
 
 def test_without_a_template_the_format_is_qwen3s_and_other_marks_are_refused(tmp_path):
-    assert data.chat_format(tmp_path) == data.ChatFormat()
+    assert chat_format(tmp_path) == data.ChatFormat()
     for template in ("[INST] {{ messages[0]['content'] }} [/INST]", "{{ nonsense", "{{ 1 / 0 }}",
                      "{% for i in range(3) %}{{ ''.__class__.__mro__ }}{% endfor %}"):
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(InputError, match="chat template"):
-            data.chat_format(tmp_path)
+            chat_format(tmp_path)
     if (SHARED / "qwen3_tokenizer").exists():
-        assert data.chat_format(SHARED / "qwen3_tokenizer") == data.ChatFormat()
+        assert chat_format(SHARED / "qwen3_tokenizer") == data.ChatFormat()
 
 
 # ---- Writing in one piece ------------------------------------------------------------------------
@@ -447,7 +448,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         two.write_text("[3]")
     assert data.read_json(path) == [2]
     with pytest.raises(InputError, match="cannot be written"):
-        data.write_text(tmp_path / "none" / "b", "x")
+        data.write_text(path / "b", "x")  # a file is no folder
     for text in ("[" * 100_000, "{", "\xff"):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(InputError, match="not valid JSON"):

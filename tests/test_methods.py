@@ -747,7 +747,7 @@ def test_set_sizes_are_checked_before_anything_is_loaded(tmp_path, name, size, r
     if right:
         assert grpo.check_grpo(args) == tmp_path
     else:
-        with pytest.raises(InputError, match="the set size is"):
+        with pytest.raises(InputError, match=r"the set size \(--set-size\) is"):
             grpo.check_grpo(args)
 
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import NF4, NF4_VALUES, Config, InputError, Qwen3, RMSNorm, generate
+from data import InputError
+from generate import generate
+from model import NF4, NF4_VALUES, Config, Qwen3, RMSNorm
 from tiny import (STOP, fingerprint, nf4_weight, sequence, tiny_adapter, tiny_config, tiny_weights, weights_mark,
                   write_adapter, write_checkpoint)
 

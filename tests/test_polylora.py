@@ -26,7 +26,7 @@ from polylora import (Embedder, Gate, LoRALinear, adapter, adapter_state, add_cr
                       load_adapter, load_embedder, lora_layers, merge_lora, pair_distances,
                       save_adapter, sft_step)
 from tiny import tiny_config, tiny_weights
-from trainer import Ranks, Session, Tally, Visit, batch_visits
+from trainer import Ranks, Session, Tally, Visit, batch_visits, train_tokenizer
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 30, 2, 8]])
 
@@ -477,7 +477,7 @@ def parts():
     """(posts of the pocket world, a tokenizer for them, a random Qwen3 with a few rows more than the
     tokenizer has)."""
     posts = data.pocket_posts(12, seed=1)
-    tokenizer = data.train_tokenizer([t for p in posts for t in (p.post, *p.replies)], 330)
+    tokenizer = train_tokenizer([t for p in posts for t in (p.post, *p.replies)], 330)
     return posts, tokenizer, build(vocab_size=tokenizer.get_vocab_size() + 3)
 
 
@@ -691,7 +691,6 @@ def test_lambda_share_holds_d_s_part_of_the_gradient(parts):
     """At every drafting step |D's part| is that share of |cross-entropy's|, and it is logged; so is the
     share that a fixed lambda happens to have."""
     flat = lambda grads: torch.cat([g.flatten() for g in grads.values()])
-    plain = flat(gradient(sft(parts), lambda tally: sft_step_of(sft_last, 0)))        if False else None
     for share in (0.3, 2.0):
         s, without = sft(parts, "--lambda-share", str(share)), sft(parts)
         tallies = []

@@ -4,6 +4,7 @@ input; train.sh."""
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +18,7 @@ import evaluate
 import grpo
 import polylora
 from model import Config, Qwen3
-from trainer import Session
+from trainer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_TOKENIZER = ROOT.parent / "shared" / "qwen3_tokenizer"
@@ -38,7 +39,7 @@ def write_model(folder, tokenizer=None):
     """A random Qwen3 of two layers with a tokenizer: Qwen3's own, or a small one trained on the tweets'
     words."""
     if tokenizer is None:
-        tokenizer = data.train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
+        tokenizer = train_tokenizer([f"My {t} let me down, part 7. Tell us more! Poor one, I feel you" for t in TOPICS], 300)
     torch.manual_seed(54)  # one that by chance finds people's replies likelier than exchanged ones
     rows = tokenizer.get_vocab_size() + 7                                      # padding rows, as Qwen3 has
     model = Qwen3(Config(rows, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True))
@@ -153,7 +154,7 @@ def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
     assert polylora.main(["base", "--data", "pocket", "--out", str(tmp_path / "no"), "--nf4"]) == 2
 
 
-SHARDED = """
+SHARDED ="""
 import json, os, sys
 import torch, torch.distributed as dist
 import evaluate, grpo, polylora, trainer
@@ -290,14 +291,15 @@ def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp
     first = launch(tmp_path, "torchrun", "--standalone", "--nproc-per-node=2", "train.sh")
     assert first.returncode == 0, first.stderr[-3000:]
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
-    assert list(report["arms"]) == ["base", "lora", "poly", "lora-grpo", "lora-passk", "poly-grpo"]
+    assert list(report["arms"]) == ["base", "lora", "poly", "lora-grpo", "lora-passk", "lora-cover",
+                                    "poly-grpo"]
     assert "pass@10" in first.stdout and report["differences"]["poly-grpo"]["stances"]
     ends = [x for x in lines(tmp_path / "study" / "seed7" / "poly-grpo") if x.get("event") == "end"]
     assert [x["stage"] for x in ends] == ["grpo", "measure"] and all(x["ranks"] == 2 for x in ends)
     before = digest(tmp_path / "study" / "seed7")
     again = launch(tmp_path, "bash", "train.sh")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.count("done already") == 6 and digest(tmp_path / "study" / "seed7") == before
+    assert again.stdout.count("done already") == 7 and digest(tmp_path / "study" / "seed7") == before
 
 
 def test_torchrun_leaves_the_programs_flags_alone():
@@ -343,3 +345,24 @@ def test_reward_model_and_judge_read_one_chat_at_a_time_as_in_a_batch(world):
         assert all(a == pytest.approx(b, abs=1e-5) for r, s in zip(got, alone) for a, b in zip(r, s))
         assert len({round(x, 6) for r in got for x in r}) == 3
     assert all(0 < x < 1 for r in got for x in r)
+
+
+def test_the_worked_example_of_how_to_add_a_method_applies_and_runs(world, tmp_path):
+    """The README's diff, applied to a copy: the method's own test passes, --help lists it, and a run of
+    two steps trains by it."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    diff = page.split("## How to add a method", 1)[1].split("```diff\n", 1)[1].split("```", 1)[0]
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
+    (copy / "rloo.diff").write_text(diff, encoding="utf-8")
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "apply", "rloo.diff"], cwd=copy, check=True, timeout=60)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = lambda *a: subprocess.run([sys.executable, *a], cwd=copy, env=env, capture_output=True,
+                                    text=True, timeout=120)
+    tested = run("-m", "pytest", "tests/test_grpo.py", "-k", "rloo", "-p", "no:cacheprovider")
+    assert tested.returncode == 0, tested.stdout[-2000:]
+    assert "RLOO (arXiv 2402.14740)" in " ".join(run("grpo.py", "--help").stdout.split())
+    trained = run("grpo.py", *grpo_args(world, "x", "--out", str(tmp_path / "run"), "--advantage", "rloo"))
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert "lora-rloo " in (copy / "train.sh").read_text() and lines(tmp_path / "run")[0]["advantage"] > 0

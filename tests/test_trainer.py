@@ -68,7 +68,7 @@ def test_means_are_of_sums_not_of_means():
     assert tally.means(Share(total=[2.6 + 1.4, 4 + 4]), ["loss"]) == pytest.approx({"loss": 0.5})
 
 
-TWO_RANKS = """
+TWO_RANKS ="""
 import json, sys
 import torch
 from trainer import Ranks, Tally
@@ -246,7 +246,7 @@ def test_a_run_folder_is_one_configuration(tmp_path, capsys):
 
 # ---- What a run survives -------------------------------------------------------------------------
 
-TOY = """
+TOY ="""
 import sys, time
 sys.path.insert(0, "tests")
 import test_trainer as t
