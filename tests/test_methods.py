@@ -311,6 +311,7 @@ def test_poly_epo_counts_answers_and_wants_two():
     ([1, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]),                       # one alone
     ([1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 0, 0, 0]), ([1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0.1, 0.1, 0, 0, 0]),
     ([0.5, 0.2, 0.0, 0.9, 0.4], [0, 0, 1, 1, 1], [0.75, 0.75, 0.5, 0.5, 0.5]),  # real ones: of all
+    ([0.5, 0.2, 0.3, 0.9, 0.4], [0, 0, 1, 1, 1], [0.75, 0.75, 0.5, 0.5, 0.5]),  # none is lowered
     ([-1.0, 0.5, 0.5, 0.5, 0.5], [0, 0, 1, 2, 3], [0.75, 0.75, 1, 1, 1])])     # raised to zero
 def test_darling_by_hand(rewards, classes, novelty):
     lowest = min(0, *rewards)
@@ -560,6 +561,7 @@ def test_logsigmoid_gem_is_nearly_half_of_the_linear():
     linear = slope(polylora.gem_loss(z, y, 0.7), z)
     assert 1e-4 < gap(slope(loss, z), linear / 2) < 0.02 * float(linear.abs().max())
     assert torch.equal(polylora.gem_loss(z, y), polylora.gem_loss(z, y, 0.7, logsigmoid=False))
+    assert torch.equal(polylora.SFT_LOSSES["gem-logsigmoid"].function(z, y), loss)
 
 
 def test_the_entropy_loss_by_its_distribution():
@@ -622,6 +624,8 @@ def test_ba_lora_s_three_terms():
     near = polylora.ba_lora_regularizer(z, F.linear(hidden, head).float(), draft)
     loss = polylora.ba_lora_loss(z, y, hidden, draft, head, weight=3.0)
     assert gap(loss, F.cross_entropy(z, y, reduction="none") + 3 * near) < 1e-12
+    assert torch.equal(polylora.ba_lora_loss(z, y, hidden, draft, head),
+                       polylora.ba_lora_loss(z, y, hidden, draft, head, weight=1.0))
     assert polylora.ba_lora_regularizer(z[:, :4], base[:, :4], draft).shape == (16,)   # a vocabulary below 20
 
 
