@@ -272,7 +272,7 @@ def merge_lora(model, dtype=torch.float32):
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
-def gated(delta, quality=None, floor=0.0):
+def gated(delta, quality, floor):
     """Distances delta (P, k, k) without their diagonal; with quality (floor + delta_ij) q_i q_j."""
     if quality is not None:
         q = quality.float()

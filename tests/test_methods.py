@@ -174,6 +174,13 @@ def drafts_of(embeddings=None, quality=None, classes=None, texts=None, floor=0.0
 SPAN = {"one": [[1.0, 0, 0]] * 3, "three": torch.eye(3).tolist(), "two": [[1.0, 0, 0], [1, 0, 0], [0, 1, 0]]}
 
 
+def test_two_drafts_in_a_space_of_three():
+    """The number of drafts, not the dimension, is what counts."""
+    two = drafts_of([[1.0, 0, 0], [0, 1, 0]])
+    assert measure("vendi", two)[0].item() == pytest.approx(2, abs=1e-5)
+    assert measure("dpp", two)[0].item() == pytest.approx(2 * math.log(2), abs=1e-5)
+
+
 @pytest.mark.parametrize("name, span, value, gated", [
     ("dpp", "one", math.log(4), math.log(1 + 0.25 + 0.04 + 1)),
     ("dpp", "three", 3 * math.log(2), math.log(1.25 * 1.04 * 2)),
@@ -200,7 +207,7 @@ def test_distinct_answers_by_hand():
 
 @pytest.mark.parametrize("a, b, edits, shared, union", [
     ("the cat sat", "the cat sat", 0, 5, 5), ("the cat sat", "the dog sat", 1, 2, 8), ("a b", "b a", 2, 2, 4),
-    ("a", "a b c", 2, 1, 5), ("", "x y", 2, 0, 3), ("", "", 0, 0, 0), ("a b c d", "b c d a", 2, 6, 8)])
+    ("a", "a b c", 2, 1, 5), ("", "x y", 2, 0, 3), ("", "", 0, 0, 0), ("a", "", 1, 0, 1), ("a b c d", "b c d a", 2, 6, 8)])
 def test_distances_of_words_by_hand(a, b, edits, shared, union):
     """Edits of whole words over the longer text; words and word pairs that both have, over all."""
     longest = max(len(a.split()), len(b.split()), 1)
@@ -304,6 +311,7 @@ def test_poly_epo_counts_answers_and_wants_two():
     ([1, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]),                       # one alone
     ([1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 0, 0, 0]), ([1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0.1, 0.1, 0, 0, 0]),
     ([0.5, 0.2, 0.0, 0.9, 0.4], [0, 0, 1, 1, 1], [0.75, 0.75, 0.5, 0.5, 0.5]),  # real ones: of all
+    ([0.5, 0.2, 0.3, 0.9, 0.4], [0, 0, 1, 1, 1], [0.75, 0.75, 0.5, 0.5, 0.5]),  # none is lowered
     ([-1.0, 0.5, 0.5, 0.5, 0.5], [0, 0, 1, 2, 3], [0.75, 0.75, 1, 1, 1])])     # raised to zero
 def test_darling_by_hand(rewards, classes, novelty):
     lowest = min(0, *rewards)
@@ -412,8 +420,8 @@ def test_what_is_made_for_right_and_wrong_refuses_real_rewards(name):
 
 def test_soft_overlong_punishment_by_hand():
     """Of at most 10 tokens, the last 4 cost up to 1."""
-    got = grpo.overlong_penalty(torch.tensor([1, 6, 7, 9, 10]), 10, 4)
-    assert got.tolist() == [0, 0, -0.25, -0.75, -1]
+    got = grpo.overlong_penalty(torch.tensor([1, 6, 7, 9, 10, 13]), 10, 4)
+    assert got.tolist() == [0, 0, -0.25, -0.75, -1, -1]
 
 
 def test_an_objective_s_every_field_is_one_of_the_group_s():
@@ -465,6 +473,8 @@ def test_every_diversity_pushes_both_phases(parts, name):
                                            "--lambda", "1", "--diversity", name])
     s.gate = polylora.Gate(s, "none")
     s.domain.voices_of = voices_by_length(s.domain)
+    s.embedder = s.embedder if DIVERSITIES[name].embeds else None              # words need none
+    assert DIVERSITIES[name].embeds == (name in ("cosine", "dpp", "vendi"))
     visits = [polylora.batch_visits(len(s.posts), 4, 0, 1)[i] for i in range(4)]
     s.model.eval()
     grads, tally = gradient(s, lambda tally: polylora.add_diversity(s, visits, 0, tally))
@@ -551,6 +561,7 @@ def test_logsigmoid_gem_is_nearly_half_of_the_linear():
     linear = slope(polylora.gem_loss(z, y, 0.7), z)
     assert 1e-4 < gap(slope(loss, z), linear / 2) < 0.02 * float(linear.abs().max())
     assert torch.equal(polylora.gem_loss(z, y), polylora.gem_loss(z, y, 0.7, logsigmoid=False))
+    assert torch.equal(polylora.SFT_LOSSES["gem-logsigmoid"].function(z, y), loss)
 
 
 def test_the_entropy_loss_by_its_distribution():
@@ -580,30 +591,42 @@ def test_unlikelihood_counts_the_reply_s_earlier_tokens():
     got = polylora.unlikelihood_loss(z, y, earlier, 0.5)
     assert gap(got, torch.stack(want)) < 1e-12 and gap(slope(got, z), slope(torch.stack(want), z)) < 1e-12
     assert gap(polylora.unlikelihood_loss(z, y, earlier), ce + 2 * (got - ce)) < 1e-12
+    likely = torch.tensor([[0.9, 0.1]]).log()
+    got = polylora.unlikelihood_loss(likely, torch.tensor([1]), torch.tensor([[0]])).item()
+    assert got == pytest.approx(-2 * math.log(0.1), rel=1e-5)
     sure = torch.tensor([[100.0, 0.0]], requires_grad=True)                    # 1 - p rounds to 0
     loss = polylora.unlikelihood_loss(sure, torch.tensor([1]), torch.tensor([[0]]))
     assert torch.isfinite(slope(loss, sure)).all()
 
 
+def ba_lora_by_torch(z, base, draft, heat, top, leading):
+    """KL, entropy and singular values as torch has them, with the paper's weights."""
+    student, teacher = (z / heat).log_softmax(-1), (base / heat).log_softmax(-1)
+    kl = heat ** 2 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    entropy = torch.distributions.Categorical(logits=z.topk(top).values).entropy()
+    spectra = {i: torch.linalg.svdvals(z[draft == i]) for i in draft.tolist()}
+    rank = [spectra[i][:leading].sum() / spectra[i].norm() for i in draft.tolist()]
+    return 0.025 * kl - 0.005 * entropy - 0.005 * torch.stack(rank)
+
+
 def test_ba_lora_s_three_terms():
-    """Against KL, entropy and singular values as torch has them, term by term: the weights differ."""
-    z, y = tokens(7, 40, seed=4)
-    base, draft = tokens(7, 40, seed=5)[0].detach(), torch.tensor([0, 0, 0, 1, 1, 0, 1])
-    student, teacher = (z / 2).log_softmax(-1), (base / 2).log_softmax(-1)
-    kl = 4 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-    entropy = torch.distributions.Categorical(logits=z.topk(20).values).entropy()
-    shares = [torch.linalg.svdvals(z[draft == i]) for i in (0, 1)]
-    for leading in (10, 2):
-        rank = torch.stack([shares[i][:leading].sum() / shares[i].norm() for i in draft.tolist()])
-        want = 0.025 * kl - 0.005 * entropy - 0.005 * rank
-        got = polylora.ba_lora_regularizer(z, base, draft, leading=leading)
-        assert gap(got, want) < 1e-9 and gap(slope(got, z), slope(want, z)) < 1e-9
+    """Each reply by itself: one of 13 tokens, so that ten singular values are not all, and one of 3."""
+    draft = torch.tensor([0] * 12 + [1, 1, 0, 1])
+    z, y = tokens(16, 40, seed=4)
+    base = tokens(16, 40, seed=5)[0].detach()
+    for scale in (1, 1e-2):  # small logits too
+        for options in ({}, {"heat": 3.0}, {"top": 5}, {"leading": 2}):
+            want = ba_lora_by_torch(scale * z, base, draft, **dict(heat=2.0, top=20, leading=10) | options)
+            got = polylora.ba_lora_regularizer(scale * z, base, draft, **options)
+            assert gap(got, want) < 1e-9 and gap(slope(got, z), slope(want, z)) < 1e-8
     head = torch.randn(40, 6).double()
     hidden = torch.linalg.lstsq(head, base.T).solution.T                       # some states, and their logits
     near = polylora.ba_lora_regularizer(z, F.linear(hidden, head).float(), draft)
     loss = polylora.ba_lora_loss(z, y, hidden, draft, head, weight=3.0)
     assert gap(loss, F.cross_entropy(z, y, reduction="none") + 3 * near) < 1e-12
-    assert polylora.ba_lora_regularizer(z[:, :4], base[:, :4], draft).shape == (7,)    # a vocabulary below 20
+    assert torch.equal(polylora.ba_lora_loss(z, y, hidden, draft, head),
+                       polylora.ba_lora_loss(z, y, hidden, draft, head, weight=1.0))
+    assert polylora.ba_lora_regularizer(z[:, :4], base[:, :4], draft).shape == (16,)   # a vocabulary below 20
 
 
 def sft_session(parts, *flags):
@@ -730,3 +753,9 @@ def test_set_sizes_are_checked_before_anything_is_loaded(tmp_path, name, size, r
     else:
         with pytest.raises(InputError, match=r"the set size \(--set-size\) is"):
             grpo.check_grpo(args)
+
+
+def test_means_over_drafts_of_one_token_and_of_none():
+    """Draft 1 is in another micro-batch."""
+    got = grpo.draft_means(torch.tensor([2.0, 4, 6]), torch.tensor([0, 2, 2]))
+    assert got.tolist() == [2, 5, 5]
