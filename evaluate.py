@@ -121,9 +121,9 @@ def group_runs(run_folders, ks=KS):
                 raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
                                  "measure both on the same posts with the same settings")
         odd = [name for name in ("posts", "model") if other[name] != run[name]]
-        if odd:                              # only another seed may have posts and a base of its own
-            raise InputError(f"{other['folder']} and {run['folder']} differ in the {odd[0]}; measure "
-                             "both on the same posts with the same settings")
+        if odd:  # only another seed may have posts and a base of its own
+            raise InputError(f"{other['folder']} and {run['folder']} differ in the {odd[0]}; "
+                             "measure both on the same posts with the same settings")
         for other in arms.setdefault(run["arm"], []):
             if other["seed"] == run["seed"]:
                 raise InputError(f"{other['folder']} and {run['folder']} are the same arm and seed "
@@ -148,11 +148,10 @@ def over_seeds(runs, values):
 
 
 def metric_row(runs, name):
-    missing = runs[0]["values"]["valid"] * math.nan
     values = [run["values"].get(name, run["values"]["valid"] * math.nan) for run in runs]
     values, clusters, shared, left_out = over_seeds(runs, values)
     row = {"mean": None, "posts_left_out": left_out}
-    if all(len(v) > 1 for v in values) and len(missing):
+    if all(len(v) > 1 for v in values):
         mean, low, high = interval(values, clusters, shared)
         seeds = [float(v.mean()) for v in values]
         spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
@@ -543,7 +542,7 @@ def draw_pass_at_k(summary):
     if limits:
         line = [(x, at_y(limits[str(k)]["independent"])) for x, k in zip(at_x, ks)]
         marks += [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"'),
-                  svg_text(line[0][0] + 8, line[-1][1] - 6, "the limit of independent drafts")]
+                  svg_text(line[0][0] + 8, line[0][1] - 10, "the limit of independent drafts")]
     note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
     x_grid = [(x, str(k)) for x, k in zip(at_x, ks)]
     return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
