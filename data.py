@@ -5,7 +5,7 @@
 
 A domain says how a post is put to the model and how a draft is judged. Two have an exact
 verifier: `voices` (posts with a right reply in each of several voices, as in a file) and `pocket`
-(a small world whose right replies are a grammar, at the end of this file); for `replies`, real
+(a small world whose right replies are a grammar, whose words are in pocket.py); for `replies`, real
 posts with one or more human replies, grpo.py has rewards. The first section is what every file of
 the project needs."""
 
@@ -32,6 +32,8 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
+
+from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
 
 # ---- What every file needs: an error for the user, reading, and writing in one piece -------------
 
@@ -526,200 +528,7 @@ def load_domain(path, name, posts):
     return DOMAINS[record["domain"]](posts, voices=record["voices"], **readers)
 
 
-# ---- The pocket world: scenes (theme / event / thing), a grammar of posts for each, and for each
-# voice a grammar of right replies
-#
-# One description serves to write and to judge. {a|b} is a choice, nested at will and possibly
-# empty; [n] is the thing.
-
-def read_table(text):
-    """{heading: {event: template}}: a heading a line, its events indented under it; a line indented
-    further goes on with the one before, after a space."""
-    table = {}
-    for line in text.strip().split("\n"):
-        if not line.startswith(" "):
-            rows = table[line] = {}
-        elif not line.startswith("    "):
-            event, _, rows_text = line[2:].partition(": ")
-            rows[event] = rows_text
-        else:
-            rows[event] += " " + line[4:]
-    return table
-
-
-THINGS = {"pet": "kitten puppy rabbit parrot hamster pony",
-          "dish": "soup curry cake lasagne pie stew",
-          "music": "guitar violin trumpet piano flute cello",
-          "plant": "rose fern cactus tulip pumpkin hedge",
-          "craft": "quilt scarf lamp kite necklace basket",
-          "outing": "hike picnic cruise marathon festival voyage"}
-
-POSTS = read_table("""
-pet
-  news: {we|I} {just |}{adopted|took in|brought home} a {little |tiny |}[n]
-  trouble: {my|our} [n] {is ill|hurt a leg|ran off|will not eat} {again|today|and I feel awful}
-  advice: how do I {get|teach|train} {my|a} [n] to {sleep at night|stay calm|come when called}
-  pride: {my|our} [n] {learned|has learned} {a trick|its name|to wait} {at last|all by itself|today}
-  plan: {next week|tomorrow|soon} {I|we} {pick up|will meet|will get} {a|our new} [n]
-  memory: {thinking of|I still miss|I often dream of} the [n] {I grew up with|we had|from my childhood}
-dish
-  news: {there is|we have|I found} a {new |great |}[n] {place in town|stall round the corner|on the
-    menu here}
-  trouble: {my|the} [n] {burned|fell on the floor|tastes of nothing|is a disaster} {again|tonight|once more}
-  advice: what do I {add to|put in|serve with} a [n] {to make it better|for six people|so it is not dull}
-  pride: {I|we} {made|cooked} a [n] from {nothing|scratch} and {it was perfect|everybody had
-    seconds|the plates came back empty}
-  plan: {tonight|on Sunday|this weekend} {I|we} {will try|will make|cook} a [n] {for friends|for
-    ten|for the first time}
-  memory: {nothing tastes like|I still remember|I miss} the [n] {my grandmother made|of my
-    childhood|we had at home}
-music
-  news: {look what came|it is here|guess what I bought}, a {second hand |shiny |beautiful |}[n]
-  trouble: {my|the} [n] {broke|cracked|is out of tune|got wet} {before the show|an hour ago|on the bus}
-  advice: {which|what} {teacher|book|exercise} is {best|right} for {learning|starting} the [n] {at
-    forty|late in life|with small hands}
-  pride: {played|I played} the [n] {on stage|in front of people|without a mistake} {for the first
-    time|tonight|at last}
-  plan: {I start|we begin|I am taking} [n] lessons {next month|in spring|on Monday}
-  memory: {my father|my aunt|an old friend} played the [n] {every evening|when I was small|by the window}
-plant
-  news: {a neighbour gave me|I was given|somebody left me} a {huge |young |lovely |}[n] {today|for
-    the balcony|for the garden}
-  trouble: {the snails ate|frost killed|the dog dug up} {my|our} [n] {last night|overnight|this morning}
-  advice: {when|how often|where} should I {water|plant|cut|move} {my|a} [n] {in this heat|before
-    winter|on a balcony}
-  pride: {my|our} [n] {won a prize|is taller than me|flowers after three years|came through the winter}
-  plan: {this autumn|in April|when it is warmer} {I|we} {will grow|want to plant} a [n] {by the
-    door|under the window|for my mother}
-  memory: {there was|we always had} a [n] {by my grandparents' gate|in the yard where I played|at
-    our old house}
-craft
-  news: {my sister|a friend|my neighbour} {gave|sent|made} me a {handmade |bright |wonderful |}[n]
-  trouble: {I dropped|somebody sat on|I lost|the cat tore} the [n] {I worked on for weeks|that was
-    a gift|I had nearly finished}
-  advice: {what|which} {colour|material|pattern} {would you take|works best} for a [n] {for a
-    child|as a present|for a beginner}
-  pride: {finished|I have finished|just finished} {my first|a whole} [n] {by hand|after two
-    months|and it holds}
-  plan: {I am going to|we will|I want to} {make|build} a [n] {for my niece|this winter|for the school fair}
-  memory: {found|I came across} {an old photo of|a drawing of} the [n] {my mother made|we made at
-    school|from our first home}
-outing
-  news: {we won|I got|they gave us} {free places|two tickets|the last places} for {a|the} {famous |big |}[n]
-  trouble: {the|our} [n] {was called off|ended in the rain|was a mess} and {we are stuck|I caught a
-    cold|nobody told us}
-  advice: what {should I bring|do people wear|do I need} {for|on} a {long |first |}[n] {in
-    June|with two kids|alone}
-  pride: {did|I did|we did} {the whole|my first|our first} [n] {without giving up|today|with my dad}
-  plan: {off to|we leave for|I signed up for} {a|the} [n] {next Saturday|in two weeks|with the whole office}
-  memory: {ten years ago|back in school|one summer} we went on a [n] {and never stopped
-    laughing|and got lost|that I will not forget}
-""")
-
-OPENERS = {
-    "news": "{|big news: |guess what: |so, |good morning: |hello world: }",
-    "trouble": "{|oh no, |what a day: |well, |of course |not again: }",
-    "advice": "{|quick question: |help: |can anyone say, |honest question: |dear all, }",
-    "pride": "{|so proud: |finally: |a small win: |I can hardly believe it: |look at me: }",
-    "plan": "{|here we go: |it is settled: |wish me luck: |no way back: |so, }",
-    "memory": "{|late thoughts: |funny, |on days like this, |tonight, |for no reason, }",
-}
-
-# Right replies. Each voice has its own turns of phrase, and each event its own core, so that no
-# reply belongs to two.
-VOICES = read_table("""
-warm
-  news: {how lovely|how sweet|that is wonderful}, {enjoy|cherish|love} {every moment with|each day
-    with|all of} {the|your} [n]
-  trouble: {I am so sorry|that must hurt|poor you}, {sending a hug|big hugs|I feel with you}
-    {about|over|because of} the [n]
-  advice: {be gentle with yourself|take heart|no rush, dear}, the [n] {will come right|will be
-    fine|needs only love}
-  pride: {I am so happy for you|my heart is full|you deserve this}, {you and|what a joy with} {the|your} [n]
-  plan: {how exciting for you|I am with you|fingers crossed}, {the|your} [n] {will be
-    beautiful|will make you glad|will do you good}
-  memory: {what a tender thought|thank you for sharing|how dear}, {hold on to|keep|treasure} that
-    [n] {always|in your heart|for ever}
-witty
-  news: {plot twist|breaking news|rumour has it}: the [n] {chose you|runs the house now|wants its
-    own account}
-  trouble: {well,|officially,|in short,} the [n] {has resigned|filed a complaint|wants a lawyer}
-    {again|now|today}
-  advice: {step one|rule one|the trick}: {let|just let} the [n] {think it is in charge|do the
-    talking|read the manual}
-  pride: {move over|step aside|watch out}, {Mozart|world|champions}, {here comes|make way for} the
-    [n] {star|legend|boss}
-  plan: {famous last words|what could go wrong|somebody film this}, {the|one} [n] {never stood a
-    chance|will never be the same|has no idea}
-  memory: {somewhere|up there|in some attic} {that|the} [n] {still laughs at you|is writing its
-    memoirs|wants royalties}
-curious
-  news: {ooh,|wait,|oh,} {what will you call|where will you keep|who picked|how big is} the [n]?
-  trouble: {hm,|oh,|wait,} {how did that happen to|what went wrong with|can anyone mend|what
-    happens now with} the [n]?
-  advice: {hm,|say,|wait,} {what have you tried with|how long have you had|who else knows|what kind
-    is} the [n]{ so far|}?
-  pride: {tell me,|ooh,|say,} {how long did it take with|what was hardest about|who helped
-    with|what comes after} the [n]?
-  plan: {ooh,|say,|tell me,} {why a|what made you pick a|who joins you for the|how do you prepare
-    for the} [n]?
-  memory: {say,|tell me,|oh,} {what became of|do you have a picture of|what was so special
-    about|who else remembers} {that|the} [n]?
-practical
-  news: {first|to start|tip}: {check|sort out|write down} {the costs|the dates|the basics} {for|of} the [n]
-  trouble: {call|ask|ring} {a professional|the shop|an expert} {today|before noon|right now} about the [n]
-  advice: {start|begin} {small|early|simple} with the [n] and {keep notes|go step by step|change
-    one thing at a time}
-  pride: {next|now|from here}: {set a new goal|raise the bar|show others} with the [n] {this
-    month|while it is fresh|soon}
-  plan: {make a list|book ahead|plan an hour more|pack the night before} for the [n], {it saves
-    time|trust me|it pays}
-  memory: {write it down|record it|scan the photos} {now|while you can|this week}, the [n]
-    {deserves an album|belongs in print|should not be lost}
-excited
-  news: {yes|wow|hooray}! {a [n]|the [n]}! {best day ever|I am jumping|this is huge}!
-  trouble: {no|nooo|argh}! {not the|the poor} [n]! {we will fix this|do not give up|fight on}!
-  advice: {yes|wow|oh}! {great question|go for it|you can do this}! {a [n]|the [n]} {rocks|is pure fun}!
-  pride: {wow|boom|yes}! {you did it|what a win|unreal}! {the|that} [n] {for president|is gold}!
-  plan: {yes|wow|woo}! {take me along|count me in|I cannot wait}! {the|a} [n]!
-  memory: {aww|wow|oh}! {what a time|those were days|so many feelings}! {that|the} [n]!
-blunt
-  news: {fine|okay|sure}. {a [n] is work|the [n] costs money|a [n] is not for everyone}{, you
-    know|. Good luck|}
-  trouble: {it happens|told you so|that is life}. {get|buy|find} {another|a better|a cheaper} [n]
-  advice: {honestly|frankly}, {forget the [n]|sell the [n]|nobody needs a [n]|skip the [n]}{ and
-    move on|. Done|}
-  pride: {about time|not bad|took you long enough}. {the|that} [n] {looks okay|will do|was easy}
-  plan: {I give it a week|do not overdo it|lower your hopes}. {it is|just} {a|one} [n]{, nothing more|}
-  memory: {the past is past|let it go|old stories}. {it was|just} {a|only a} [n]{, that is all|}
-""")
-
-
-@functools.lru_cache(maxsize=None)
-def parse(template):
-    """A template as a tuple of texts and choices, a choice being a tuple of parsed alternatives."""
-    def sequence(at, inside):
-        parts, text = [], ""
-        options = []
-        while at < len(template) and not (inside and template[at] in "|}"):
-            if template[at] == "{":
-                parts, text = parts + [text], ""
-                options, at = [], at + 1
-                while template[at - 1] != "}":
-                    option, at = sequence(at, True)
-                    options.append(option)
-                    at += 1
-                parts.append(tuple(options))
-            else:
-                text, at = text + template[at], at + 1
-        return tuple(parts + [text]), at
-    return sequence(0, False)[0]
-
-
-def expand(parts, rng):
-    """One text of a parsed template."""
-    return "".join(p if isinstance(p, str) else expand(rng.choice(p), rng) for p in parts)
-
+# ---- The pocket world: its words are in pocket.py ------------------------------------------------
 
 def pattern(parts):
     """The regular expression of all normalised texts of a parsed template; [n] is left in."""

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 import data
 import grpo
 from data import InputError, Post
-from grpo import (OBJECTIVES, AgreementReward, Group, JudgeReward, ModelReward, RelevanceReward,
-                  VerifierReward, advantages_of, coverage_advantages, group_advantages, grpo_step,
+from grpo import (OBJECTIVES, Group, advantages_of, coverage_advantages, group_advantages, grpo_step,
                   maxk_advantages, passk_advantages, policy_loss, polychromic_advantages, rollout,
                   set_advantages, subsets)
 from model import Config, Qwen3
 from polylora import (adapter_state, add_lora, diversity, diversity_advantages, frozen_copy,
                       lora_layers, pair_distances, save_adapter)
+from rewards import AgreementReward, JudgeReward, ModelReward, RelevanceReward, VerifierReward
 from test_polylora import (OUTCOMES, QUALITY, Share, all_tuples, build, exact_gradient,
                            expected_estimate, gap, gradient, in_double, nearly, parts, policy,
                            session, visits)

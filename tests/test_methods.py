@@ -745,7 +745,7 @@ def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():
     ("bon", 4, True), ("darling", 9, True)])
 def test_set_sizes_are_checked_before_anything_is_loaded(tmp_path, name, size, right):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    polylora.write_json(tmp_path / "adapter_config.json", config)
+    data.write_json(tmp_path / "adapter_config.json", config)
     flags = f"--model - --data - --out - --k 5 --advantage {name} --set-size {size}"
     args = grpo.parser().parse_args(["--start", str(tmp_path), *flags.split()])
     if right:

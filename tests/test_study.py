@@ -18,6 +18,7 @@ import data
 import evaluate
 import grpo
 import polylora
+import rewards
 from model import Config, Qwen3
 from trainer import train_tokenizer
 
@@ -338,8 +339,8 @@ def test_reward_model_and_judge_read_one_chat_at_a_time_as_in_a_batch(world):
     scorer = Qwen3(config, lm_head=False, score_head=True).eval()
     posts, domain = data.load_posts(world["eval"])[:2], data.Replies([])
     drafts = [["yes", "a much longer reply, word upon word upon word"], ["no"]]
-    for reward in (grpo.ModelReward(scorer, tokenizer, domain, batch=2),
-                   grpo.JudgeReward(Qwen3.from_pretrained(world["model"]), tokenizer, domain, batch=3)):
+    for reward in (rewards.ModelReward(scorer, tokenizer, domain, batch=2),
+                   rewards.JudgeReward(Qwen3.from_pretrained(world["model"]), tokenizer, domain, batch=3)):
         got = reward(posts, drafts)
         alone = [[reward([p], [[t]])[0][0] for t in ts] for p, ts in zip(posts, drafts)]
         assert [len(r) for r in got] == [2, 1]

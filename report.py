@@ -1,0 +1,633 @@
+"""Runs compared: what was measured of each, averages with intervals, limits, tables, pictures.
+
+`report` is the command of evaluate.py. A run folder holds config.json ("seed", perhaps "arm"),
+evaluation.json (one record a post, written by evaluate.py measure) and metrics.jsonl (the training
+log). A record is {"id", "post", "intent", "drafts": n texts, "rewards": n floats, "finished": n
+bools, "semantic", "vendi"} with "voices": n lists (the voices in which that draft is right, [] =
+wrong) and "readers": {voice: share of this post's readers}, or else "passed": n bools."""
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+from data import InputError, printable, write_text
+from metrics import (KS, front, holm, interval, mean_limit, pareto_front, post_metrics,
+                     reader_shares, sign_flip)
+
+# ---- Runs and their summary ----------------------------------------------------------------------
+
+def read_object(path, text=None):
+    """The JSON object in a file, or in one line of it; NaN reads as null, which no
+    metric accepts."""
+    try:
+        text = Path(path).read_text(encoding="utf-8") if text is None else text
+        value = json.loads(text, parse_constant=lambda word: None)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; give folders of runs that were measured") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON ({str(error)[:100]}); mend it or make it "
+                         "again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object; mend it or make it again")
+    return value
+
+
+def read_run(folder, ks=KS):
+    """-> a dict: folder, arm, seed, `shared` (what all runs must agree on), `posts` {id: text},
+    clusters, values {metric: (posts,)}, `readers` (Counter of reader_shares), ends, scale,
+    adapter, warnings.
+
+    Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each
+    stage's log."""
+    folder = Path(folder)
+    place, log = folder / "evaluation.json", folder / "metrics.jsonl"
+    metrics, found = {}, {}
+    config, evaluation = read_object(folder / "config.json"), read_object(place)
+    arm, seed = config.get("arm") or folder.resolve().name, config.get("seed")
+    if type(seed) is not int or not isinstance(arm, str) or not arm.isprintable():
+        raise InputError(f'{folder / "config.json"} needs "seed", a whole number, and "arm", if '
+                         "any, a name")
+    domain, settings, records = map(evaluation.get, ("domain", "settings", "records"))
+    whole = isinstance(settings, dict) and isinstance(records, list)
+    if evaluation.get("version") != 2 or not whole:
+        raise InputError(f"{place} lacks version 2, settings or records; measure the run again")
+    for number, record in enumerate(records, 1):
+        try:
+            n = len(records[0]["drafts"])  # k above n cannot be estimated: that column is left out
+            row = post_metrics(record, [k for k in ks if k <= n])
+            if record["id"] in metrics:
+                raise ValueError(f"the post {record['id']!r} was there before")
+            metrics[record["id"]], found[record["id"]] = row, record
+            record["post"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            what = f"there is no field {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{place}, record {number}: {what}; measure the run again") from None
+    order = sorted(metrics, key=str)
+    names = dict.fromkeys(name for row in metrics.values() for name in row)
+    values = {name: np.array([metrics[i].get(name, math.nan) for i in order]) for name in names}
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    events = [read_object(f"{log}, line {number}", line) for number, line in enumerate(lines, 1)]
+    own = ("adapter", "posts", "seed", "model")       # what a run has for itself
+    shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
+    readers = Counter(reader_shares(r) for r in records if "readers" in r)
+    ends = [event for event in events if event.get("event") == "end"]
+    return {"folder": str(folder), "arm": arm, "seed": seed, "shared": shared, "values": values,
+            "posts": {i: found[i]["post"] for i in order}, "ends": ends, "readers": readers,
+            "clusters": [found[i].get("intent") or i for i in order],
+            "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
+            "model": settings.get("model"),
+            "trained_by": config.get("embedder"),
+            "warnings": [w for event in ends for w in event.get("warnings") or ()]}
+
+
+def group_runs(run_folders, ks=KS):
+    """Run folders -> {arm: [run, ...]} by first appearance; InputError unless all were measured
+    alike, and those of one seed on the same posts."""
+    arms, first = {}, None
+    by_seed = {}
+    for run in (read_run(folder, ks) for folder in run_folders):
+        first = first or run
+        other = by_seed.setdefault(run["seed"], run)
+        for name in first["shared"] | run["shared"]:
+            a, b = first["shared"].get(name), run["shared"].get(name)
+            if a != b and not (name == "temperature" and "@" in run["arm"] + first["arm"]):
+                values = "" if isinstance(a, dict) else f" ({a} and {b})"
+                raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
+                                 "measure both on the same posts with the same settings")
+        odd = [name for name in ("posts", "model") if other[name] != run[name]]
+        if odd:  # only another seed may have posts and a base of its own
+            raise InputError(f"{other['folder']} and {run['folder']} differ in the {odd[0]}; "
+                             "measure both on the same posts with the same settings")
+        for other in arms.setdefault(run["arm"], []):
+            if other["seed"] == run["seed"]:
+                raise InputError(f"{other['folder']} and {run['folder']} are the same arm and seed "
+                                 f"({run['arm']}, {run['seed']}); give one of them, or name their "
+                                 "arms apart")
+        arms[run["arm"]].append(run)
+    if len(first["posts"]) < 2:
+        raise InputError(f"{first['folder']} has fewer than 2 posts, too few for an interval")
+    return arms
+
+
+def over_seeds(runs, values):
+    """interval's arguments for `values`, arrays over posts, one a run: posts that lack the metric
+    in any seed that shares them are left out. -> (values, clusters, shared, number left out)."""
+    shared = all(run["posts"] == runs[0]["posts"] for run in runs)
+    keep = [np.isfinite(v) for v in values]
+    if shared:
+        keep = [np.logical_and.reduce(keep)] * len(values)
+    clusters = [list(itertools.compress(run["clusters"], k)) for run, k in zip(runs, keep)]
+    left_out = int((~keep[0]).sum()) if shared else int(sum((~k).sum() for k in keep))
+    return [v[k] for v, k in zip(values, keep)], clusters, shared, left_out
+
+
+def metric_row(runs, name):
+    values = [run["values"].get(name, run["values"]["valid"] * math.nan) for run in runs]
+    values, clusters, shared, left_out = over_seeds(runs, values)
+    row = {"mean": None, "posts_left_out": left_out}
+    if all(len(v) > 1 for v in values):
+        mean, low, high = interval(values, clusters, shared)
+        seeds = [float(v.mean()) for v in values]
+        spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None
+        row |= {"mean": mean, "low": low, "high": high, "per_seed": seeds, "sd_over_seeds": spread}
+    return row
+
+
+def paired(runs, others, name):
+    """The difference `runs` - `others` in a metric, paired by seed and post: mean, interval, p;
+    None without two seeds or posts in common."""
+    by_seed = {run["seed"]: run for run in others}
+    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if not pairs or any(name not in run["values"] for pair in pairs for run in pair):
+        return None
+    values = [a["values"][name] - b["values"][name] for a, b in pairs]
+    values, clusters, shared, _ = over_seeds([a for a, _ in pairs], values)
+    if not all(len(v) > 1 for v in values):
+        return None
+    mean, low, high = interval(values, clusters, shared)
+    if len(pairs) > 1:
+        p = sign_flip([v.mean() for v in values])
+    else:
+        labels, where = np.unique(clusters[0], return_inverse=True)
+        p = sign_flip(np.bincount(where, values[0]))
+    return {"mean": mean, "low": low, "high": high, "p": p, "smallest": (high - low) / 2,
+            "seeds": len(pairs)}
+
+
+COMPARED = ("pass@1", "pass@5", "pass@10", "coverage@10", "valid", "stances")
+
+
+def summarise(arms, against=None, ks=KS):
+    """{arm: runs} -> what report.json holds: means, intervals, limits, differences,
+    stages, front."""
+    if against is not None and against not in arms:
+        raise InputError(f"--against {against}: no such arm; the arms are {', '.join(arms)}")
+    every = [run for runs in arms.values() for run in runs]
+    first = every[0]
+    names = dict.fromkeys(name for run in every for name in run["values"])
+    ks = [k for k in ks if f"pass@{k}" in names]
+    shared = all(run["posts"] == first["posts"] for run in every)
+    out = {"version": 2, "measured": first["shared"], "posts": len(first["posts"]), "ks": ks,
+           "same_posts_for_all_seeds": shared, "against": against, "arms": {}, "differences": {},
+           "stages": [], "limits": {}, "scale": first["scale"], "refused": None, "notes": []}
+    for arm, runs in arms.items():
+        out["arms"][arm] = {"seeds": [run["seed"] for run in runs],
+                            "runs": [run["folder"] for run in runs],
+                            "trained_by": runs[0]["trained_by"],
+                            "metrics": {name: metric_row(runs, name) for name in names}}
+        out["stages"] += stage_rows(arm, runs)
+        out["notes"] += sorted({f"{arm}: {w}" for run in runs for w in run["warnings"]})
+    out["notes"] += equal_adapters(every)
+    readers = sum((run["readers"] for run in every), Counter())
+    if readers:
+        add_limits(out, readers)
+    else:
+        refuse_saturated(out)
+    for arm in arms if against else ():
+        if arm != against:
+            compared = [name for name in COMPARED if name in names]
+            rows = {name: paired(arms[arm], arms[against], name) for name in compared}
+            rows = {name: row for name, row in rows.items() if row}
+            out["differences"][arm] = rows
+    adjusted = holm({(arm, name): row["p"] for arm, rows in out["differences"].items()
+                     for name, row in rows.items()})
+    for (arm, name), p in adjusted.items():
+        out["differences"][arm][name]["p_holm"] = p
+    places = [[a["metrics"][name]["mean"] for name in ("valid", "semantic")]
+              for a in out["arms"].values()]
+    return out | {"pareto": [list(arms)[i] for i in pareto_front(places)]}
+
+
+def stage_rows(arm, runs):
+    """Cost of each stage of an arm: means over seeds, the largest peak."""
+    # A stage's last line counts.
+    ends = [{event.get("stage", "run"): event for event in run["ends"]} for run in runs]
+    out = []
+    for stage in dict.fromkeys(stage for run in ends for stage in run):
+        row = {"arm": arm, "stage": stage}
+        for key, combine in (("seconds", np.mean), ("tokens_per_second", np.mean),
+                             ("peak_bytes", max)):
+            got = [run[stage][key] for run in ends if run.get(stage, {}).get(key) is not None]
+            row[key] = float(combine(got)) if got else None
+        out.append(row)
+    return out
+
+
+def equal_adapters(runs):
+    """A sentence for each group of runs whose adapters are the same, bit for bit."""
+    by_hash = {}
+    for run in runs:
+        if run["adapter"]:
+            by_hash.setdefault(run["adapter"], []).append(f"{run['arm']} (seed {run['seed']})")
+    return [f"The adapters of {', '.join(names)} are equal, bit for bit: something trained nothing."
+            for names in by_hash.values() if len(names) > 1]
+
+
+def add_limits(out, readers):
+    """The best attainable Pass@k, for everybody and for each arm at its own validity."""
+    for k in out["ks"]:
+        joint = sum(sum(s[:k]) * n for s, n in readers.items()) / readers.total()
+        out["limits"][str(k)] = {"independent": mean_limit(readers, k), "joint": joint}
+    for arm in out["arms"].values():
+        valid = arm["metrics"]["valid"]["mean"]
+        arm["limits"] = {str(k): mean_limit(readers, k, max(valid, 1e-6)) for k in out["ks"]}
+    if 5 in out["ks"]:
+        out["front"] = front(readers)
+
+
+def refuse_saturated(out):
+    """Without a verifier passing must be a feat: else the column is refused, in a sentence."""
+    scale = out["scale"]
+    base = out["arms"].get("base", {"metrics": {}})["metrics"].get("pass@10", {}).get("mean")
+    if scale and scale["shuffled"] is not None and scale["shuffled"] > 0.2:
+        out["refused"] = (f"Pass@k is not shown: a reply to another post passes "
+                          f"{scale['shuffled']:.0%} of the time: passing means nothing here.")
+    elif base is not None and base > 0.95:
+        out["refused"] = (f"Pass@k is not shown: the base's Pass@10 is {base:.2f} already, which "
+                          "leaves no room for any method to be better.")
+    if out["refused"]:
+        for arm in out["arms"].values():
+            for name in [n for n in arm["metrics"] if n.startswith(("pass@", "longest@"))]:
+                arm["metrics"][name] = {"mean": None, "posts_left_out": 0}
+
+
+def primary(arms, arm, against, margin=0.02):
+    """The primary endpoint, in order, each step only if the one before held: Pass@5 superior,
+    Pass@1 not inferior by more than `margin`, Pass@10 superior. -> sentences that claim what the
+    intervals show."""
+    for name in (arm, against):
+        if name not in arms:
+            raise InputError(f"--primary {name}: no such arm; the arms are {', '.join(arms)}")
+    out = []
+    for metric, floor, claim in (("pass@5", 0.0, "superior"), ("pass@1", -margin, "not inferior"),
+                                 ("pass@10", 0.0, "superior")):
+        row = paired(arms[arm], arms[against], metric)
+        if row is None:
+            raise InputError(f"--primary {arm} {against}: no seed or post in common for {metric}")
+        held = row["low"] > floor
+        verdict = claim if held else f"not shown to be {claim}"
+        out.append(f"{metric}: {arm} is {verdict} to {against}: {row['mean']:+.3f} "
+                   f"[{row['low']:+.3f}, {row['high']:+.3f}] over {row['seeds']} seeds"
+                   + (f", margin {margin}" if floor else ""))
+        if not held:
+            out.append("The steps after it are not tested.")
+            break
+    return out
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def cell(row, form, key="mean"):
+    if not row or row.get(key) is None:
+        return "-"
+    half = (row["high"] - row["low"]) / 2 if "low" in row else None
+    return form.format(row[key], half=half, **row)
+
+
+def tables(summary):
+    """summary -> [(title, header, rows of strings)]; "±" is half the width of the 95% interval."""
+    arms, differences = summary["arms"], summary["differences"]
+    ks = summary["ks"]
+    known = next(iter(arms.values()))["metrics"]
+
+    def by_arm(title, names, form, key="mean"):
+        names = [name for name in names if name in known]
+        cells = lambda a: [cell(a["metrics"][name], form, key) for name in names]
+        rows = [[arm, str(len(a["seeds"])), *cells(a)] for arm, a in arms.items()]
+        return title, ["arm", "seeds", *names], rows
+    passes = [] if summary["refused"] else [f"pass@{k}" for k in ks]
+    title = "For the readers of the reward: mean, ± half the 95% interval over seeds and posts"
+    out = [by_arm(title, [*passes, "valid"], "{:.3f} ±{half:.3f}")]
+    if summary["limits"]:
+        rows = [limit_cells(arm, a, summary) for arm, a in arms.items()]
+        tops = [k for k in (5, 10) if k in ks]
+        columns = ("limit(1) - limit(v)", "limit(v) - reached", "share of limit(1)")
+        header = ["arm", *(f"{what} @{k}" for k in tops for what in columns)]
+        out.append(("What is left up to the limit, v the arm's own validity", header, rows))
+        some = [f"coverage@{k}" for k in ks if k in (1, 5, 10, 20)]
+        out.append(by_arm("Coverage: readers of every voice alike", [*some, "stances"],
+                          "{:.3f} ±{half:.3f}"))
+    out.append(by_arm("Diversity and the rest: mean", [
+        "distinct-1", "distinct-2", "ead", "self-bleu", "semantic", "vendi", "duplicates", "reward",
+        f"max@{ks[-1]}", "longest@5", "words", "truncated"], "{:.3f}"))
+    if any(len(a["seeds"]) > 1 for a in arms.values()):
+        names = [*passes, "valid", "semantic", "reward"]
+        out.append(by_arm("Standard deviation over seeds", names, "{:.3f}", "sd_over_seeds"))
+    if differences:
+        names = [n for n in COMPARED if any(n in rows for rows in differences.values())]
+        form = "{:+.3f} [{low:+.3f}, {high:+.3f}] p {p_holm:.3f}"
+        rows = [[arm, *(cell(row.get(name), form) for name in names)]
+                for arm, row in differences.items()]
+        out.append((f"Difference from {summary['against']}, paired by seed and post, 95% interval, "
+                    "p after Holm", ["arm", *names], rows))
+    if summary["stages"]:
+        header = ["arm", "stage", "seconds", "tokens/s", "peak GiB"]
+        columns = (("seconds", "{:,.1f}", 1), ("tokens_per_second", "{:,.0f}", 1),
+                   ("peak_bytes", "{:,.2f}", 2**30))
+        written = lambda value, form, unit: "-" if value is None else form.format(value / unit)
+        rows = [[row["arm"], str(row["stage"]),
+                 *(written(row[key], form, unit) for key, form, unit in columns)]
+                for row in summary["stages"]]
+        out.append(("Training: mean over seeds, largest peak", header, rows))
+    return out
+
+
+def limit_cells(arm, row, summary):
+    out = [arm]
+    for k in (k for k in (5, 10) if k in summary["ks"]):
+        top, own = summary["limits"][str(k)]["independent"], row["limits"][str(k)]
+        reached = row["metrics"][f"pass@{k}"]["mean"]
+        out += [f"{top - own:.3f}", f"{own - reached:+.3f}", f"{reached / top:.2f}"]
+    return out
+
+
+def notes_of(summary):
+    """Sentences beside the tables."""
+    seeds = sorted({len(a["seeds"]) for a in summary["arms"].values()})
+    how = ("one seed: intervals are over posts (by intent) alone, training again is not in them"
+           if seeds[-1] == 1 else
+           "seeds crossed with posts (by intent), Satterthwaite's degrees of freedom"
+           if summary["same_posts_for_all_seeds"] else
+           "posts of their own for each seed: t over seeds")
+    out = ["Numbers are counted within a post, then averaged over posts. Lower self-bleu is more "
+           "diverse.",
+           f"Intervals: {how}."]
+    if summary["limits"]:
+        limits = ", ".join(f"@{k} {v['independent']:.3f} ({v['joint']:.3f} for joint policies)"
+                           for k, v in summary["limits"].items())
+        out.append(f"The best attainable Pass@k of independent, always valid drafts: {limits}.")
+    if summary["scale"]:
+        scale = summary["scale"]
+        said = ", ".join(f"a {name} one {scale[key]:.0%}" for name, key in
+                         (("held-out human", "people"), ("shuffled", "shuffled"),
+                          ("truncated", "truncated")) if scale.get(key) is not None)
+        out.append(f"Of replies, this share passes by the same measure: {said}.")
+    trained_by = sorted({a["trained_by"] for a in summary["arms"].values() if a["trained_by"]})
+    judged_by = summary["measured"].get("embedder")
+    out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by "
+               f"{', '.join(trained_by) or 'none'}.")
+    out += [summary["refused"]] if summary["refused"] else []
+    best = ", ".join(summary["pareto"])
+    out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")
+    smallest = [row["smallest"] for rows in summary["differences"].values()
+                for name, row in rows.items() if name == "pass@5"]
+    if smallest:
+        out.append("The smallest difference in Pass@5 that this study could see: "
+                   f"{max(smallest):.3f}.")
+    short = [f"{name} in {row['posts_left_out']} posts of {arm}"
+             for arm, a in summary["arms"].items() for name, row in a["metrics"].items()
+             if row["posts_left_out"]]
+    if short:
+        out.append(f"Left out, because no draft of the post is long enough: {', '.join(short)}.")
+    return out + summary["notes"]
+
+
+def write_tables(summary):
+    """summary -> (report.txt with aligned columns, report.md, report.csv)."""
+    told = {k: v for k, v in summary["measured"].items() if not isinstance(v, dict)}
+    about = ", ".join(f"{name} {value}" for name, value in told.items())
+    about = f"Measured on {summary['posts']} posts: {about}"
+    text, page = [about, ""], ["# Report", "", about, ""]
+    sheet = []
+    for title, header, rows in tables(summary):
+        widths = [max(map(len, column)) for column in zip(header, *rows)]
+        text.append(title)
+        for row in (header, *rows):
+            text.append("  ".join(word.rjust(w) if i else word.ljust(w)
+                                  for i, (word, w) in enumerate(zip(row, widths))))
+        text.append("")
+        page += [f"## {title}", ""]
+        for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+            page.append("| " + " | ".join(word.replace("|", "\\|") for word in row) + " |")
+        page.append("")
+    for arm, a in summary["arms"].items():
+        for name, row in a["metrics"].items():
+            numbers = [row.get(key) for key in ("mean", "low", "high", "sd_over_seeds")]
+            sheet.append([csv_cell(arm), name, *("" if x is None else repr(x) for x in numbers)])
+    page += [f"![{title}]({name})\n" for name, title in PICTURES.items()
+             if name != "pass1_pass5.svg" or summary["limits"]]
+    notes = notes_of(summary)
+    header = "arm,metric,mean,low,high,sd_over_seeds"
+    page += [f"- {note}" for note in notes]
+    sheet = [header, *map(",".join, sheet)]
+    return "\n".join(text + notes) + "\n", "\n".join(page) + "\n", "\n".join(sheet) + "\n"
+
+
+def csv_cell(text):
+    """A text that no spreadsheet takes for a formula, quoted."""
+    text = printable(text)
+    guarded = "'" + text if text[:1] in "=+-@" else text
+    return '"' + guarded.replace('"', '""') + '"'
+
+
+# ---- Pictures: plain SVG, 720 x 440, so that the report needs no plotting package ----------------
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
+LEFT, TOP = 64, 62  # the plotting area, in pixels
+BOTTOM = 384
+PICTURES = {"pass_at_k.svg": "Pass@k", "pass1_pass5.svg": "Pass@1 against Pass@5",
+            "quality_diversity.svg": "Quality and diversity"}
+
+
+def scale(values, first, last):
+    """-> (function from a value to its pixel, grid [(pixel, label), ...] on round numbers)."""
+    low, high = min(values), max(max(values), min(values) + 0.02)
+    power = 10 ** math.floor(math.log10((high - low) / 5))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5)
+    ticks = [round(i * step, 9) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+    def place(value):
+        return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+    return place, [(place(tick), f"{tick:g}") for tick in ticks]
+
+
+def svg_text(x, y, words, style=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(printable(words))}</text>'
+
+
+def svg_line(points, colour, style=""):
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline fill="none" stroke="{colour}" {style} points="{path}"/>'
+
+
+def svg_marker(i, x, y):
+    """Arm i: one of 7 colours and 3 shapes (circle, square, diamond), so 21 arms can be
+    told apart."""
+    turn = f"rotate({i % 3 // 2 * 45} {x:.1f} {y:.1f})"
+    box = f'x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="{(4.5, 1, 1)[i % 3]}"'
+    return f'<rect {box} fill="{COLOURS[i % 7]}" stroke="#fff" transform="{turn}"/>'
+
+
+def svg_seeds(places, colour):
+    dot = '<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}" opacity="0.35"/>'
+    return [dot.format(x, y, colour) for x, y in places]
+
+
+def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
+    """The whole picture: white ground, titles, grid, then the marks."""
+    middle = 'text-anchor="middle"'
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 440" width="720" height="440"',
+           ' font-family="sans-serif" font-size="12" fill="#333" role="img">',
+           f'<title>{escape(title)}</title><rect width="720" height="440" rx="6" fill="#fff"/>',
+           svg_text(LEFT, 26, title, 'font-size="16"'), svg_text(LEFT, 45, note, 'fill="#666"'),
+           svg_text((LEFT + right) / 2, 427, x_label, middle),
+           svg_text(0, 0, y_label, f'{middle} transform="translate(18 223) rotate(-90)"')]
+    for x, label in x_grid:
+        out += [svg_line([(x, TOP), (x, BOTTOM)], "#eee"), svg_text(x, 403, label, middle)]
+    for y, label in y_grid:
+        out += [svg_line([(LEFT, y), (right, y)], "#eee"),
+                svg_text(LEFT - 8, y + 4, label, 'text-anchor="end"')]
+    return "\n".join([*out, *marks, "</svg>"]) + "\n"
+
+
+def draw_pass_at_k(summary):
+    """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at
+    the ends."""
+    ks, right = summary["ks"], 540
+    limits = summary["limits"]
+    if summary["refused"]:
+        return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [])
+    lines = {arm: [a["metrics"][f"pass@{k}"] for k in ks] for arm, a in summary["arms"].items()}
+    ends = [end for line in lines.values() for row in line for end in (row["low"], row["high"])]
+    ends += [limits[str(k)]["independent"] for k in ks if limits]
+    at_y, y_grid = scale(ends, BOTTOM, TOP)
+    at_x = [LEFT + 24 + (right - LEFT - 48) * math.log(k) / math.log(max(ks[-1], 2)) for k in ks]
+    order = sorted(lines, key=lambda arm: -lines[arm][-1]["mean"])
+    gap, places = min(17, (BOTTOM - TOP) / len(order)), {}
+    # Names in the order of the line ends, a line apart: pushed down, then back up into the frame.
+    for i, arm in enumerate(order):
+        places[arm] = max(at_y(lines[arm][-1]["mean"]), places[order[i - 1]] + gap if i else TOP)
+    for i, arm in enumerate(reversed(order)):
+        places[arm] = min(places[arm], BOTTOM - i * gap)
+    marks = []
+    for i, (arm, line) in enumerate(lines.items()):
+        colour, shift = COLOURS[i % 7], min(4, 40 / len(lines)) * (i - (len(lines) - 1) / 2)
+        # Shifted, so that whiskers stand abreast.
+        points = [(x + shift, at_y(row["mean"])) for x, row in zip(at_x, line)]
+        end, faint = points[-1][1], 'stroke-width="1.5" opacity="0.55"'
+        marks += [svg_line([(x, at_y(row["low"])), (x, at_y(row["high"]))], colour, faint)
+                  for (x, _), row in zip(points, line)]
+        lead = [(points[-1][0] + 7, end), (right + 2, end), (right + 16, places[arm])]
+        marks += [svg_line(points, colour, 'stroke-width="2"'),
+                  *(svg_marker(i, *point) for point in points),
+                  svg_line(lead, colour, 'stroke-width="0.8"'),
+                  svg_marker(i, right + 22, places[arm]),
+                  svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
+    if limits:
+        line = [(x, at_y(limits[str(k)]["independent"])) for x, k in zip(at_x, ks)]
+        marks += [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"'),
+                  svg_text(line[0][0] + 8, line[0][1] - 10, "the limit of independent drafts")]
+    note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
+    x_grid = [(x, str(k)) for x, k in zip(at_x, ks)]
+    return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
+                    "Pass@k", x_grid, y_grid, right, marks)
+
+
+def named(centres):
+    """Markers and names at {arm: (x, y)}, each name at the nearest place inside the frame that
+    is free."""
+    # Boxes that no name may cover.
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres.values()]
+    offsets = sorted(((dx, dy) for dy in range(-120, 121, 6) for dx in (10, -10)),
+                     key=lambda offset: abs(offset[1] + 9) - offset[0] / 5)
+    marks = []
+    for i, (arm, (x, y)) in enumerate(centres.items()):
+        name = arm if len(arm) < 31 else arm[:29] + "…"
+        for dx, dy in offsets:
+            left = x + dx - (7 * len(name) if dx < 0 else 0)
+            box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
+            inside = LEFT < box[0] and box[2] < 712 and TOP < box[1] and box[3] < BOTTOM
+            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3]
+                                  and t[1] < box[3] for t in taken):
+                break
+        taken.append(box)
+        if abs(dy) > 15:
+            marks.append(svg_line([(x, y), (x + dx, y + dy)], "#999", 'stroke-width="0.8"'))
+        anchor = "end" if dx < 0 else "start"
+        halo = f'stroke="#fff" stroke-width="3" paint-order="stroke" text-anchor="{anchor}"'
+        marks += [svg_marker(i, x, y), svg_text(x + dx, y + dy + 4, name, halo)]
+    return marks
+
+
+def draw_pass1_pass5(summary):
+    """summary -> SVG of Pass@1 against Pass@5 under the limit's front: arms with intervals, faint
+    dots their seeds; arms named BASE@KNOB are joined to a curve, a method over its own knob."""
+    rows = {arm: (a["metrics"]["pass@1"], a["metrics"]["pass@5"])
+            for arm, a in summary["arms"].items()}
+    limit = summary["front"]
+    xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
+              for axis in zip(*rows.values()))
+    at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, 700)
+    at_y, y_grid = scale(ys + [y for _, y in limit], BOTTOM, TOP)
+    line = [(at_x(x), at_y(y)) for x, y in limit]
+    marks = [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"')]
+    centres, curves = {}, {}
+    for i, (arm, (x, y)) in enumerate(rows.items()):
+        colour, bar = COLOURS[i % 7], 'opacity="0.5"'
+        u, v = centres[arm] = at_x(x["mean"]), at_y(y["mean"])
+        marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, bar),
+                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, bar)]
+        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
+        curves.setdefault(arm.partition("@")[0], []).append((u, v))
+    marks += [svg_line(sorted(curve), "#999", 'stroke-width="1"')
+              for curve in curves.values() if len(curve) > 1]
+    note = "bars: 95% interval; faint: seeds; dashed: the limit of independent, always valid drafts"
+    return svg_page("One draft against five", note, "Pass@1 for the readers",
+                    "Pass@5 for the readers", x_grid, y_grid, 700, marks + named(centres))
+
+
+def draw_quality_diversity(summary):
+    """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds,
+    Pareto front."""
+    rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"])
+            for arm, a in summary["arms"].items()}
+    xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
+              for axis in zip(*rows.values()))
+    (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, 700), scale(ys, BOTTOM, TOP)
+    centres = {arm: (at_x(x["mean"]), at_y(y["mean"])) for arm, (x, y) in rows.items()}
+    front, edge = [], LEFT
+    # More diversity, less quality: steps.
+    for x, y in sorted(centres[arm] for arm in summary["pareto"]):
+        front, edge = front + [(edge, y), (x, y)], x
+    dashed = 'stroke-width="1.5" stroke-dasharray="5 4"'
+    marks = [svg_line([*front, (edge, BOTTOM)], "#999", dashed)]
+    for i, (arm, (x, y)) in enumerate(rows.items()):
+        (u, v), colour = centres[arm], COLOURS[i % 7]
+        marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, 'opacity="0.5"'),
+                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, 'opacity="0.5"')]
+        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
+    marks += named(centres)
+    note = "bars: 95% interval; faint: seeds; dashed: Pareto front"
+    return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
+                    "share of valid drafts", x_grid, y_grid, 700, marks)
+
+
+# ---- The report ----------------------------------------------------------------------------------
+
+def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
+    """Compare measured runs: report.json, .md, .txt, .csv and SVGs in out_folder. ->
+    report.json's dict.
+
+    Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
+    endpoint the two arms of the primary comparison. Writes nothing on an InputError.
+    """
+    arms = group_runs(run_folders, ks)
+    summary = summarise(arms, against, ks)
+    if endpoint:
+        summary["notes"] += primary(arms, *endpoint)
+    text, page, sheet = write_tables(summary)
+    files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
+             "report.md": page, "report.txt": text, "report.csv": sheet,
+             "pass_at_k.svg": draw_pass_at_k(summary),
+             "quality_diversity.svg": draw_quality_diversity(summary)}
+    if summary["limits"] and "front" in summary:
+        files["pass1_pass5.svg"] = draw_pass1_pass5(summary)
+    for name, content in files.items():
+        write_text(Path(out_folder) / name, content)
+    print(text, end="")
+    return summary
