@@ -490,8 +490,8 @@ class Signals:
 def train(session, params, step_fn, names):
     """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over
     ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient
-    is not finite is skipped and counted; five in a row stop the run. Returns the line that ends
-    the log."""
+    is not finite is skipped and counted; five in a row stop the run. A base ends earlier, once it
+    has learnt as much as --until asks (learnt_enough). Returns the line that ends the log."""
     args, ranks = session.args, session.ranks
     run = session.run
     with run, Signals() as signals:
@@ -530,7 +530,7 @@ def train(session, params, step_fn, names):
                 raise InputError(f"step {step + 1} of {run.folder}: the gradient was not finite "
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")
-            last = step + 1 == args.steps
+            last = step + 1 == args.steps or learnt_enough(run, getattr(args, "until", None))
             if not last and (stop or (step + 1) % args.save_every == 0):
                 run.save(step + 1, params, optimizer)
             if stop and not last:
@@ -539,8 +539,10 @@ def train(session, params, step_fn, names):
                 pace = (time.perf_counter() - began) / 3
                 session.say(f"{run.folder.name}: {pace:.2g} s a step, about "
                             f"{duration(pace * (args.steps - step - 1))} to the end")
+            if last:
+                break
     seconds = time.perf_counter() - began
-    summary = {"event": "end", "stage": session.stage, "step": args.steps, "seconds": seconds,
+    summary = {"event": "end", "stage": session.stage, "step": step + 1, "seconds": seconds,
                "peak_bytes": peak_bytes(ranks.device), "skipped": skipped,
                "tokens_per_second": tokens / seconds if tokens else None, "ranks": ranks.world,
                "device": str(ranks.device.type), "warnings": dead_signals.said}
@@ -554,6 +556,17 @@ def replay(run):
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         dead.look(json.loads(line))
     return dead
+
+
+def learnt_enough(run, until, steps=20):
+    """Is the mean cross-entropy of the log's last `steps` lines at most `until`? Read from the log
+    by every rank, so that ranks agree and a resumed run ends at the same step."""
+    if until is None:
+        return False
+    run.ranks.barrier()                      # the first rank has written its line
+    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-steps - 1:]
+    losses = [line["ce"] for line in map(json.loads, lines) if "ce" in line][-steps:]
+    return len(losses) == steps and sum(losses) / steps <= until
 
 
 def leave(session, bar, step, number):
@@ -751,7 +764,7 @@ RANGES = {
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
                      "overlong", "valid_weight", "entropy_weight"), FROM_ZERO),
-    **dict.fromkeys(("clip", "alpha", "loss_value"), POSITIVE),
+    **dict.fromkeys(("clip", "alpha", "loss_value", "until"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
 
 
@@ -842,6 +855,9 @@ def run_base(args):
     session.model.checkpointing = args.checkpointing
     session.params = list(session.model.parameters())
     summary = train(session, session.params, lambda step: base_step(session, step), ["ce"])
+    if args.until and not learnt_enough(session.run, args.until):
+        raise InputError(f"{session.run.folder}: {args.steps} steps did not bring the base's "
+                         f"cross-entropy down to --until {args.until:g}: give it more --steps")
     if session.ranks.main:
         folder = session.run.folder / "model"
         session.model.save_pretrained(folder)
@@ -857,6 +873,9 @@ def base_command(sub):
     add = b.add_argument
     add("--noise", type=float, default=0.3,
         help="share of pretraining replies that belong to another post")
+    add("--until", type=float, default=None,
+        help="end once the mean cross-entropy of 20 steps is this low, and fail when --steps did not "
+             "bring it there: bases of different seeds then know about as much")
     add("--vocab", type=int, default=1024, help="tokens of the BPE vocabulary")
     add("--hidden", type=int, default=128, help="width of the model")
     add("--layers", type=int, default=4, help="blocks of the model")

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import data
+import polylora
 import trainer
 from data import InputError
 from test_polylora import Share, Stop, metrics
@@ -412,3 +414,21 @@ def test_windows_has_neither_locks_nor_peak_memory():
     ran = subprocess.run([sys.executable, "-c", code], cwd=Path(trainer.__file__).parent, text=True,
                          capture_output=True, timeout=60)
     assert ran.stdout.strip() == "None", ran.stderr
+
+
+def test_a_base_ends_when_it_has_learnt_enough_and_is_refused_when_it_has_not(tmp_path, capsys):
+    """Of three seeds one base of 250 steps had not yet learnt what a scene is: every arm built on it measured
+    nothing."""
+    assert data.main(["split", "--data", "pocket", "--sizes", "base=40", "--out", str(tmp_path)]) == 0
+    run = lambda out, *more: polylora.main(["base", "--data", str(tmp_path / "base.jsonl"), "--out", str(tmp_path / out),
+                                            "--batch", "4", "--hidden", "16", "--layers", "1", "--heads", "2",
+                                            "--vocab", "270", "--steps", "24", "--lr", "0.01",
+                                            "--schedule", "constant", *more])
+    assert run("whole") == 0
+    losses = [line["ce"] for line in metrics(tmp_path / "whole") if "ce" in line]
+    means = [sum(losses[i - 20:i]) / 20 for i in range(20, 25)]
+    assert run("some", "--until", str((means[1] + means[2]) / 2)) == 0
+    *steps, end = metrics(tmp_path / "some")
+    assert end["step"] == len(steps) == 22 and (tmp_path / "some" / "model" / "config.json").exists()
+    assert run("none", "--until", "0.01") == 2 and "give it more --steps" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "done.json").exists()
