@@ -74,7 +74,7 @@ if [[ -z "$model" ]]; then
     # order of its own; the scenes of the evaluation are in no other part.
     split=(--by intent --popularity 0.7 --writers 3 --permute) noise=0.2
     # Some seeds learn the scenes a hundred steps later than others: each base ends at the same loss.
-    [[ -n "$base_steps" ]] || { base_steps=600; until=(--until 0.66 --schedule constant); }
+    [[ -n "$base_steps" ]] || { base_steps=600; until=(--until 0.70 --schedule constant); }
     sft_steps=40 grpo_steps=120 grpo_lr=2e-3
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
