@@ -1,9 +1,10 @@
-"""Qwen3, written out: config, layers, three heads, loading and saving, 4-bit weights, scoring.
+"""Qwen3, written out: config, layers, three heads, loading and saving, 4-bit weights, scoring; and
+a BERT encoder, for embeddings.
 
 Read it in this order: Config -> RMSNorm, rotary -> Attention, MLP, Block -> Qwen3 -> Rows ->
 token_logprobs. Parameter names are Hugging Face's, so a downloaded checkpoint loads strictly and a
-saved one loads elsewhere. A block does not know whether it trains, reads a prompt or writes the next
-token: it hands q, k, v to `attend`. Two things differ from a textbook transformer, both for speed:
+saved one loads elsewhere. A block does not know whether it trains, reads a prompt or writes the
+next token: it hands q, k, v to `attend`. Two things differ from a textbook transformer, both for speed:
   * the loss needs the vocabulary only at reply tokens, so these positions alone are projected, in
     chunks (token_logprobs, token_losses);
   * a post is read once for its k drafts: one row holds a post and all its drafts (pack).
@@ -385,10 +386,16 @@ def checked_layout(cls, folder, config):
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)   # some writers store the tied copy too
     if config.num_hidden_layers > len(shapes):  # before as many are built
-        raise InputError(f"the checkpoint in {folder} has {len(shapes)} tensors, its config.json says "
-                         f"num_hidden_layers = {config.num_hidden_layers}: it lacks tensors")
+        raise InputError(f"the checkpoint in {folder} has {len(shapes)} tensors, its config.json "
+                         f"says num_hidden_layers = {config.num_hidden_layers}: it lacks tensors")
     with torch.device("meta"):
         model = cls(config, lm_head=not (bare or score), score_head=score)
+    same_layout(folder, model, shapes)
+    return model, "model." if bare else ""
+
+
+def same_layout(folder, model, shapes):
+    """InputError with the first difference between a model and the {name: shape} of its files."""
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for problem, names in (("lacks", wanted.keys() - shapes.keys()),
                            ("has an unknown", shapes.keys() - wanted.keys())):
@@ -400,7 +407,6 @@ def checked_layout(cls, folder, config):
         if shapes[name] != shape:
             raise InputError(f"tensor {name!r} in {folder} has shape {shapes[name]}, config.json "
                              f"asks for {shape}")
-    return model, "model." if bare else ""
 
 
 def load_checkpoint(cls, folder, device=None, dtype=None):
@@ -460,6 +466,100 @@ def read_template(folder):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+# ---- A sentence encoder: BERT, the mean of its last states ---------------------------------------
+
+class Bert(nn.Module):
+    """A BERT encoder (arXiv 1810.04805), read as sentence-transformers' commonest kind is, such as
+    all-MiniLM-L6-v2: the mean of the last hidden states over a text's tokens, [CLS] and [SEP] among
+    them. Names are Hugging Face's; the pooler of its files is not used. Unlike Qwen3 each norm
+    stands behind its sum, positions are a learnt table, and every token sees every other."""
+    lockstep = None                          # never spread over ranks
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        norm = lambda: nn.LayerNorm(width, eps=config["layer_norm_eps"])
+        tables = {"word": "vocab_size", "position": "max_position_embeddings",
+                  "token_type": "type_vocab_size"}
+        self.embeddings = nn.ModuleDict({f"{name}_embeddings": nn.Embedding(config[size], width)
+                                         for name, size in tables.items()} | {"LayerNorm": norm()})
+        closing = lambda size: nn.ModuleDict({"dense": nn.Linear(size, width), "LayerNorm": norm()})
+        looking = lambda: nn.ModuleDict({n: nn.Linear(width, width)
+                                         for n in ("query", "key", "value")})
+        layer = lambda: nn.ModuleDict({
+            "attention": nn.ModuleDict({"self": looking(), "output": closing(width)}),
+            "intermediate": nn.ModuleDict({"dense": nn.Linear(width, inner)}),
+            "output": closing(inner)})
+        layers = nn.ModuleList(layer() for _ in range(config["num_hidden_layers"]))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.heads, self.longest = config["num_attention_heads"], config["max_position_embeddings"]
+
+    device = property(lambda self: self.embeddings["LayerNorm"].weight.device)
+
+    def forward(self, tokens, lengths):
+        """Vectors (B, hidden) in fp32, not normed, of tokens (B, T) padded on the right."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        real = positions < lengths[:, None]                                    # (B, T)
+        tables = self.embeddings
+        x = tables["word_embeddings"](tokens) + tables["position_embeddings"](positions)
+        x = tables["LayerNorm"](x + tables["token_type_embeddings"].weight[0])  # one text: type 0
+        for layer in self.encoder["layer"]:
+            attention, looking = layer["attention"], layer["attention"]["self"]
+            q, k, v = (looking[n](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                       for n in ("query", "key", "value"))                     # (B, H, T, D)
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+            x = self.close(attention["output"], x, seen.transpose(1, 2).flatten(2))
+            inner = F.gelu(layer["intermediate"]["dense"](x))                  # exact, by erf
+            x = self.close(layer["output"], x, inner)
+        return (x * real[..., None]).sum(1) / lengths[:, None]
+
+    @staticmethod
+    def close(part, x, y):
+        return part["LayerNorm"](x + part["dense"](y))
+
+    @classmethod
+    def from_pretrained(cls, path, *, revision=None, device=None):
+        """A frozen encoder in fp32 from a folder or a hub name, loaded strictly; InputError for
+        another network, or for one that is pooled in another way than by the mean."""
+        folder = fetch(path, revision)
+        config = bert_config(folder)
+        unused = ("pooler.", "cls.", "embeddings.position_ids")
+        own = lambda named: {n.removeprefix("bert."): x for n, x in named.items()
+                             if not n.removeprefix("bert.").startswith(unused)}
+        shapes = own(tensor_shapes(folder))
+        if config["num_hidden_layers"] > len(shapes):
+            raise InputError(f"the checkpoint in {folder} has {len(shapes)} tensors, too few for "
+                             f"num_hidden_layers = {config['num_hidden_layers']}")
+        with torch.device("meta"):
+            model = cls(config)
+        same_layout(folder, model, shapes)
+        tensors = own(read_tensors(folder, device or "cpu", torch.float32))
+        model.load_state_dict(tensors, strict=True, assign=True)
+        return model.requires_grad_(False).eval()
+
+
+def bert_config(folder):
+    """config.json of a BERT encoder, checked before anything is built from it."""
+    config = read_json(folder / "config.json")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "max_position_embeddings", "type_vocab_size")
+    wrong = [n for n in sizes if type(config.get(n)) is not int or not 1 <= config[n] <= LARGEST]
+    wrong += [n for n, fine in (("hidden_act", "gelu"), ("model_type", "bert"),
+                                ("position_embedding_type", "absolute"))
+              if config.get(n, fine) != fine]
+    eps = config.get("layer_norm_eps")
+    wrong += [] if isinstance(eps, float) and 0 < eps < 1 else ["layer_norm_eps"]
+    if not wrong and config["hidden_size"] % config["num_attention_heads"]:
+        wrong = ["num_attention_heads"]
+    if wrong:
+        raise InputError(f"{folder}/config.json has {wrong[0]} = {short(config.get(wrong[0]))}: it "
+                         "is no BERT encoder that can be read here")
+    pooling = folder / "1_Pooling" / "config.json"
+    if pooling.exists() and not read_json(pooling).get("pooling_mode_mean_tokens"):
+        raise InputError(f"{pooling}: only encoders pooled by the mean of tokens are read")
+    return config
 
 
 # ---- Four-bit weights ----------------------------------------------------------------------------

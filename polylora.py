@@ -29,7 +29,7 @@ from adapters import (  # noqa: F401  (LoRA by the door through which it is look
     LINEARS, LoRALinear, adapter, adapter_state, add_lora, base, drop_lora, frozen_copy,
     load_adapter, lora_layers, merge_lora, read_adapter_config, save_adapter)
 from data import InputError, command
-from model import predicting_states, token_logprobs, token_losses
+from model import Bert, predicting_states, token_logprobs, token_losses
 from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
                      common_flags, load_model, seed_of, set_gradient, train)
 
@@ -205,9 +205,9 @@ def measure(name, drafts):
 
 
 class Embedder:
-    """Texts -> unit vectors by a FROZEN model: an embedding model (Qwen3's last token, or what
-    `vectors` of a BERT gives), or the base model of the run (mean of its final hidden states over
-    the text).
+    """Texts -> unit vectors by a FROZEN model: an embedding model (pooling "last", Qwen3's last
+    token; or "bert", a model.Bert), or the base model of the run ("mean" of its final hidden states
+    over the text).
 
     Hidden states of a language model all point one way (cosines near 1), so the mean is centred on
     `corpus`, the replies of the run's data. Only the reply is embedded, never its prompt; an empty
@@ -227,9 +227,13 @@ class Embedder:
     @torch.no_grad()
     def vectors(self, texts):
         """(texts, dim) in fp32, neither centred nor normed."""
-        ids = [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        last = self.pooling == "last"
-        ids = [i + [self.end] if last else i or [self.end] for i in ids]
+        bert, last = self.pooling == "bert", self.pooling == "last"
+        ids = [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=bert)]
+        if bert:  # [CLS] .. [SEP], of a text too long without its end
+            longest = self.model.longest
+            ids = [i if len(i) <= longest else i[:longest - 1] + i[-1:] for i in ids]
+        else:
+            ids = [i + [self.end] if last else i or [self.end] for i in ids]
         order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [None] * len(ids)
         with base(self.model):
             for some in (order[i:i + self.batch] for i in range(0, len(ids), self.batch)):
@@ -246,6 +250,8 @@ class Embedder:
 
     def pool(self, tokens, lengths):
         """One vector (B, dim) in fp32 for each row of tokens (B, T), padded on the right."""
+        if self.pooling == "bert":
+            return self.model(tokens, lengths)
         if self.pooling == "last":
             return self.model.last_hidden(tokens, lengths).float()
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -260,14 +266,22 @@ class Embedder:
 
 
 def load_embedder(session):
-    """session.embedder, as --embedder names it: the base model, or a Qwen3-Embedding."""
-    args = session.args
+    """session.embedder, as --embedder names it: the base model, a BERT sentence encoder or a
+    Qwen3-Embedding."""
+    args, device = session.args, session.ranks.device
     if args.embedder == "base":
         corpus = [r for p in session.posts for r in p.replies]
         session.embedder = Embedder(session.model, session.tokenizer, corpus=corpus)
+        return
+    tokenizer = data.load_tokenizer(args.embedder)
+    config = data.read_json(data.fetch(args.embedder) / "config.json")
+    if isinstance(config, dict) and config.get("model_type") == "bert":
+        tokenizer.no_padding()               # its file asks for 128 tokens, whatever the text
+        tokenizer.no_truncation()
+        model = Bert.from_pretrained(args.embedder, device=device)
+        session.embedder = Embedder(model, tokenizer, pooling="bert")
     else:
-        model = load_model(args.embedder, args, session.ranks.device)
-        tokenizer = data.load_tokenizer(args.embedder)
+        model = load_model(args.embedder, args, device)
         session.embedder = Embedder(model, tokenizer, pooling="last")
 
 
@@ -354,7 +368,7 @@ def mean_logprobs(session, pairs):
     return (total / count).view(len(pairs), -1)
 
 
-# ---- SFT losses: fp32 logits (N, V) of reply tokens and their targets (N,) -> losses (N,) ---------
+# ---- SFT losses: fp32 logits (N, V) of reply tokens, their targets (N,) -> losses (N,) -----------
 
 def gem_loss(logits, target, beta=0.7, logsigmoid=False):
     """GEM (arXiv 2408.16673): -sum_v q_v w_v (log p_y - log p_v), q = softmax(z / beta) and w held
@@ -407,7 +421,8 @@ def ba_lora_regularizer(logits, base_logits, draft, heat=2.0, top=20, leading=10
     for i in draft.unique().tolist():
         z = logits[draft == i]
         squares = torch.linalg.eigvalsh(z @ z.mT).clamp(min=1e-12)             # of singular values
-        rank = torch.where(draft == i, -squares[-leading:].sqrt().sum() / squares.sum().sqrt(), rank)
+        share = squares[-leading:].sqrt().sum() / squares.sum().sqrt()
+        rank = torch.where(draft == i, -share, rank)
     return 0.025 * drift + 0.005 * focus + 0.005 * rank
 
 
@@ -596,7 +611,8 @@ def draft_flags(p, k):
              "weight on quality beside diversity")
     add("--embedder", default="base",
         help="what embeds drafts: base (the frozen model itself, mean of its hidden states, "
-             "centred) or a Qwen3-Embedding folder or hub name")
+             "centred), or the folder or hub name of a BERT sentence encoder (all-MiniLM-L6-v2) or "
+             "of a Qwen3-Embedding")
 
 
 def parser():

@@ -18,10 +18,10 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
-from transformers import Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
+from transformers import BertModel, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
-from tiny import (fingerprint, nf4_weight, sequence, tiny_adapter, tiny_config, tiny_weights, weights_mark, write_adapter,
-                  write_checkpoint)
+from tiny import (fingerprint, nf4_weight, sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark,
+                  write_adapter, write_checkpoint)
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
@@ -116,6 +116,14 @@ def heads(folder):
             "last_hidden": [rounded(h) for h in last], "scores": rounded(scores)}
 
 
+def bert(folder):
+    """The mean of a BERT encoder's last states over each text's tokens, as sentence-transformers takes it."""
+    model = load(BertModel, write_checkpoint(folder / "bert", *tiny_bert()))
+    sequences = [sequence(60, 5, 61), sequence(61, 12, 61), sequence(62, 32, 61)]
+    means = [model(torch.tensor([s])).last_hidden_state[0].mean(0) for s in sequences]
+    return {"versions": VERSIONS, "sequences": sequences, "means": [rounded(m) for m in means]}
+
+
 def nf4():
     """bitsandbytes' NF4 with double quantisation. Its CPU code takes the second nearest 8-bit value where two are
     nearly as near; this weight has no such place, or the test against our nearest value would fail."""
@@ -150,6 +158,7 @@ def main():
         for tied, name in ((True, "tied"), (False, "untied")):
             dump(f"qwen3_{name}.json", causal(Path(folder) / name, tied))
         dump("qwen3_heads.json", heads(Path(folder)))
+        dump("bert.json", bert(Path(folder)))
     dump("nf4.json", nf4())
 
 

@@ -98,6 +98,31 @@ def write_checkpoint(folder, config, weights, shards=1):
     return folder
 
 
+def tiny_bert():
+    """(config, weights) of a BERT encoder of some thousand weights, norms and biases not trivial, in the names of its files:
+    the pooler and the table of positions are there too, and unused."""
+    config = {"architectures": ["BertModel"], "model_type": "bert", "vocab_size": 61, "hidden_size": 24,
+              "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "hidden_act": "gelu",
+              "max_position_embeddings": 32, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
+              "position_embedding_type": "absolute", "pad_token_id": 0}
+    rng, width, inner = np.random.default_rng(3), 24, 40
+    weights = {f"embeddings.{n}_embeddings.weight": draw(rng, (rows, width), -1, 1)
+               for n, rows in (("word", 61), ("position", 32), ("token_type", 2))}
+    weights["embeddings.position_ids"] = torch.arange(32)[None]
+    norms, linears = ["embeddings.LayerNorm"], {"pooler.dense": (width, width)}
+    for i in range(2):
+        layer = f"encoder.layer.{i}"
+        linears |= {f"{layer}.attention.self.{n}": (width, width) for n in ("query", "key", "value")}
+        linears |= {f"{layer}.attention.output.dense": (width, width), f"{layer}.intermediate.dense": (inner, width),
+                    f"{layer}.output.dense": (width, inner)}
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for name, shape in linears.items():
+        weights |= {f"{name}.weight": draw(rng, shape, -0.5, 0.5), f"{name}.bias": draw(rng, shape[0], -0.5, 0.5)}
+    for name in norms:
+        weights |= {f"{name}.weight": draw(rng, width, 0.5, 1.5), f"{name}.bias": draw(rng, width, -0.5, 0.5)}
+    return config, weights
+
+
 def tiny_adapter(config, rank, seed):
     """name -> tensor of a LoRA adapter on all seven linears, in PEFT's names. B is not zero: it shows."""
     rng, weights = np.random.default_rng(seed), {}
