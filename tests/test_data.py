@@ -316,7 +316,7 @@ def test_the_domain_is_fixed_at_the_split(tmp_path, capsys):
     flags = ["--sizes", "sft=6,eval=6", "--out", str(out)]
     assert data.main(["split", "--data", str(path), *flags]) == 0
     for name in ("sft", "eval"):
-        part = data.load_posts(out / f"{name}.jsonl")
+        part = list(data.load_posts(out / f"{name}.jsonl"))
         part.sort(key=lambda p: p.voices[0] != "blunt")                    # the odd one first
         domain = data.load_domain(out / f"{name}.jsonl", "auto", part)
         assert domain.voices == ("warm", "blunt") and domain.name == "voices"
