@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -263,7 +264,7 @@ def load_embedder(session):
     """session.embedder, as --embedder names it: the base model, or a Qwen3-Embedding."""
     args = session.args
     if args.embedder == "base":
-        corpus = [r for p in session.posts for r in p.replies]
+        corpus = list(islice((r for p in session.posts for r in p.replies), 2048))
         session.embedder = Embedder(session.model, session.tokenizer, corpus=corpus)
     else:
         model = load_model(args.embedder, args, session.ranks.device)

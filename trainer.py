@@ -7,6 +7,7 @@ need no saving: each is a function of (seed, stage, step, post, draft), whatever
 is drawn in."""
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,14 +58,19 @@ class Visit(NamedTuple):
     epoch: int
 
 
+@functools.lru_cache(maxsize=4)
+def epoch_order(count, seed, epoch):
+    """The places 0 .. count - 1 as the epoch visits them. Kept: a million take a second."""
+    order = array("L", range(count))
+    random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
+    return order
+
+
 def batch_visits(count, size, step, seed):
     """The `size` visits of step `step`: each epoch visits all `count` posts in an order of
     its own."""
-    draws, orders = range(step * size, (step + 1) * size), {}
-    for epoch in {d // count for d in draws}:
-        orders[epoch] = list(range(count))
-        random.Random(seed_of(seed, "epoch", epoch)).shuffle(orders[epoch])
-    return [Visit(orders[d // count][d % count], d // count) for d in draws]
+    epochs = (divmod(draw, count) for draw in range(step * size, (step + 1) * size))
+    return [Visit(epoch_order(count, seed, epoch)[place], epoch) for epoch, place in epochs]
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------
@@ -789,9 +797,15 @@ def train_tokenizer(texts, vocab_size):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    frame = ["user\n", "assistant\n", "\n\n"] * len(texts)  # the chat frame: one token each
+
+    def words():
+        count = 0
+        for count, text in enumerate(texts, 1):
+            yield text
+        for frame in repeat(("user\n", "assistant\n", "\n\n"), count):  # a token each
+            yield from frame
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([*texts, *frame], trainers.BpeTrainer(
+    tokenizer.train_from_iterator(words(), trainers.BpeTrainer(
         vocab_size=vocab_size - 2, special_tokens=special, initial_alphabet=alphabet,
         show_progress=False))
     # not special, as in Qwen3
@@ -842,7 +856,7 @@ def run_base(args):
     if not session.domain.voices:
         raise InputError(f"{args.data}: a base is made from posts with replies by voice; for posts "
                          "like these give --model a Qwen3 checkpoint")
-    texts = [t for p in session.posts for t in (p.post, *p.replies)]
+    texts = (t for p in session.posts for t in (p.post, *p.replies))
     session.tokenizer, session.chat = train_tokenizer(texts, args.vocab), data.ChatFormat()
     torch.manual_seed(seed_of(args.seed, "weights"))
     config = Config(session.tokenizer.get_vocab_size(), args.hidden, 3 * args.hidden, args.layers,
