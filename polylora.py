@@ -31,8 +31,9 @@ from adapters import (  # noqa: F401  (LoRA by the door through which it is look
     load_adapter, lora_layers, merge_lora, read_adapter_config, save_adapter)
 from data import InputError, command
 from model import predicting_states, token_logprobs, token_losses
+from ranks import set_gradient
 from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
-                     common_flags, load_model, seed_of, set_gradient, train)
+                     common_flags, load_model, seed_of, train)
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
