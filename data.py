@@ -6,8 +6,7 @@
 A domain says how a post is put to the model and how a draft is judged. Two have an exact
 verifier: `voices` (posts with a right reply in each of several voices, as in a file) and `pocket`
 (a small world whose right replies are a grammar, whose words are in pocket.py); for `replies`, real
-posts with one or more human replies, grpo.py has rewards. The first section is what every file of
-the project needs."""
+posts with one or more human replies, grpo.py has rewards."""
 
 import argparse
 import dataclasses
@@ -18,7 +17,6 @@ import json
 import os
 import random
 import re
-import socket
 import sys
 import tempfile
 import time
@@ -33,87 +31,10 @@ from itertools import count as counter
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
+from files import InputError, beside, command, fetch, read_json, write_json, write_text  # noqa: F401
 from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
-
-# ---- What every file needs: an error for the user, reading, and writing in one piece -------------
-
-
-class InputError(ValueError):
-    """Wrong input from the user: one clear sentence with the place and the mend. A command's exit
-    code 2."""
-
-
-def command(parser, argv=None):
-    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input
-    was wrong."""
-    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
-    try:
-        args.run(args)
-        return 0
-    except InputError as e:
-        print(f"error: {e}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-        return 2
-
-
-def fetch(path, revision=None):
-    """The local folder of a checkpoint: `path` itself, or a snapshot of that name on the Hugging
-    Face hub. Only JSON, safetensors and chat templates are fetched: no pickle, no code."""
-    if os.path.isdir(path):
-        return Path(path)
-    text = str(path)
-    if os.path.exists(path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise InputError(f"no model folder at {text!r}: give a folder with config.json, or a hub "
-                         "name (owner/name)")
-    try:
-        wanted = ["*.safetensors", "*.json", "chat_template.jinja"]
-        return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
-    except Exception as e:  # the hub client's errors are many: offline, no such name, no access
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"model {text!r} is no local folder and could not be fetched from the hub "
-                         f"({reason}): check the name, the revision and the connection") from None
-
-
-def read_json(path):
-    """The value in a JSON file; InputError where it is missing or no JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as e:  # nested thousands deep, too
-        raise InputError(f"{path} is not valid JSON ({str(e)[:100]})") from None
-
-
-@contextmanager
-def beside(path):
-    """A path to write to, in the same folder: flushed to disk and moved to `path` when all went
-    well, removed otherwise. A reader, or a run after a crash, never sees half a file."""
-    # Hosts and containers that share a folder have equal process ids.
-    new = Path(f"{path}.{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}.partial")
-    try:
-        new.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as e:
-        raise InputError(f"{path} cannot be written ({e}): make room, or choose another place"
-                         f"") from None
-    finally:
-        if new.exists():
-            new.unlink()
-
-
-def write_text(path, text):
-    with beside(path) as new:
-        new.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
 
 # ---- Files of posts ------------------------------------------------------------------------------
 
@@ -467,14 +388,54 @@ def render_chat(messages, *, add_generation_prompt, thinking=False, chat=ChatFor
 
 
 def load_tokenizer(path, *, revision=None):
-    """tokenizer.json of a folder or of a name on the hub -> tokenizers.Tokenizer."""
+    """tokenizer.json of a folder or of a name on the hub -> tokenizers.Tokenizer, which neither
+    pads nor cuts. InputError where its ids go beyond the rows that config.json gives the model."""
     file = fetch(path, revision) / "tokenizer.json"
     if not file.exists():
         raise InputError(f"{file} is missing: the checkpoint needs its tokenizer")
+    with tokenizer_errors(file):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = vocabulary(tokenizer)
+    config = file.with_name("config.json")
+    rows = read_json(config).get("vocab_size", ids) if config.exists() else ids
+    if isinstance(rows, int) and not 0 < ids <= rows:  # what else is wrong there the model says
+        raise InputError(f"{file} has ids up to {ids - 1}, and config.json beside it rows for "
+                         f"{rows} tokens: they are of different checkpoints")
+    return tokenizer
+
+
+def vocabulary(tokenizer):
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+@contextmanager
+def tokenizer_errors(file):
+    """InputError for what tokenizers raises: plain Exceptions, and panics, which are none."""
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises plain Exception
-        raise InputError(f"{file} is not a tokenizer ({e})") from None
+        yield
+    except InputError:
+        raise
+    except BaseException as e:
+        if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise InputError(f"{file} is not a tokenizer that can be worked with "
+                         f"({' '.join(str(e).split())[:100]}): fetch it again") from None
+
+
+def check_chat(tokenizer, path):
+    """InputError for a tokenizer that lacks the chat's marks, or that loses text."""
+    text, file = "Ab, 12 \u00e9 \u4e16\u754c \U0001f44b ok", Path(path) / "tokenizer.json"
+    with tokenizer_errors(file):
+        for mark in ("<|im_start|>", "<|im_end|>"):
+            if tokenizer.encode(mark, add_special_tokens=False).ids != [tokenizer.token_to_id(mark)]:
+                raise InputError(f"{file} has no token {mark}: give a checkpoint with Qwen3's chat "
+                                 "format")
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if decode(tokenizer, ids) != text:
+            raise InputError(f"{file} does not give a text back as it was: fetch it again")
 
 
 def stop_ids(tokenizer):

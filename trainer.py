@@ -531,13 +531,14 @@ class Session:
     def load_model(self):
         args = self.args
         self.tokenizer = data.load_tokenizer(args.model, revision=args.revision)
+        data.check_chat(self.tokenizer, args.model)
         self.chat = chat_format(data.fetch(args.model, args.revision))
         if args.shard and (self.ranks.world == 1 or args.nf4):
             raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
                              "it by torchrun --nproc-per-node=N")
         self.model = load_model(args.model, args, self.ranks.device, args.revision, args.nf4,
                                 args.shard)
-        real = self.tokenizer.get_vocab_size()  # the matrix's rows above are padding
+        real = data.vocabulary(self.tokenizer)  # the matrix's rows above are padding
         self.model.vocab = min(self.model.vocab, real)
         self.stops = data.stop_ids(self.tokenizer)
 
