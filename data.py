@@ -33,7 +33,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from files import InputError, beside, command, fetch, read_json, write_json, write_text  # noqa: F401
+from files import (  # noqa: F401  (by the door through which most rooms look for them)
+    InputError, beside, command, fetch, read_json, write_json, write_text)
 from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
 
 # ---- Files of posts ------------------------------------------------------------------------------
@@ -96,8 +97,10 @@ class PostFile(Sequence):
         self.path, self.max_chars = path, max_chars
         self.recent, self.names = {}, {}     # {place: Post}, lately asked for; {place: its new id}
         number, bad = 0, []
-        marks, self.kinds = array("Q"), {}   # of each line: 16 bytes of its post's hash, 8 of its id's
-        kinds, lines = array("Q"), array("Q")      # the number of its kind; (number, offset)
+        # Of each line: 16 bytes of its post's hash and 8 of its id's; its number and offset; its
+        # kind's number.
+        marks, lines, kinds = array("Q"), array("Q"), array("Q")
+        self.kinds = {}
         try:
             for number, line, place in self.read_lines():
                 try:
@@ -235,7 +238,7 @@ def groups(keys):
 
 
 def kind_of(post):
-    """What decides on a post's domain: its voices, and is its intent a scene of the pocket world?"""
+    """What decides on a post's domain: its voices; is its intent a scene of the pocket world?"""
     return frozenset(post.voices), is_scene(post.intent)
 
 
@@ -430,7 +433,8 @@ def check_chat(tokenizer, path):
     text, file = "Ab, 12 \u00e9 \u4e16\u754c \U0001f44b ok", Path(path) / "tokenizer.json"
     with tokenizer_errors(file):
         for mark in ("<|im_start|>", "<|im_end|>"):
-            if tokenizer.encode(mark, add_special_tokens=False).ids != [tokenizer.token_to_id(mark)]:
+            ids = tokenizer.encode(mark, add_special_tokens=False).ids
+            if ids != [tokenizer.token_to_id(mark)]:
                 raise InputError(f"{file} has no token {mark}: give a checkpoint with Qwen3's chat "
                                  "format")
         ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -592,8 +596,9 @@ def make_domain(name, posts, **readers):
     scenes = voiced and set(voices) == set(VOICES) and all(scene for _, scene in kinds)
     if name == "auto":
         if odd is not None:
-            raise InputError(f"the posts {posts[0].id!r} and {posts[odd].id!r} have replies in different "
-                             "voices, or one in none: mend the file, or give --domain replies")
+            raise InputError(f"the posts {posts[0].id!r} and {posts[odd].id!r} have replies in "
+                             "different voices, or one in none: mend the file, or give --domain "
+                             "replies")
         name = "pocket" if scenes else "voices" if voiced else "replies"
     if name not in DOMAINS:
         raise InputError(f"there is no domain {name!r}: choose auto, {', '.join(DOMAINS)}")
@@ -618,10 +623,10 @@ def load_domain(path, name, posts):
     if name not in ("auto", record["domain"]):
         raise InputError(f"--domain {name}: these posts were split as {record['domain']!r} (see "
                          f"{place}): leave --domain out, or split again")
-    for (voices, _), place in kinds_of(posts).items():
+    for (voices, _), first in kinds_of(posts).items():
         if voices != set(record["voices"]) and record["domain"] != "replies":
-            raise InputError(f"{path}: the post {posts[place].id!r} has not the voices that its split was "
-                             f"made with (see {place}): split again")
+            raise InputError(f"{path}: the post {posts[first].id!r} has not the voices that its "
+                             f"split was made with (see {place}): split again")
     readers = {name: record[name] for name in ("popularity", "writers", "permute")}
     return DOMAINS[record["domain"]](posts, voices=record["voices"], **readers)
 
