@@ -34,7 +34,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    InputError, beside, command, fetch, read_json, write_json, write_text)
+    InputError, beside, command, fetch, read_json, short, write_json, write_text)
 from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
 
 # ---- Files of posts ------------------------------------------------------------------------------
@@ -276,8 +276,6 @@ def parse_line(line, number, max_chars):
         raise ValueError('no "replies" (or "reply")')
     if not all(isinstance(r, str) and r.strip() for r in replies):
         raise ValueError("a reply is not a text, or is empty")
-    if max(map(len, (post, *replies))) > max_chars:
-        raise ValueError(f"a text of more than {max_chars:,} characters")
     if not normalise(post):
         raise ValueError("the post has no letter or digit")
     if voices and not all(map(normalise, replies)):  # an empty draft would be right in that voice
@@ -285,6 +283,8 @@ def parse_line(line, number, max_chars):
     given = d.get("tweet_id") if d.get("id") is None else d["id"]
     name = f"line-{number}" if given is None else str(given)
     intent = str(d.get("intent", ""))
+    if max(map(len, (post, name, intent, *replies, *voices))) > max_chars:
+        raise ValueError(f"a text of more than {max_chars:,} characters")
     try:
         "".join((name, post, intent, *replies, *voices)).encode("utf-8")
     except UnicodeEncodeError:  # neither a file nor the tokenizer takes it
@@ -596,9 +596,9 @@ def make_domain(name, posts, **readers):
     scenes = voiced and set(voices) == set(VOICES) and all(scene for _, scene in kinds)
     if name == "auto":
         if odd is not None:
-            raise InputError(f"the posts {posts[0].id!r} and {posts[odd].id!r} have replies in "
-                             "different voices, or one in none: mend the file, or give --domain "
-                             "replies")
+            raise InputError(f"the posts {short(posts[0].id)} and {short(posts[odd].id)} have "
+                             "replies in different voices, or one in none: mend the file, or give "
+                             "--domain replies")
         name = "pocket" if scenes else "voices" if voiced else "replies"
     if name not in DOMAINS:
         raise InputError(f"there is no domain {name!r}: choose auto, {', '.join(DOMAINS)}")
@@ -625,8 +625,8 @@ def load_domain(path, name, posts):
                          f"{place}): leave --domain out, or split again")
     for (voices, _), first in kinds_of(posts).items():
         if voices != set(record["voices"]) and record["domain"] != "replies":
-            raise InputError(f"{path}: the post {posts[first].id!r} has not the voices that its "
-                             f"split was made with (see {place}): split again")
+            raise InputError(f"{path}: the post {short(posts[first].id)} has not the voices that "
+                             f"its split was made with (see {place}): split again")
     readers = {name: record[name] for name in ("popularity", "writers", "permute")}
     return DOMAINS[record["domain"]](posts, voices=record["voices"], **readers)
 

@@ -9,11 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
     """Wrong input from the user: one clear sentence with the place and the mend. A command's exit
     code 2."""
+
+
+def short(value):
+    """A value in a message: never a page of it."""
+    return repr(value)[:60]
 
 
 def command(parser, argv=None):
@@ -71,9 +77,9 @@ def beside(path):
         with open(new, "rb") as file:
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError as e:
-        raise InputError(f"{path} cannot be written ({e}): make room, or choose another place"
-                         f"") from None
+    except (OSError, SafetensorError) as e:  # the second is what save_file makes of the first
+        raise InputError(f"{path} cannot be written ({e}): make room, or choose another "
+                         "place") from None
     finally:
         if new.exists():
             new.unlink()

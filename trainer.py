@@ -156,14 +156,17 @@ class Run:
 
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
-                "device", "no_graphs", "shard", "checkpointing", "data", "environment")
+                "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
+                "readers")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
         self.lock = None
         self.config = {k: v for k, v in vars(args).items() if not callable(v)}
-        self.config |= {"version": 2, "data_hash": file_hash(args.data),
-                        "environment": environment()}
+        beside_data = (Path(args.data).parent / f"{name}.json" for name in ("split", "domain"))
+        split, readers = (read_json(p) if p.exists() else None for p in beside_data)
+        self.config |= {"version": 2, "data_hash": file_hash(args.data), "split": split,
+                        "readers": readers, "environment": environment()}
         self.done = (self.folder / "done.json").exists()
         if (self.folder / "config.json").exists():
             self.compare(read_json(self.folder / "config.json"))
@@ -186,6 +189,9 @@ class Run:
                                  f"{self.config['data']} have changed: choose another --out")
             raise InputError(f"{self.folder} holds a run with {key} = {before!r}, now {now!r} is "
                              "asked for: choose another --out, or delete that folder")
+        if old.get("readers", self.config["readers"]) != self.config["readers"]:
+            raise InputError(f"{self.folder} holds a run on posts of another split (see "
+                             f"domain.json beside {self.config['data']}): choose another --out")
         before, now = old.get("environment") or {}, self.config["environment"]
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed and not self.done and self.ranks.main:
@@ -394,8 +400,8 @@ def train(session, params, step_fn, names):
                                       weight_decay=args.weight_decay, fused=True)
         first, began = run.restore(params, optimizer), time.perf_counter()
         if set(ranks.gather([first])) != {first}:
-            raise InputError(f"the ranks find different checkpoints in {run.folder}: it must be one "
-                             "folder that all machines share")
+            raise InputError(f"the ranks find different checkpoints in {run.folder}: it must be "
+                             "one folder that all machines share")
         dead_signals, tokens = replay(run), 0
         skipped, in_a_row = 0, 0
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=run.folder.name,
@@ -424,7 +430,8 @@ def train(session, params, step_fn, names):
                 session.say(f"warning: {run.folder.name}, step {step + 1}: {warning}")
             bar.set_postfix({n: f"{line[n]:.3f}" for n in names[:4] if n in line}, refresh=False)
             if in_a_row == 5:
-                posts = ", ".join(session.posts[v.index].id for v in tally.visits[:20])
+                ids = (session.posts[v.index].id[:40] for v in tally.visits[:20])
+                posts = ", ".join(map(data.printable, ids))
                 raise InputError(f"step {step + 1} of {run.folder}: the gradient was not finite "
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")

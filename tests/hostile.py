@@ -113,11 +113,30 @@ def mutate_json(value, rng):
     return dumped(mutate_value(value, rng)) if rng.random() < 0.75 else mutate_bytes(dumped(value), rng)
 
 
+def mutate_header(head, rng):
+    """A header that is sound in itself and says something else: another dtype of the same width, a shape of the
+    same size, tensors exchanged or called otherwise."""
+    (one, a), (two, b) = rng.sample(sorted((n, t) for n, t in head.items() if n != "__metadata__"), 2)
+    kind = rng.randrange(5)
+    if kind == 0:
+        a["dtype"] = rng.choice(("I32", "U32"))
+    elif kind == 1:
+        a["shape"] = rng.choice((a["shape"][::-1], [1, *a["shape"]], [*a["shape"], 1], [int(torch.tensor(a["shape"]).prod())]))
+    elif kind == 2:
+        head[one], head[two] = b, a
+    elif kind == 3:
+        head[rng.choice((one.replace(".0.", ".7."), one + ".x", one.removeprefix("model."), one * 200, "\n" + one))] = head.pop(one)
+    else:
+        head["__metadata__"] = {"format": rng.choice(WORDS[5:])}
+    return head
+
+
 def mutate_tensors(content, rng):
     """A safetensors file: its header as JSON, the length in front of it, or bytes anywhere."""
     size = int.from_bytes(content[:8], "little")
-    if rng.random() < 0.5:
-        head = dumped(mutate_value(json.loads(content[8:8 + size]), rng))
+    if rng.random() < 0.6:
+        head = json.loads(content[8:8 + size])
+        head = dumped(mutate_value(head, rng) if rng.random() < 0.5 else mutate_header(head, rng))
         return struct.pack("<Q", len(head)) + head + content[8 + size:]
     if rng.random() < 0.1:
         return rng.choice((2 ** 63, 2 ** 32, 0, 10 ** 9, size - 1, size + 1)).to_bytes(8, "little") + content[8:]
