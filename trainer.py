@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -104,8 +105,8 @@ def peak_bytes(device):
 
 
 def left_over(path):
-    """Is this what a run that was killed at its very start leaves in its folder?"""
-    return path.name == ".lock" or path.suffix == ".partial"
+    """Is this what a process that was killed leaves? safetensors writes to .tmpXXXXXX first."""
+    return bool(re.fullmatch(r"\.lock|.*\.partial|\.tmp\w{6}", path.name))
 
 
 def file_hash(path):
@@ -215,8 +216,9 @@ class Run:
                                  "--out") from None
             if not self.done and (self.folder / "done.json").exists():
                 raise InputError(f"another process has just finished {self.folder}: start again")
-            for half in self.folder.rglob("*.partial"):  # of a process that was killed
-                half.unlink(missing_ok=True)
+            for half in filter(left_over, self.folder.rglob("*.*")):
+                if half.name != ".lock":
+                    half.unlink(missing_ok=True)
             write_json(self.folder / "config.json", self.config)
         return self
 

@@ -41,12 +41,13 @@ def slow_disk(pause):
     replace = os.replace
 
     def slowly(tensors, path, metadata=None):
-        content = save(tensors, metadata)
-        with open(path, "wb") as file:
+        content, half = save(tensors, metadata), Path(path).with_name(".tmpA1b2C3")
+        with open(half, "wb") as file:                                         # as safetensors does it
             for part in (content[:len(content) // 2], content[len(content) // 2:]):
                 file.write(part)
                 file.flush()
                 time.sleep(pause)
+        replace(half, path)
 
     def move(*paths):
         time.sleep(pause)
@@ -133,7 +134,7 @@ def trials(root, count, seed):
                 after = rng.uniform(0, (1.3 if slow else 1.0) * seconds[name])
                 if killed(start(phase(root, name, out, slow)), after):
                     kills += 1
-                    writing += any(out.glob("*.partial"))
+                    writing += any(map(trainer.left_over, out.glob("[.c]*[!k]")))
                 else:                                                          # it had ended: from the start
                     shutil.rmtree(out)
         finished(start(phase(root, name, out, slow)))

@@ -109,3 +109,11 @@ def test_five_kills_at_random_instants_change_no_adapter():
     ran = subprocess.run([sys.executable, "tests/faults.py", "--trials", "5", "--seed", "1"], cwd=ROOT, text=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=400)
     assert ran.returncode == 0 and "5 of 5" in ran.stdout, ran.stdout + ran.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits of the address space")
+def test_hostile_files_do_no_harm():
+    """A hundred mutants of each of six kinds: the short form of tests/hostile.py."""
+    ran = subprocess.run([sys.executable, "tests/hostile.py", "--count", "100", "--seed", "1"], cwd=ROOT, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=400)
+    assert ran.returncode == 0 and ran.stdout.count(" 0 faults") == 6, ran.stdout + ran.stderr
