@@ -34,7 +34,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    InputError, beside, command, fetch, read_json, short, write_json, write_text)
+    InputError, beside, command, fetch, printable, read_json, short, write_json, write_text)
 from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
 
 # ---- Files of posts ------------------------------------------------------------------------------
@@ -68,14 +68,6 @@ def normalise(text):
         return text.encode().lower().translate(None, NO_LETTERS).decode()
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN")
-
-
-def printable(text):
-    """A text that cannot forge its surroundings: control characters and marks that turn the reading
-    direction become visible or spaces, for terminals, pictures and tables."""
-    text = re.sub(r"\s", " ", text)
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in "\u200e\u200f\u061c"
-                   or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" else c for c in text)
 
 
 def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +24,14 @@ def short(value):
     return repr(value)[:60]
 
 
+def printable(text):
+    """A text that cannot forge its surroundings: control characters and marks that turn the reading
+    direction become visible or spaces, for terminals, pictures and tables."""
+    text = re.sub(r"\s", " ", text)
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in "\u200e\u200f\u061c"
+                   or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" else c for c in text)
+
+
 def command(parser, argv=None):
     """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input
     was wrong; 130 after Ctrl-C."""
@@ -30,7 +40,8 @@ def command(parser, argv=None):
         args.run(args)
         return 0
     except InputError as e:
-        print(f"error: {e}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+        said = printable(f"error: {e}")  # of which a hostile file may have given a part
+        print(said + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before or after the steps; these are finished first
         print("stopped", file=sys.stderr)

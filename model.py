@@ -232,7 +232,7 @@ class Qwen3(nn.Module):
             # Not as an attribute: that name is the method's.
             self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)
         self.checkpointing = False           # recompute blocks in the backward pass
-        self.lockstep = None                 # trainer.Lockstep, when ranks share the weights
+        self.lockstep = None                 # ranks.Lockstep, when ranks share the weights
         self.graphs = None                   # decode by CUDA graphs; None: on a GPU
         self.kept_batch = None               # what the next rollout takes again (generate.py)
 

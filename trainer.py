@@ -113,9 +113,11 @@ def file_hash(path):
     """sha256 of a file's bytes; None for what is no file (a name such as `pocket`, a hub name)."""
     if not os.path.isfile(path):
         return None
+    total = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
-            else hashlib.sha256(file.read()).hexdigest()
+        while part := file.read(2 ** 20):
+            total.update(part)
+    return total.hexdigest()
 
 
 def model_hash(path, revision):

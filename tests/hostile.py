@@ -65,7 +65,7 @@ def mutate_value(value, rng):
         places(value, found)
         if not found:
             return odd(rng)
-        (where, key), (_, other) = rng.choice(found), rng.choice(found)
+        where, key = rng.choice(found)
         kind = rng.randrange(8)
         if kind == 0:
             del where[key]

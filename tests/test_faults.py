@@ -44,7 +44,9 @@ def toy(folder, dies="never", resume=False, pause=0.0):
         sys.exit(f"error: {e}")
     return p.tolist(), done
 """
-exec(TOY)
+ROOM = {}
+exec(TOY, ROOM)
+toy = ROOM["toy"]
 
 
 def script(tmp_path, dies):

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from safetensors.torch import save_file
 
 import data
 import polylora
-import data
 import trainer
 from data import InputError
 from test_polylora import Share, Stop, metrics
@@ -534,6 +532,14 @@ def test_a_full_disk_under_safetensors_is_a_sentence(tmp_path):
         assert [p.name for p in disk.iterdir()] == ["x"] and (disk / "x").read_text() == "whole"
     finally:
         subprocess.run(["umount", disk])
+
+
+def test_an_error_forges_nothing(capsys):
+    """Parts of a message come from the file that it is about."""
+    def wrong(args):
+        raise InputError("unknown variant `\x1b[31m\u202e`")
+    assert data.command(SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=wrong))) == 2
+    assert capsys.readouterr().err == "error: unknown variant `\ufffd[31m\ufffd`\n"
 
 
 def test_ctrl_c_before_the_first_step_is_a_word_and_130(capsys):
