@@ -6,8 +6,7 @@
 A domain says how a post is put to the model and how a draft is judged. Two have an exact
 verifier: `voices` (posts with a right reply in each of several voices, as in a file) and `pocket`
 (a small world whose right replies are a grammar, whose words are in pocket.py); for `replies`, real
-posts with one or more human replies, grpo.py has rewards. The first section is what every file of
-the project needs."""
+posts with one or more human replies, grpo.py has rewards."""
 
 import argparse
 import dataclasses
@@ -18,99 +17,25 @@ import json
 import os
 import random
 import re
-import socket
 import sys
+import tempfile
 import time
 import unicodedata
 import zlib
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count as counter
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
+from files import (  # noqa: F401  (by the door through which most rooms look for them)
+    InputError, beside, command, fetch, printable, read_json, short, write_json, write_text)
 from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
-
-# ---- What every file needs: an error for the user, reading, and writing in one piece -------------
-
-
-class InputError(ValueError):
-    """Wrong input from the user: one clear sentence with the place and the mend. A command's exit
-    code 2."""
-
-
-def command(parser, argv=None):
-    """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input
-    was wrong."""
-    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
-    try:
-        args.run(args)
-        return 0
-    except InputError as e:
-        print(f"error: {e}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-        return 2
-
-
-def fetch(path, revision=None):
-    """The local folder of a checkpoint: `path` itself, or a snapshot of that name on the Hugging
-    Face hub. Only JSON, safetensors and chat templates are fetched: no pickle, no code."""
-    if os.path.isdir(path):
-        return Path(path)
-    text = str(path)
-    if os.path.exists(path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise InputError(f"no model folder at {text!r}: give a folder with config.json, or a hub "
-                         "name (owner/name)")
-    try:
-        wanted = ["*.safetensors", "*.json", "chat_template.jinja"]
-        return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
-    except Exception as e:  # the hub client's errors are many: offline, no such name, no access
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"model {text!r} is no local folder and could not be fetched from the hub "
-                         f"({reason}): check the name, the revision and the connection") from None
-
-
-def read_json(path):
-    """The value in a JSON file; InputError where it is missing or no JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as e:  # nested thousands deep, too
-        raise InputError(f"{path} is not valid JSON ({str(e)[:100]})") from None
-
-
-@contextmanager
-def beside(path):
-    """A path to write to, in the same folder: flushed to disk and moved to `path` when all went
-    well, removed otherwise. A reader, or a run after a crash, never sees half a file."""
-    # Hosts and containers that share a folder have equal process ids.
-    new = Path(f"{path}.{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}.partial")
-    try:
-        new.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as e:
-        raise InputError(f"{path} cannot be written ({e}): make room, or choose another place"
-                         f"") from None
-    finally:
-        if new.exists():
-            new.unlink()
-
-
-def write_text(path, text):
-    with beside(path) as new:
-        new.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
 
 # ---- Files of posts ------------------------------------------------------------------------------
 
@@ -131,21 +56,18 @@ class Post:
         return hashlib.sha256(normalise(self.post).encode()).hexdigest()[:16]
 
 
+NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalnum())
+
+
 def normalise(text):
     """Lower-cased letters, marks and digits, nothing else: the form in which posts and replies are
     compared. Two texts are the same when they differ in letter case, punctuation, spacing and in
     the way of writing a character (NFKC) alone. Marks stay: without them Hindi and Thai words that
     differ become equal."""
+    if text.isascii():  # the same, fifty times faster
+        return text.encode().lower().translate(None, NO_LETTERS).decode()
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
     return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN")
-
-
-def printable(text):
-    """A text that cannot forge its surroundings: control characters and marks that turn the reading
-    direction become visible or spaces, for terminals, pictures and tables."""
-    text = re.sub(r"\s", " ", text)
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in "\u200e\u200f\u061c"
-                   or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" else c for c in text)
 
 
 def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
@@ -156,15 +78,26 @@ def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
 
     A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, over `max_chars` characters)
     raises InputError with file, line and reason; with skip_bad_lines it is left out and counted on
-    stderr.
+    stderr. Returns a sequence that reads a post when it is asked for.
     """
-    posts, bad = {}, []
-    number = 0
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
+    return PostFile(path, skip_bad_lines, max_chars)
+
+
+class PostFile(Sequence):
+    """The posts of a file. Kept of each is where its lines stand, some thirty bytes a line, so a
+    million posts fit anywhere; a post is read again when it is asked for. `kinds`: see kinds_of."""
+    unique = True                # no two posts are equal but for case and punctuation
+
+    def __init__(self, path, skip_bad_lines=False, max_chars=20_000):
+        self.path, self.max_chars = path, max_chars
+        self.recent, self.names = {}, {}     # {place: Post}, lately asked for; {place: its new id}
+        number, bad = 0, []
+        # Of each line: 16 bytes of its post's hash and 8 of its id's; its number and offset; its
+        # kind's number.
+        marks, lines, kinds = array("Q"), array("Q"), array("Q")
+        self.kinds = {}
+        try:
+            for number, line, place in self.read_lines():
                 try:
                     post = parse_line(line, number, max_chars)
                 except ValueError as e:
@@ -173,32 +106,151 @@ def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
                                          "such lines out)") from None
                     bad.append(number)
                     continue
-                merge(posts, post)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: give --data a file of posts") from None
-    except (OSError, EOFError, zlib.error) as e:
-        raise InputError(f"{path} cannot be read after line {number} ({e}): is it whole?") from None
-    if bad:
-        print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
-    if not posts:
-        raise InputError(f"{path} holds no posts")
-    return told_apart(posts.values())
+                marks.frombytes(hashed(normalise(post.post), 16) + hashed(post.id, 8))
+                kinds.append(self.kinds.setdefault(kind_of(post), len(self.kinds)))
+                lines.extend((number, self.keep(line, place)))
+        except FileNotFoundError:
+            raise InputError(f"there is no file {path}: give --data a file of posts") from None
+        except (OSError, EOFError, zlib.error) as e:
+            raise InputError(f"{path} cannot be read after line {number} ({e}): is it "
+                             "whole?") from None
+        if bad:
+            print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
+        if not lines:
+            raise InputError(f"{path} holds no posts")
+        self.index(*(np.frombuffer(x, np.uint64) for x in (marks, kinds, lines)))
+
+    def read_lines(self):
+        """(number, line, offset) of each line that is not blank; of one that is far too long, its
+        beginning. What is packed, or a pipe, cannot be read from the middle: its lines go to a file
+        without a name."""
+        packed = str(self.path).endswith(".gz")
+        source = (gzip.open if packed else open)(self.path, "rb")
+        self.copied = packed or not source.seekable()
+        self.file = tempfile.TemporaryFile() if self.copied else source
+        for number in counter(1):
+            place = 0 if self.copied else source.tell()
+            line = rest = source.readline(LONGEST_LINE)
+            while len(rest) == LONGEST_LINE:
+                rest = source.readline(LONGEST_LINE)
+            if not line:
+                return
+            if line.strip():
+                yield number, line, place
+
+    def keep(self, line, place):
+        """Where the line can be read again."""
+        if self.copied:
+            place = self.file.tell()
+            self.file.write(line.rstrip(b"\n") + b"\n")
+        return place
+
+    def index(self, marks, kinds, lines):
+        """Lines of equal posts together, posts in the order of their first lines, ids told apart:
+        files joined into one repeat theirs."""
+        marks, lines = marks.reshape(-1, 3), lines.reshape(-1, 2)
+        post = groups(marks[:, :2])                                 # of each line
+        order = post.argsort(kind="stable")
+        self.ends = np.bincount(post).cumsum()
+        first = order[np.append(0, self.ends[:-1])]                 # each post's first line
+        self.lines = lines[order]
+        names, seen, places = list(self.kinds), *np.unique(kinds[first], return_index=True)
+        self.kinds = {names[i]: place for i, place in zip(seen.tolist(), places.tolist())}
+        given, origin, at = np.unique(marks[first, 2], return_index=True, return_inverse=True)
+        made, counts = set(), {}
+        for place in np.flatnonzero(origin[at] != np.arange(len(first))).tolist():
+            name = self[place].id
+            for n in counts.setdefault(name, counter(2)):
+                new = f"{name}-{n}"
+                mark = np.frombuffer(hashed(new, 8), np.uint64)
+                if new not in made and np.searchsorted(given, mark) == np.searchsorted(
+                        given, mark, "right"):
+                    break
+            made.add(new)
+            self.names[place] = new
+        self.recent.clear()
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        if place not in self.recent:
+            if len(self.recent) >= 256:
+                self.recent.clear()
+            self.recent[place] = self.read(place)
+        return self.recent[place]
+
+    def read(self, place):
+        posts = {}
+        try:
+            for number, offset in self.lines[self.ends[place - 1] if place else 0:self.ends[place]]:
+                self.file.seek(offset)
+                merge(posts, parse_line(self.file.readline(), number, self.max_chars))
+            post, = posts.values()
+        except (OSError, ValueError):
+            raise InputError(f"{self.path} was changed while it was in use: start again") from None
+        name = self.names.get(place)
+        return dataclasses.replace(post, id=name) if name else post
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
 
-def told_apart(posts):
-    """The posts, each with an id of its own: files joined into one repeat theirs."""
-    posts, seen = list(posts), set()
-    given = {p.id for p in posts}
-    for i, post in enumerate(posts):
-        if post.id in seen:
-            name = next(n for k in counter(2) if (n := f"{post.id}-{k}") not in given | seen)
-            posts[i] = post = dataclasses.replace(post, id=name)
-        seen.add(post.id)
-    return posts
+class Chosen(Sequence):
+    """Some of the posts, by their places."""
+
+    def __init__(self, posts, places):
+        self.posts, self.places = posts, places
+        self.unique = getattr(posts, "unique", False)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self.posts[i] for i in self.places[place]]
+        return self.posts[self.places[place]]
+
+    __eq__ = PostFile.__eq__
+
+
+LONGEST_LINE = 2 ** 24           # bytes: more would take gigabytes to parse
+
+
+def hashed(text, size):
+    """The first `size` bytes of a text's sha256."""
+    return hashlib.sha256(text.encode()).digest()[:size]
+
+
+def groups(keys):
+    """Equal rows of keys (n, 2) have equal numbers (n,), 0, 1, .. in the order of first rows."""
+    joined = np.ascontiguousarray(keys).view("u8,u8")[:, 0]
+    _, first, group = np.unique(joined, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[group]
+
+
+def kind_of(post):
+    """What decides on a post's domain: its voices; is its intent a scene of the pocket world?"""
+    return frozenset(post.voices), is_scene(post.intent)
+
+
+def kinds_of(posts):
+    """{kind: place of the first post of that kind}."""
+    if isinstance(posts, PostFile):
+        return posts.kinds
+    kinds = {}
+    for place, post in enumerate(posts):
+        kinds.setdefault(kind_of(post), place)
+    return kinds
 
 
 def parse_line(line, number, max_chars):
     """One JSON line -> Post; ValueError says what is wrong with it."""
+    if len(line) == LONGEST_LINE:
+        raise ValueError(f"a line of more than {LONGEST_LINE:,} bytes")
     try:
         d = json.loads(line.decode("utf-8-sig"))  # some editors start a file with a mark
     except UnicodeDecodeError:
@@ -219,8 +271,6 @@ def parse_line(line, number, max_chars):
         raise ValueError('no "replies" (or "reply")')
     if not all(isinstance(r, str) and r.strip() for r in replies):
         raise ValueError("a reply is not a text, or is empty")
-    if max(map(len, (post, *replies))) > max_chars:
-        raise ValueError(f"a text of more than {max_chars:,} characters")
     if not normalise(post):
         raise ValueError("the post has no letter or digit")
     if voices and not all(map(normalise, replies)):  # an empty draft would be right in that voice
@@ -228,6 +278,8 @@ def parse_line(line, number, max_chars):
     given = d.get("tweet_id") if d.get("id") is None else d["id"]
     name = f"line-{number}" if given is None else str(given)
     intent = str(d.get("intent", ""))
+    if max(map(len, (post, name, intent, *replies, *voices))) > max_chars:
+        raise ValueError(f"a text of more than {max_chars:,} characters")
     try:
         "".join((name, post, intent, *replies, *voices)).encode("utf-8")
     except UnicodeEncodeError:  # neither a file nor the tokenizer takes it
@@ -257,14 +309,17 @@ def save_posts(posts, path):
 
 
 def split_posts(posts, sizes, seed):
-    """Disjoint random lists of posts of the given sizes: disjoint by text, not by line."""
-    unique = list({normalise(p.post): p for p in posts}.values())
-    if sum(sizes) > len(unique):
+    """Disjoint random sequences of posts of the given sizes: disjoint by text, not by line."""
+    unique = range(len(posts))
+    if not getattr(posts, "unique", False):
+        unique = {normalise(p.post): i for i, p in enumerate(posts)}.values()
+    places = array("Q", unique)
+    if sum(sizes) > len(places):
         raise InputError(f"{sum(sizes)} posts are asked for ({' + '.join(map(str, sizes))}) and "
-                         f"there are {len(unique)} different ones: ask for fewer")
-    random.Random(f"split {seed}").shuffle(unique)
+                         f"there are {len(places)} different ones: ask for fewer")
+    random.Random(f"split {seed}").shuffle(places)
     ends = np.cumsum([0, *sizes])
-    return [unique[a:b] for a, b in zip(ends, ends[1:])]
+    return [Chosen(posts, places[a:b]) for a, b in zip(ends, ends[1:])]
 
 
 def split_by_intent(posts, sizes, seed):
@@ -286,7 +341,8 @@ def split_by_intent(posts, sizes, seed):
             found += numbers[intent]
     parts = {}
     for names in ([n for n in sizes if n not in outside], outside):
-        some = [p for p in posts if (p.intent in held) == (names is outside)]
+        inside = (i for i, p in enumerate(posts) if (p.intent in held) == (names is outside))
+        some = Chosen(posts, array("Q", inside))
         parts |= zip(names, split_posts(some, [sizes[n] for n in names], seed))
     return {name: parts[name] for name in sizes}
 
@@ -330,14 +386,55 @@ def render_chat(messages, *, add_generation_prompt, thinking=False, chat=ChatFor
 
 
 def load_tokenizer(path, *, revision=None):
-    """tokenizer.json of a folder or of a name on the hub -> tokenizers.Tokenizer."""
+    """tokenizer.json of a folder or of a name on the hub -> tokenizers.Tokenizer, which neither
+    pads nor cuts. InputError where its ids go beyond the rows that config.json gives the model."""
     file = fetch(path, revision) / "tokenizer.json"
     if not file.exists():
         raise InputError(f"{file} is missing: the checkpoint needs its tokenizer")
+    with tokenizer_errors(file):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = vocabulary(tokenizer)
+    config = file.with_name("config.json")
+    rows = read_json(config).get("vocab_size", ids) if config.exists() else ids
+    if isinstance(rows, int) and not 0 < ids <= rows:  # what else is wrong there the model says
+        raise InputError(f"{file} has ids up to {ids - 1}, and config.json beside it rows for "
+                         f"{rows} tokens: they are of different checkpoints")
+    return tokenizer
+
+
+def vocabulary(tokenizer):
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+@contextmanager
+def tokenizer_errors(file):
+    """InputError for what tokenizers raises: plain Exceptions, and panics, which are none."""
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises plain Exception
-        raise InputError(f"{file} is not a tokenizer ({e})") from None
+        yield
+    except InputError:
+        raise
+    except BaseException as e:
+        if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise InputError(f"{file} is not a tokenizer that can be worked with "
+                         f"({' '.join(str(e).split())[:100]}): fetch it again") from None
+
+
+def check_chat(tokenizer, path):
+    """InputError for a tokenizer that lacks the chat's marks, or that loses text."""
+    text, file = "Ab, 12 \u00e9 \u4e16\u754c \U0001f44b ok", Path(path) / "tokenizer.json"
+    with tokenizer_errors(file):
+        for mark in ("<|im_start|>", "<|im_end|>"):
+            ids = tokenizer.encode(mark, add_special_tokens=False).ids
+            if ids != [tokenizer.token_to_id(mark)]:
+                raise InputError(f"{file} has no token {mark}: give a checkpoint with Qwen3's chat "
+                                 "format")
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if decode(tokenizer, ids) != text:
+            raise InputError(f"{file} does not give a text back as it was: fetch it again")
 
 
 def stop_ids(tokenizer):
@@ -488,14 +585,15 @@ def make_domain(name, posts, **readers):
     """The domain called `name` for these posts; auto: pocket, voices or replies, by what the posts
     hold. A file in which some posts have voices and others none, or other ones, is refused: which
     domain it is of is the user's to say. readers: popularity, writers, permute of Domain."""
-    voices = posts[0].voices if posts else ()
-    odd = next((p for p in posts if set(p.voices) != set(voices)), None)  # in any order
-    voiced = bool(voices) and odd is None
-    scenes = voiced and set(voices) == set(VOICES) and all(is_scene(p.intent) for p in posts)
+    voices, kinds = posts[0].voices if len(posts) else (), kinds_of(posts)
+    odd = min((place for (other, _), place in kinds.items() if other != set(voices)), default=None)
+    voiced = bool(voices) and odd is None                                      # in any order
+    scenes = voiced and set(voices) == set(VOICES) and all(scene for _, scene in kinds)
     if name == "auto":
         if odd is not None:
-            raise InputError(f"the posts {posts[0].id!r} and {odd.id!r} have replies in different "
-                             "voices, or one in none: mend the file, or give --domain replies")
+            raise InputError(f"the posts {short(posts[0].id)} and {short(posts[odd].id)} have "
+                             "replies in different voices, or one in none: mend the file, or give "
+                             "--domain replies")
         name = "pocket" if scenes else "voices" if voiced else "replies"
     if name not in DOMAINS:
         raise InputError(f"there is no domain {name!r}: choose auto, {', '.join(DOMAINS)}")
@@ -520,10 +618,10 @@ def load_domain(path, name, posts):
     if name not in ("auto", record["domain"]):
         raise InputError(f"--domain {name}: these posts were split as {record['domain']!r} (see "
                          f"{place}): leave --domain out, or split again")
-    for p in posts:
-        if set(p.voices) != set(record["voices"]) and record["domain"] != "replies":
-            raise InputError(f"{path}: the post {p.id!r} has not the voices that its split was "
-                             f"made with (see {place}): split again")
+    for (voices, _), first in kinds_of(posts).items():
+        if voices != set(record["voices"]) and record["domain"] != "replies":
+            raise InputError(f"{path}: the post {short(posts[first].id)} has not the voices that "
+                             f"its split was made with (see {place}): split again")
     readers = {name: record[name] for name in ("popularity", "writers", "permute")}
     return DOMAINS[record["domain"]](posts, voices=record["voices"], **readers)
 
@@ -605,12 +703,14 @@ def check(args):
     """Read a file as the phases will, and say what is in it."""
     posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
     domain = load_domain(args.data, args.domain, posts)
-    replies = [r for p in posts for r in p.replies]
-    different = len(set(map(normalise, replies)))
+    marks, broken = array("Q"), 0
+    for reply in (r for p in posts for r in p.replies):
+        marks.frombytes(hashed(normalise(reply), 8))
+        broken += bool(CONTROL.search(reply))
+    different = len(np.unique(np.frombuffer(marks, np.uint64)))
     voices = f", voices {', '.join(domain.voices)}" if domain.voices else ""
-    print(f"{args.data}: {len(posts)} posts, {len(replies)} replies ({different} different), "
+    print(f"{args.data}: {len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{voices}")
-    broken = sum(bool(CONTROL.search(r)) for r in replies)
     if broken:
         print(f"{broken} replies hold control strings such as <|im_end|>: these are left out of "
               f"them")

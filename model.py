@@ -25,7 +25,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from data import ChatFormat, InputError, beside, fetch, read_json, render_chat, write_json
+from data import ChatFormat, render_chat
+from files import InputError, beside, fetch, read_json, short, write_json
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -110,11 +111,6 @@ class Config:
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
                 "max_position_embeddings": 40960, "attention_bias": False, **self.extra,
                 **{k: getattr(self, k) for k in fields}, "torch_dtype": self.dtype}
-
-
-def short(value):
-    """A value in a message: never a page of it."""
-    return repr(value)[:60]
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -237,7 +233,7 @@ class Qwen3(nn.Module):
             # Not as an attribute: that name is the method's.
             self._modules["score"] = nn.Linear(config.hidden_size, 1, bias=False)
         self.checkpointing = False           # recompute blocks in the backward pass
-        self.lockstep = None                 # trainer.Lockstep, when ranks share the weights
+        self.lockstep = None                 # ranks.Lockstep, when ranks share the weights
         self.graphs = None                   # decode by CUDA graphs; None: on a GPU
         self.kept_batch = None               # what the next rollout takes again (generate.py)
 
@@ -342,6 +338,13 @@ def tensor_files(folder, file="model.safetensors"):
         if outside:
             raise InputError(f"{index} names {short(outside[0])}: a shard is a .safetensors file "
                              "in the same folder")
+        inside = folder.resolve()
+        blobs = inside.parent.parent / "blobs"  # where the hub's cache keeps what its links name
+        inside = (inside, blobs) if inside.parent.name == "snapshots" else (inside,)
+        for name in names:
+            if not any((folder / name).resolve().is_relative_to(place) for place in inside):
+                raise InputError(f"{folder / name} is a link to another folder: put the file "
+                                 "itself there")
     for name in names:
         if not (folder / name).exists():
             raise InputError(f"{folder / name} is missing: the checkpoint is incomplete")
@@ -363,15 +366,22 @@ def opened(paths, read, device="cpu"):
     return out
 
 
+def shape_of(file, name):
+    """A tensor's shape, from the header; weights are numbers with a fraction."""
+    part = file.get_slice(name)
+    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{short(name)} is stored as {part.get_dtype()}")
+    return tuple(part.get_shape())
+
+
 def tensor_shapes(folder, file="model.safetensors"):
     """name -> shape, from the files' headers alone."""
-    shape = lambda f, name: tuple(f.get_slice(name).get_shape())
-    return opened(tensor_files(folder, file), shape)
+    return opened(tensor_files(folder, file), shape_of)
 
 
 def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors"):
     """name -> tensor from `file`, or from every shard its index names."""
-    read = lambda f, name: f.get_tensor(name).to(dtype)
+    read = lambda f, name: shape_of(f, name) and f.get_tensor(name).to(dtype)
     return opened(tensor_files(folder, file), read, device)
 
 
@@ -401,8 +411,8 @@ def same_layout(folder, model, shapes):
                            ("has an unknown", shapes.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"the checkpoint in {folder} {problem} tensor {min(names)!r}{more}: "
-                             "its config.json describes another network")
+            raise InputError(f"the checkpoint in {folder} {problem} tensor "
+                             f"{short(min(names))}{more}: its config.json describes another network")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise InputError(f"tensor {name!r} in {folder} has shape {shapes[name]}, config.json "

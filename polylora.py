@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ from adapters import (  # noqa: F401  (LoRA by the door through which it is look
     load_adapter, lora_layers, merge_lora, read_adapter_config, save_adapter)
 from data import InputError, command
 from model import Bert, predicting_states, token_logprobs, token_losses
+from ranks import set_gradient
 from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
-                     common_flags, load_model, seed_of, set_gradient, train)
+                     common_flags, load_model, seed_of, train)
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
@@ -270,7 +272,7 @@ def load_embedder(session):
     Qwen3-Embedding."""
     args, device = session.args, session.ranks.device
     if args.embedder == "base":
-        corpus = [r for p in session.posts for r in p.replies]
+        corpus = list(islice((r for p in session.posts for r in p.replies), 2048))
         session.embedder = Embedder(session.model, session.tokenizer, corpus=corpus)
         return
     tokenizer = data.load_tokenizer(args.embedder)

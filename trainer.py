@@ -1,4 +1,4 @@
-"""What both phases share: random streams, ranks, the run folder, the training loop, the session.
+"""What both phases share: random streams, the run folder, the training loop, the session.
 
 A phase is a function `step(number)` that leaves the step's gradient on the parameters; `train` is
 the loop around it. What a run must survive stands here too: a checkpoint is checksummed and the
@@ -7,21 +7,24 @@ need no saving: each is a function of (seed, stage, step, post, draft), whatever
 is drawn in."""
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from array import array
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -29,9 +32,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 import data
-from data import InputError, beside, fetch, read_json, write_json
+from data import InputError, beside, fetch, read_json, write_json, write_text
 from generate import generate
 from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
+from ranks import Ranks, shard
 
 try:
     import fcntl
@@ -55,146 +59,19 @@ class Visit(NamedTuple):
     epoch: int
 
 
+@functools.lru_cache(maxsize=4)
+def epoch_order(count, seed, epoch):
+    """The places 0 .. count - 1 as the epoch visits them. Kept: a million take a second."""
+    order = array("L", range(count))
+    random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
+    return order
+
+
 def batch_visits(count, size, step, seed):
     """The `size` visits of step `step`: each epoch visits all `count` posts in an order of
     its own."""
-    draws, orders = range(step * size, (step + 1) * size), {}
-    for epoch in {d // count for d in draws}:
-        orders[epoch] = list(range(count))
-        random.Random(seed_of(seed, "epoch", epoch)).shuffle(orders[epoch])
-    return [Visit(orders[d // count][d % count], d // count) for d in draws]
-
-
-# ---- Ranks ---------------------------------------------------------------------------------------
-
-class Ranks:
-    """This process among those of the launch; alone when not under torchrun. The only place that
-    reads RANK and so on.
-
-    Every stage of train.sh makes its own group on the launcher's store. Keys of an earlier stage
-    are still there, and a group that reads them hangs or calls a dead port, so each stage gets a
-    prefix of its own."""
-
-    def __init__(self, stage, device=None):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        self.main = self.rank == 0
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        cuda = device.partition(":")[0] == "cuda" and torch.cuda.is_available()
-        if not (device == "cpu" or cuda):
-            raise InputError(f"--device {device}: there is no such device here")
-        local = os.environ.get("LOCAL_RANK", 0)
-        self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            self.join(stage)
-
-    def join(self, stage):
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, self.world, is_master=self.main and not agent)
-        store = dist.PrefixStore(f"{stage}/{self.restarts}", store)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-
-    def sum(self, values):
-        """Sums of a list of floats over all ranks, on all ranks."""
-        if self.world == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def sum_gradients(self, params):
-        """Gradients summed over ranks in one flat all-reduce. Losses are already divided by the
-        global count, so the sum is the gradient of the whole step; a parameter without a gradient
-        on this rank counts as zero."""
-        if self.world > 1:
-            set_gradient(params, self.take_gradient(params))
-
-    def take_gradient(self, params):
-        """The gradient over all ranks as one flat tensor; the parameters are left without one."""
-        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in params)
-        flat = torch.cat([g.flatten() for g in grads])
-        if self.world > 1:
-            dist.all_reduce(flat)
-        for p in params:
-            p.grad = None
-        return flat
-
-    def gather(self, items):
-        """Every rank's list, on every rank, in the order in which `items[rank::world]`
-        dealt them."""
-        if self.world == 1:
-            return items
-        parts = [None] * self.world
-        dist.all_gather_object(parts, items)
-        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def close(self):
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-            # FSDP keeps the group: a thread of gloo that frees its last tensors while Python ends
-            # would abort the process.
-            time.sleep(0.1)
-
-
-def set_gradient(params, flat):
-    """The inverse of Ranks.take_gradient."""
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
-
-
-class Lockstep:
-    """With weights that are spread over ranks, each pass through the model is made by all of them
-    together. A rank that has no more to do makes the others' passes with them, on nothing."""
-
-    def __init__(self, model, ranks):
-        self.model, self.waiting = model, False
-        self.nothing = torch.zeros(1, 1, dtype=torch.long, device=ranks.device)
-
-    def agree(self, kind):
-        """The largest of all ranks' numbers."""
-        kind = torch.tensor([kind], device=self.nothing.device)
-        dist.all_reduce(kind, dist.ReduceOp.MAX)
-        return int(kind)
-
-    def __call__(self):
-        """Before each pass: 1 says that it is without gradient, 2 with."""
-        if not self.waiting:
-            self.agree(1 + torch.is_grad_enabled())
-
-    def wait(self):
-        """Returns when all ranks wait: at the end of each piece of work whose passes may differ."""
-        self.waiting = True
-        while kind := self.agree(0):
-            with torch.set_grad_enabled(kind == 2):
-                nothing = 0 * self.model.hidden(self.nothing).sum()
-            if kind == 2:
-                nothing.backward()
-        self.waiting = False
-
-
-def shard(model, ranks):
-    """Spread the blocks' frozen weights over the ranks by FSDP2: each holds its part, and a block
-    comes together while it runs. The adapter, embedding and head stay whole on every rank:
-    gradients are summed as ever."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    whole = {p for n, p in model.named_parameters() if ".layers." not in n or "lora_" in n}
-    for p in whole:
-        p.data = p.data.to(ranks.device)
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=whole & set(module.parameters()))
-    register_fsdp_forward_method(model, "hidden")
-    model.lockstep = Lockstep(model, ranks)
+    epochs = (divmod(draw, count) for draw in range(step * size, (step + 1) * size))
+    return [Visit(epoch_order(count, seed, epoch)[place], epoch) for epoch, place in epochs]
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -227,13 +104,20 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def left_over(path):
+    """Is this what a process that was killed leaves? safetensors writes to .tmpXXXXXX first."""
+    return bool(re.fullmatch(r"\.lock|.*\.partial|\.tmp\w{6}", path.name))
+
+
 def file_hash(path):
     """sha256 of a file's bytes; None for what is no file (a name such as `pocket`, a hub name)."""
     if not os.path.isfile(path):
         return None
+    total = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
-            else hashlib.sha256(file.read()).hexdigest()
+        while part := file.read(2 ** 20):
+            total.update(part)
+    return total.hexdigest()
 
 
 def model_hash(path, revision):
@@ -275,21 +159,24 @@ class Run:
 
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
-                "device", "no_graphs", "shard", "checkpointing", "data", "environment")
+                "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
+                "readers")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
         self.lock = None
         self.config = {k: v for k, v in vars(args).items() if not callable(v)}
-        self.config |= {"version": 2, "data_hash": file_hash(args.data),
-                        "environment": environment()}
+        beside_data = (Path(args.data).parent / f"{name}.json" for name in ("split", "domain"))
+        split, readers = (read_json(p) if p.exists() else None for p in beside_data)
+        self.config |= {"version": 2, "data_hash": file_hash(args.data), "split": split,
+                        "readers": readers, "environment": environment()}
         self.done = (self.folder / "done.json").exists()
         if (self.folder / "config.json").exists():
             self.compare(read_json(self.folder / "config.json"))
             if not (self.done or args.resume or ranks.restarts):
                 raise InputError(f"{self.folder} holds an unfinished run: add --resume to go on, "
                                  "or choose another --out")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not all(map(left_over, self.folder.iterdir())):
             raise InputError(f"{self.folder} exists and holds no run of this program: choose "
                              f"another --out")
 
@@ -305,6 +192,9 @@ class Run:
                                  f"{self.config['data']} have changed: choose another --out")
             raise InputError(f"{self.folder} holds a run with {key} = {before!r}, now {now!r} is "
                              "asked for: choose another --out, or delete that folder")
+        if old.get("readers", self.config["readers"]) != self.config["readers"]:
+            raise InputError(f"{self.folder} holds a run on posts of another split (see "
+                             f"domain.json beside {self.config['data']}): choose another --out")
         before, now = old.get("environment") or {}, self.config["environment"]
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed and not self.done and self.ranks.main:
@@ -326,6 +216,11 @@ class Run:
             except OSError as e:
                 raise InputError(f"{self.folder} cannot be written ({e}): choose another "
                                  "--out") from None
+            if not self.done and (self.folder / "done.json").exists():
+                raise InputError(f"another process has just finished {self.folder}: start again")
+            for half in filter(left_over, self.folder.rglob("*.*")):
+                if half.name != ".lock":
+                    half.unlink(missing_ok=True)
             write_json(self.folder / "config.json", self.config)
         return self
 
@@ -342,6 +237,11 @@ class Run:
                 raise InputError(f"{self.folder}/metrics.jsonl cannot be written ({e}): make room, "
                                  "then go on with --resume") from None
 
+    def name(self):
+        """What tells this configuration from others: a checkpoint of another is never used."""
+        fixed = {k: v for k, v in self.config.items() if k not in self.VOLATILE and v}
+        return f"{seed_of(json.dumps(fixed, sort_keys=True)):x}"
+
     def save(self, step, params, optimizer):
         """Everything the loop mutates, with a checksum; the checkpoint before it is kept."""
         if not self.ranks.main:
@@ -354,7 +254,7 @@ class Run:
                 updates = int(state["step"])
                 for name in ("exp_avg", "exp_avg_sq"):
                     tensors[f"{i}.{name}"] = state[name].cpu().contiguous()
-        about = {"step": str(step), "updates": str(updates)}
+        about = {"step": str(step), "updates": str(updates), "run": self.name()}
         path = self.folder / "checkpoint.safetensors"
         with beside(path) as new:
             save_file(tensors, new, metadata=about | {"checksum": checksum(tensors, about)})
@@ -375,17 +275,19 @@ class Run:
             return 0
         tensors, step, updates = found
         for i, p in enumerate(params):
-            if tensors[f"{i}.value"].shape != p.shape:
+            value = tensors.get(f"{i}.value")
+            if value is None or value.shape != p.shape:
                 raise InputError(f"the checkpoint in {self.folder} is of another model: delete "
                                  f"that folder")
-            p.data.copy_(tensors[f"{i}.value"])
+            p.data.copy_(value)
             if f"{i}.exp_avg" in tensors:
                 counter = p.device if optimizer.defaults["fused"] else "cpu"
                 optimizer.state[p] = {"step": torch.tensor(float(updates), device=counter),
                                       **{n: tensors[f"{i}.{n}"].to(p.device)
                                          for n in ("exp_avg", "exp_avg_sq")}}
         if self.ranks.main and log.exists():  # a line a step; a kill may have torn a later one
-            log.write_text("".join(log.read_text().splitlines(keepends=True)[:step]))
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(log, "".join(lines[:step]))
         return step
 
     def read_checkpoint(self, path):
@@ -396,11 +298,14 @@ class Run:
             with safe_open(path, "pt") as f:
                 about, tensors = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
             said = about.pop("checksum", "")
-            if said == checksum(tensors, about):
-                return tensors, int(about["step"]), int(about["updates"])
+            whole = said == checksum(tensors, about)
             reason = "its checksum is wrong"
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-            reason = str(e)
+            whole, reason = False, str(e)
+        if whole and about.get("run", self.name()) != self.name():
+            raise InputError(f"{path} is of another run: delete it, or choose another --out")
+        if whole:
+            return tensors, int(about["step"]), int(about["updates"])
         if self.ranks.main:
             print(f"{path} is damaged ({reason}): an older checkpoint is used, or the start"
                   f"", flush=True)
@@ -494,10 +399,13 @@ def train(session, params, step_fn, names):
     has learnt as much as --until asks (learnt_enough). Returns the line that ends the log."""
     args, ranks = session.args, session.ranks
     run = session.run
-    with run, Signals() as signals:
+    with run, Signals() as signals, ranks.together():
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2),
                                       weight_decay=args.weight_decay, fused=True)
         first, began = run.restore(params, optimizer), time.perf_counter()
+        if set(ranks.gather([first])) != {first}:
+            raise InputError(f"the ranks find different checkpoints in {run.folder}: it must be "
+                             "one folder that all machines share")
         dead_signals, tokens = replay(run), 0
         skipped, in_a_row = 0, 0
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=run.folder.name,
@@ -526,7 +434,8 @@ def train(session, params, step_fn, names):
                 session.say(f"warning: {run.folder.name}, step {step + 1}: {warning}")
             bar.set_postfix({n: f"{line[n]:.3f}" for n in names[:4] if n in line}, refresh=False)
             if in_a_row == 5:
-                posts = ", ".join(session.posts[v.index].id for v in tally.visits[:20])
+                ids = (session.posts[v.index].id[:40] for v in tally.visits[:20])
+                posts = ", ".join(map(data.printable, ids))
                 raise InputError(f"step {step + 1} of {run.folder}: the gradient was not finite "
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")
@@ -633,13 +542,14 @@ class Session:
     def load_model(self):
         args = self.args
         self.tokenizer = data.load_tokenizer(args.model, revision=args.revision)
+        data.check_chat(self.tokenizer, args.model)
         self.chat = chat_format(data.fetch(args.model, args.revision))
         if args.shard and (self.ranks.world == 1 or args.nf4):
             raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
                              "it by torchrun --nproc-per-node=N")
         self.model = load_model(args.model, args, self.ranks.device, args.revision, args.nf4,
                                 args.shard)
-        real = self.tokenizer.get_vocab_size()  # the matrix's rows above are padding
+        real = data.vocabulary(self.tokenizer)  # the matrix's rows above are padding
         self.model.vocab = min(self.model.vocab, real)
         self.stops = data.stop_ids(self.tokenizer)
 
@@ -789,9 +699,15 @@ def train_tokenizer(texts, vocab_size):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    frame = ["user\n", "assistant\n", "\n\n"] * len(texts)  # the chat frame: one token each
+
+    def words():
+        count = 0
+        for count, text in enumerate(texts, 1):
+            yield text
+        for frame in repeat(("user\n", "assistant\n", "\n\n"), count):  # a token each
+            yield from frame
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([*texts, *frame], trainers.BpeTrainer(
+    tokenizer.train_from_iterator(words(), trainers.BpeTrainer(
         vocab_size=vocab_size - 2, special_tokens=special, initial_alphabet=alphabet,
         show_progress=False))
     # not special, as in Qwen3
@@ -842,7 +758,7 @@ def run_base(args):
     if not session.domain.voices:
         raise InputError(f"{args.data}: a base is made from posts with replies by voice; for posts "
                          "like these give --model a Qwen3 checkpoint")
-    texts = [t for p in session.posts for t in (p.post, *p.replies)]
+    texts = (t for p in session.posts for t in (p.post, *p.replies))
     session.tokenizer, session.chat = train_tokenizer(texts, args.vocab), data.ChatFormat()
     torch.manual_seed(seed_of(args.seed, "weights"))
     config = Config(session.tokenizer.get_vocab_size(), args.hidden, 3 * args.hidden, args.layers,

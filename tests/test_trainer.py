@@ -7,13 +7,14 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import data
 import polylora
@@ -432,3 +433,117 @@ def test_a_base_ends_when_it_has_learnt_enough_and_is_refused_when_it_has_not(tm
     assert end["step"] == len(steps) == 22 and (tmp_path / "some" / "model" / "config.json").exists()
     assert run("none", "--until", "0.01") == 2 and "give it more --steps" in capsys.readouterr().err
     assert not (tmp_path / "none" / "done.json").exists()
+
+
+def test_a_run_that_was_killed_at_its_very_start_can_begin_again(tmp_path):
+    """Between making the folder and writing config.json: it "held no run of this program" for ever after."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", "config.json.host-1-2.partial", "checkpoint.safetensors.host-1-2.partial", ".tmpMknFAs"):
+        (folder / name).write_text("{")
+    assert len(finish(*toy(run_args(folder)))) == 2
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "done.json"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no run of this program"):
+        toy(run_args(tmp_path / "other"))
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_left_alone(tmp_path):
+    """Found unfinished, loaded for a minute, and then begun again over the finished one."""
+    broken_off(tmp_path / "run", 5)
+    late = toy(run_args(tmp_path / "run", resume=True))
+    finish(*toy(run_args(tmp_path / "run", resume=True)))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="has just finished"):
+        finish(*late)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """Of the same shape: it went on from there without a word. Of fewer tensors: a KeyError."""
+    broken_off(tmp_path / "one", 5)
+    with pytest.raises(Stop):
+        finish(*toy(run_args(tmp_path / "two", seed=2, save_every=2), 5))
+    other = (tmp_path / "two" / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "one" / "checkpoint.safetensors").write_bytes(other)
+    with pytest.raises(InputError, match="is of another run"):
+        finish(*toy(run_args(tmp_path / "one", resume=True)))
+    s, params, step_fn = toy(run_args(tmp_path / "two", seed=2, resume=True))
+    with pytest.raises(InputError, match="is of another model"):
+        train(s, [*params, torch.nn.Parameter(torch.zeros(1))], step_fn, [])
+
+
+def test_two_damaged_checkpoints_mean_the_start_and_a_torn_log_is_no_matter(tmp_path, undisturbed):
+    whole = finish(*toy(run_args(tmp_path / "whole")))
+    broken_off(tmp_path / "cut", 7)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    for name in ("checkpoint.safetensors", "checkpoint.before.safetensors"):
+        path = tmp_path / "cut" / name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        log.write_text(log.read_text() + '{"step": 9, "lo')
+        broken_off_again = toy(run_args(tmp_path / "cut", resume=True, save_every=100), 7)
+        with pytest.raises(Stop):
+            finish(*broken_off_again)
+        assert [x["step"] for x in metrics(tmp_path / "cut")] == list(range(1, 8))
+    assert all(torch.equal(a, b) for a, b in zip(whole, finish(*toy(run_args(tmp_path / "cut", resume=True)))))
+
+
+def test_ranks_that_see_different_folders_do_not_go_on(tmp_path):
+    """A folder that machines do not share: one began at step 6, the other at 0, and their gradients were
+    added up."""
+    broken_off(tmp_path / "run", 7)
+    s, params, step_fn = toy(run_args(tmp_path / "run", resume=True))
+    s.ranks.gather = lambda items: [*items, 0]
+    with pytest.raises(InputError, match="different checkpoints"):
+        train(s, params, step_fn, [])
+
+
+def test_the_run_folder_holds_the_split_and_other_readers_are_refused(tmp_path):
+    posts = tmp_path / "sft.jsonl"
+    posts.write_text("one")
+    (tmp_path / "split.json").write_text(json.dumps({"seed": 4, "sizes": {"sft": 1}}))
+    (tmp_path / "domain.json").write_text(json.dumps({"popularity": 1.5}))
+    args = run_args(tmp_path / "run", data=str(posts), save_every=2)
+    with pytest.raises(Stop):
+        finish(*toy(args, 5))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["split"]["seed"] == 4 and config["seed"] == 1 and config["readers"] == {"popularity": 1.5}
+    assert {"commit", "clean", "torch", "python"} <= config["environment"].keys()
+    (tmp_path / "domain.json").write_text(json.dumps({"popularity": 2}))
+    with pytest.raises(InputError, match="posts of another split"):
+        toy(run_args(tmp_path / "run", data=str(posts), resume=True))
+
+
+def test_a_full_disk_under_safetensors_is_a_sentence(tmp_path):
+    """Its error is no OSError."""
+    with pytest.raises(InputError, match="make room"), data.beside(tmp_path / "x"):
+        raise SafetensorError("No space left on device")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        (disk / "x").write_text("whole")
+        with pytest.raises(InputError, match="make room"), data.beside(disk / "x") as new:
+            save_file({"a": torch.zeros(100_000)}, new)
+        assert [p.name for p in disk.iterdir()] == ["x"] and (disk / "x").read_text() == "whole"
+    finally:
+        subprocess.run(["umount", disk])
+
+
+def test_an_error_forges_nothing(capsys):
+    """Parts of a message come from the file that it is about."""
+    def wrong(args):
+        raise InputError("unknown variant `\x1b[31m\u202e`")
+    assert data.command(SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=wrong))) == 2
+    assert capsys.readouterr().err == "error: unknown variant `\ufffd[31m\ufffd`\n"
+
+
+def test_ctrl_c_before_the_first_step_is_a_word_and_130(capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+    parser = SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=interrupted))
+    assert data.command(parser) == 130 and capsys.readouterr().err == "stopped\n"
