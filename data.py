@@ -393,7 +393,7 @@ def load_tokenizer(path, *, revision=None):
         raise InputError(f"{file} is missing: the checkpoint needs its tokenizer")
     with tokenizer_errors(file):
         tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.no_padding()
+        tokenizer.no_padding()               # a file may ask for 128 tokens, whatever the text
         tokenizer.no_truncation()
         ids = vocabulary(tokenizer)
     config = file.with_name("config.json")

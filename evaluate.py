@@ -53,6 +53,9 @@ def measure(args):
     session.load()
     for run in runs:
         same_domain(run, session.domain)
+    if args.dry_run:
+        rehearse(session)
+        return
     settings = measure_settings(session)
     jobs = [(run, read_json(run / "config.json")["seed"]) for run in runs]
     if args.bare:
@@ -79,6 +82,18 @@ def measure(args):
         session.shard_model()
         args.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
         measure_run(session, run, own, scale)
+    session.ranks.close()
+
+
+def rehearse(session, some=8):
+    """--dry-run: the time that drafts for a few posts take, for all posts of one run."""
+    visits = [Visit(i, 0) for i in range(min(some, len(session.posts)))]
+    session.sample_drafts(visits[:1], 0, session.args.n)
+    began = time.perf_counter()
+    session.sample_drafts(visits, 0, session.args.n)
+    seconds = (time.perf_counter() - began) / len(visits) * len(session.posts) / session.ranks.world
+    session.say(f"plan measure: {len(session.posts)} posts with {session.args.n} drafts, a run: "
+                f"about {seconds:.0f} s")
     session.ranks.close()
 
 
@@ -240,6 +255,8 @@ def parser():
         help="what embeds drafts: base, or the folder or hub name of an embedding model")
     add("--skip-bad-lines", action="store_true",
         help="skip, count and report unreadable lines of --data")
+    add("--dry-run", action="store_true",
+        help="say how long the drafts of one run would take, and write nothing")
     m.set_defaults(run=measure)
     d = sub.add_parser("drafts", help="write k drafts for one post, as an app would show them",
                        **form)

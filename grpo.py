@@ -26,15 +26,16 @@ import torch
 import torch.nn.functional as F
 
 import data
-from adapters import adapter, adapter_state, frozen_copy, load_adapter, read_adapter_config
+from adapters import (adapter, adapter_state, add_lora, frozen_copy, load_adapter,
+                      read_adapter_config)
 from data import InputError, command
 from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
                       measure, pair_distances)
 from rewards import REWARDS, make_reward
-from trainer import (Session, Tally, Visit, batch_visits, check_common, common_flags, seed_of,
-                     train)
+from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
+                     seed_of, train)
 
 # ---- Advantages. Rewards (P, k) -> advantages (P, k), each group on its own. ---------------------
 
@@ -622,7 +623,10 @@ def run_grpo(args):
     needs = OBJECTIVES[args.advantage].takes.split()
     if "right" in needs and not session.domain.voices:
         raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of voices")
-    load_adapter(session.model, start, dropout=0.0)  # dropout would make ratios differ from 1
+    if start is None:                        # a dry run may come before its start
+        add_lora(session.model, 16, 16)
+    else:
+        load_adapter(session.model, start, dropout=0.0)  # dropout would make ratios differ from 1
     session.start = frozen_copy(session.model)
     session.shard_model()
     session.start = {n: t.to(session.ranks.device) for n, t in session.start.items()}
@@ -636,7 +640,9 @@ def run_grpo(args):
     # Drafts are not part of a checkpoint, so one is written between rollouts.
     args.save_every = math.ceil(args.save_every / args.updates) * args.updates
     session.params = list(adapter_state(session.model).values())
-    summary = train(session, session.params, lambda step: grpo_step(session, step), LOGGED)
+    step_fn = lambda step: grpo_step(session, step)
+    announce(session, step_fn)
+    summary = train(session, session.params, step_fn, LOGGED)
     finish_adapter(session, summary)
 
 
@@ -657,10 +663,11 @@ def check_grpo(args):
     check_common(args)
     start = Path(args.start)
     start = start / "adapter" if (start / "adapter").is_dir() else start
-    if not (start / "adapter_config.json").exists():
+    known = (start / "adapter_config.json").exists()
+    if not known and not (args.dry_run and args.model):
         raise InputError(f"--start {args.start}: no adapter there: give a finished run of "
                          "polylora.py sft, or a folder with adapter_config.json")
-    config = read_adapter_config(start)
+    config = read_adapter_config(start) if known else {}
     if not args.model:
         args.model = config.get("base_model_name_or_path")
         args.revision = args.revision or config.get("revision")
@@ -674,7 +681,7 @@ def check_grpo(args):
                    args.k // 2 if args.advantage == "passk-full" else None)
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: GRPO needs drafts that are sampled")
-    return start
+    return start if known else None
 
 
 def parser():

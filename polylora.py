@@ -32,8 +32,8 @@ from adapters import (  # noqa: F401  (LoRA by the door through which it is look
 from data import InputError, command
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
-from trainer import (Session, Tally, add_cross_entropy, base_command, batch_visits, check_common,
-                     common_flags, load_model, seed_of, train)
+from trainer import (Session, Tally, add_cross_entropy, announce, base_command, batch_visits,
+                     check_common, common_flags, load_model, seed_of, train)
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
@@ -278,8 +278,6 @@ def load_embedder(session):
     tokenizer = data.load_tokenizer(args.embedder)
     config = data.read_json(data.fetch(args.embedder) / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "bert":
-        tokenizer.no_padding()               # its file asks for 128 tokens, whatever the text
-        tokenizer.no_truncation()
         model = Bert.from_pretrained(args.embedder, device=device)
         session.embedder = Embedder(model, tokenizer, pooling="bert")
     else:
@@ -567,7 +565,9 @@ def run_sft(args):
         session.gate = Gate(session, args.gate)
     args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
     session.params = list(adapter_state(session.model).values())
-    summary = train(session, session.params, lambda step: sft_step(session, step), SFT_LOGGED)
+    step_fn = lambda step: sft_step(session, step)
+    announce(session, step_fn)
+    summary = train(session, session.params, step_fn, SFT_LOGGED)
     finish_adapter(session, summary)
 
 

@@ -17,11 +17,14 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo); an arm needs the arm that it starts from
   --seeds "1 2"      seeds of the study (default: "1 2 3"; with --model "1")
+  --dry-run          print every stage with its command, posts, steps, memory and time; train nothing
   --lambda X         weight of D in the polychromic SFT phase
+  --share X          instead: D's share of that phase's gradient (default with --model: 0.3)
+  --targets A,B      linear layers with LoRA (default: all seven)
   --weight X         weight of D in the polychromic GRPO phase
-  --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 256)
+  --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 1440 and 320)
   --steps N          optimizer steps of SFT and GRPO each (default: 40 and 120; 120 and 80 with --data;
-                     with --model one pass)
+                     with --model one pass, on a CPU 90 and 20)
   --base-steps N     optimizer steps that make the small base, at most (the pocket's ends when it knows enough)
   --reward NAME      reward of GRPO, see grpo.py --help (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
@@ -39,13 +42,14 @@ END
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
-reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=()
+share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=()
 arms=""
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     -h|--help) [[ "${RANK:-0}" != 0 ]] || usage; exit 0 ;;
-    --model|--data|--out|--arms|--seeds|--lambda|--weight|--posts|--steps|--base-steps|--reward|\
+    --dry-run) dry=1; shift ;;
+    --model|--data|--out|--arms|--seeds|--lambda|--share|--targets|--weight|--posts|--steps|--base-steps|--reward|\
     --reward-model|--embedder|--judge-embedder|--samples|--jobs)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       flag="${1#--}"; printf -v "${flag//-/_}" '%s' "$2"; shift 2 ;;
@@ -81,7 +85,7 @@ if [[ -z "$model" ]]; then
     split=(); base_steps="${base_steps:-1200}" noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
   fi
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
-  adapter=(--rank 16 --alpha 32)
+  adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
   sft=(--lr 2e-3 --batch 32 --steps "${steps:-$sft_steps}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
   grpo=(--lr "$grpo_lr" --batch 16 --steps "${steps:-$grpo_steps}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
   gate=verifier; floor=0; length=24; passk=passk; samples="${samples:-40}"
@@ -90,24 +94,36 @@ if [[ -z "$model" ]]; then
   cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
 else
   arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
-  seeds="${seeds:-1}"; posts="${posts:-2500}"; lambda="${lambda:-0.3}"; weight="${weight:-1}"; jobs=1
-  sizes="sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))"
-  adapter=(--rank 16 --alpha 16)
-  sft=(--lr 2e-4 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
-  grpo=(--lr 2e-5 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
-  gate=likelihood; floor=0; length=100; passk=maxk; samples="${samples:-20}"
+  seeds="${seeds:-1}"; weight="${weight:-1}"; gate=likelihood; floor=0; passk=maxk; samples="${samples:-20}"
+  # The likelihood's scale and the embedder decide what a lambda does: D's share of the gradient is held instead.
+  strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
+  if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
+    posts="${posts:-2500}"; jobs=1 length=100; adapter=(--rank 16 --alpha 16)
+    sft=(--lr 2e-4 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
+    grpo=(--lr 2e-5 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
+  else                                     # a small language model, an hour or two
+    [[ -n "$posts" ]] || sizes="sft=1440,grpo=320,eval=100"
+    length=24; held+=(--dtype bfloat16); adapter=(--rank 16 --alpha 32)
+    sft=(--lr 2e-3 --batch 16 --steps "${steps:-90}" --draft-every 3 --max-new-tokens 24 --micro-tokens 2048 --save-every 30)
+    grpo=(--lr 3e-4 --batch 8 --steps "${steps:-20}" --warmup 5 --max-new-tokens 24 --micro-tokens 4096 --save-every 10)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
+  fi
+  sizes="${sizes:-sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))}"
 fi
+[[ -z "$targets" ]] || adapter+=(--targets "$targets")
 grpo+=(--k 8 --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
 poly="--k 8 --gate $gate --embedder $embedder"
 spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
 [[ "$jobs" -ge 1 ]] || jobs=1
+[[ -z "$dry" ]] || out="$out-dry-run"      # removed again
 
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
 every_arm() { cat <<END
 lora         sft   -     --lambda 0
-poly         sft   -     --lambda $lambda $poly
+poly         sft   -     $strength $poly
 lora-grpo    grpo  lora  --advantage group
 lora-passk   grpo  lora  --advantage $passk --set-size 4
 lora-cover   grpo  lora  --advantage coverage --set-size 4
@@ -120,6 +136,10 @@ for arm in $arms; do every_arm | grep -q "^$arm " || fail "there is no arm $arm:
 
 stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the command that repeats it
   local room="$1" code=0; shift
+  if [[ -n "$dry" && "$1" != split ]]; then
+    set -- "$@" --dry-run
+    [[ "$RANK" != 0 ]] || echo "python $room.py $*"
+  fi
   "$python" "$here/$room.py" "$@" || code=$?
   (( code == 0 )) || { echo "train.sh: rank $RANK: $room.py ended with exit code $code; to repeat it alone:" \
     "$(printf '%q ' "$python" "$here/$room.py" "$@")" >&2; return "$code"; }
@@ -135,13 +155,15 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
   if [[ -z "$model" ]]; then
     stage polylora base --data "$from/base.jsonl" --out "$to/base-model" --seed "$seed" --resume --steps "$base_steps" ${until[@]+"${until[@]}"} "${small[@]}"
     base="$to/base-model/model"
+    # A dry run's later stages need some model: one of a single step, whose drafts are as long as can be.
+    [[ -z "$dry" ]] || "$python" "$here/polylora.py" base --data "$from/base.jsonl" --out "$to/base-model" --steps 1 "${small[@]}"
   fi
   local first=(--model "$base" --data "$from/sft.jsonl" "${adapter[@]}" "${sft[@]}")
   local second=(--model "$base" --data "$from/grpo.jsonl" "${grpo[@]}")
   local common=(--seed "$seed" --resume ${held[@]+"${held[@]}"})
   while read -r name phase start flags; do
     [[ " $arms " == *" $name "* ]] || continue
-    measured="$measured $to/$name"
+    [[ -n "$dry" ]] || measured="$measured $to/$name"
     case "$phase" in                        # $flags is split into words on purpose
       sft) stage polylora sft "${first[@]}" "${common[@]}" --out "$to/$name" $flags < /dev/null ;;
       grpo) stage grpo "${second[@]}" "${common[@]}" --start "$to/$start" --out "$to/$name" $flags < /dev/null ;;
@@ -172,6 +194,15 @@ reap() {  # wait until fewer than $1 workers run; the first that failed ends the
     (( ${#workers[@]} < $1 )) || sleep 0.3
   done
 }
+if [[ -n "$dry" ]]; then                   # one seed tells of all: as many rounds as the seeds take
+  study "${seeds%% *}" | tee "$out.txt"
+  rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs ))
+  [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" '
+    /^plan measure/ { total += runs * $(NF - 1); next } /^plan / { total += $(NF - 1) }
+    END { printf "The whole study: about %.0f minutes (%d x %.0f s)\n", rounds * total / 60, rounds, total }' "$out.txt"
+  [[ "$RANK" != 0 ]] || rm -rf "$out" "$out.txt"
+  exit
+fi
 for seed in $seeds; do                     # `jobs` seeds at a time, side by side
   reap "$jobs"
   study "$seed" & workers+=($!)

@@ -459,6 +459,63 @@ def train(session, params, step_fn, names):
     return summary
 
 
+def announce(session, step_fn):
+    """Before the first step: what the run is about to do. With --dry-run that is all: a few steps
+    are timed, which change nothing, and the command ends."""
+    session.say(plan(session))
+    if session.args.dry_run:
+        seconds = rehearse(session, step_fn)
+        session.say(f"plan {Path(session.args.out).name}: {session.args.steps} steps, about "
+                    f"{seconds:.0f} s")
+        session.ranks.close()
+        raise SystemExit(0)
+
+
+def plan(session):
+    """A run in a line: posts, steps, tokens and memory, at most. Lengths are those of the first 64
+    posts; a draft may be as long as --max-new-tokens."""
+    args, model = session.args, session.model
+    some = range(min(64, len(session.posts)))
+    prompt = sum(len(session.prompt(i)) for i in some) / len(some)
+    replies = (data.encode_reply(session.tokenizer, session.posts[i].replies[0]) for i in some)
+    reply, drafts = sum(map(len, replies)) / len(some), 0
+    if session.stage == "grpo":
+        drafts, reply = args.batch / args.updates, 0
+    elif getattr(args, "lam", 0) or getattr(args, "lambda_share", 0):
+        drafts = min(args.draft_posts, args.batch) / args.draft_every
+    longest = getattr(args, "k", 0) * getattr(args, "max_new_tokens", 0)
+    tokens = args.batch * (prompt + reply) * bool(reply) + drafts * (prompt + longest)
+    c, size = model.config, model.dtype.itemsize
+    # Kept for the backward pass, a token: a block's inputs, or all that its products read.
+    width = c.hidden_size if model.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size
+    passing = min(args.micro_tokens, tokens) * c.num_hidden_layers * width * size
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
+    if drafts:
+        rows = min(args.max_rows, args.batch * args.k)
+        passing = max(passing, cache * rows * args.max_new_tokens)
+    held = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    trained = 12 * sum(p.numel() for p in session.params)  # a gradient and Adam's two, in fp32
+    return (f"{Path(args.out).name}: {len(session.posts)} posts, {args.steps} steps of "
+            f"{args.batch}, at most {tokens * args.steps:,.0f} tokens; memory: weights "
+            f"{held / 2 ** 30:.1f} GiB, training {trained / 2 ** 30:.1f}, passes and drafts about "
+            f"{passing / 2 ** 30:.1f}")
+
+
+def rehearse(session, step_fn):
+    """The seconds that the whole run would take, from a few steps. The first is not counted; steps
+    that draft come in as often as they will."""
+    args = session.args
+    cycle = max(getattr(args, "draft_every", 1), getattr(args, "updates", 1))
+    count = cycle * math.ceil(2 / cycle)
+    for step in range(count + 1):
+        if step == 1:
+            began = time.perf_counter()
+        step_fn(step)
+        for p in session.params:
+            p.grad = None
+    return (time.perf_counter() - began) / count * args.steps
+
+
 def replay(run):
     """The DeadSignals of a log as it stands: after a resume its counts go on."""
     dead, log = DeadSignals(), run.folder / "metrics.jsonl"
@@ -518,7 +575,9 @@ class Session:
 
     def open_run(self):
         """Make or reopen the run folder; False, with a word about it, when it is
-        finished already."""
+        finished already. A dry run has none."""
+        if self.args.dry_run:
+            return True
         self.run = Run(self.args, self.ranks)
         if self.run.done:
             self.say(f"{self.run.folder}: done already")
@@ -623,6 +682,8 @@ def common_flags(p, *, lr, steps, batch, schedule="cosine"):
         help="how drafts are asked for and scored: auto, pocket, voices or replies")
     add("--out", required=True, help="run folder to make")
     add("--resume", action="store_true", help="go on with an unfinished run in --out")
+    add("--dry-run", action="store_true",
+        help="time a few steps, say how long the run would take, and write nothing")
     add("--seed", type=int, default=1, help="of everything random in this run")
     add("--steps", type=int, default=steps,
         help="optimizer steps; 0: as many as --epochs passes over the posts take")
@@ -770,7 +831,9 @@ def run_base(args):
             nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
     session.model.checkpointing = args.checkpointing
     session.params = list(session.model.parameters())
-    summary = train(session, session.params, lambda step: base_step(session, step), ["ce"])
+    step_fn = lambda step: base_step(session, step)
+    announce(session, step_fn)
+    summary = train(session, session.params, step_fn, ["ce"])
     if args.until and not learnt_enough(session.run, args.until):
         raise InputError(f"{session.run.folder}: {args.steps} steps did not bring the base's "
                          f"cross-entropy down to --until {args.until:g}: give it more --steps")
@@ -790,8 +853,8 @@ def base_command(sub):
     add("--noise", type=float, default=0.3,
         help="share of pretraining replies that belong to another post")
     add("--until", type=float, default=None,
-        help="end once the mean cross-entropy of 20 steps is this low, and fail when --steps did not "
-             "bring it there: bases of different seeds then know about as much")
+        help="end once the mean cross-entropy of 20 steps is this low, and fail when --steps did "
+             "not bring it there: bases of different seeds then know about as much")
     add("--vocab", type=int, default=1024, help="tokens of the BPE vocabulary")
     add("--hidden", type=int, default=128, help="width of the model")
     add("--layers", type=int, default=4, help="blocks of the model")
