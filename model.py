@@ -351,15 +351,15 @@ def tensor_files(folder, file="model.safetensors"):
     return [folder / name for name in names]
 
 
-def opened(paths, read, device="cpu"):
-    """{name: read(file, name)} over the tensors of safetensors files; InputError where one
-    is damaged."""
+def opened(paths, read, device="cpu", rename=str):
+    """{rename(name): read(file, name)} over the tensors of safetensors files, but for those that
+    `rename` gives no name; InputError where one is damaged."""
     out = {}
     for path in paths:
         try:
             with safe_open(path, "pt", device=str(device)) as f:
-                for name in f.keys():
-                    out[name] = read(f, name)
+                for name in filter(rename, f.keys()):
+                    out[rename(name)] = read(f, name)
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as e:
             raise InputError(f"{path} cannot be read as safetensors ({str(e)[:100]}): fetch it "
                              "again") from None
@@ -369,23 +369,22 @@ def opened(paths, read, device="cpu"):
 def shape_of(file, name):
     """A tensor's shape, from the header; weights are numbers with a fraction."""
     part = file.get_slice(name)
-    counted = name.endswith("position_ids")  # 0, 1, 2 .. in a BERT's file, and not used
-    if part.get_dtype() not in ("F64", "F32", "F16", "BF16") and not counted:
+    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"{short(name)} is stored as {part.get_dtype()}")
     return tuple(part.get_shape())
 
 
-def tensor_shapes(folder, file="model.safetensors"):
+def tensor_shapes(folder, rename=str):
     """name -> shape, from the files' headers alone."""
-    return opened(tensor_files(folder, file), shape_of)
+    return opened(tensor_files(folder), shape_of, rename=rename)
 
 
-def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors"):
+def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors", rename=str):
     """name -> tensor from `file`, or from every shard its index names."""
     def read(f, name):
         shape_of(f, name)
         return f.get_tensor(name).to(dtype)
-    return opened(tensor_files(folder, file), read, device)
+    return opened(tensor_files(folder, file), read, device, rename)
 
 
 def checked_layout(cls, folder, config):
@@ -538,17 +537,16 @@ class Bert(nn.Module):
         another network, or for one that is pooled in another way than by the mean."""
         folder = fetch(path, revision)
         config = bert_config(folder)
-        unused = ("pooler.", "cls.", "embeddings.position_ids")
-        own = lambda named: {n.removeprefix("bert."): x for n, x in named.items()
-                             if not n.removeprefix("bert.").startswith(unused)}
-        shapes = own(tensor_shapes(folder))
+        unused = r"(bert\.)?(pooler\.|cls\.|embeddings\.position_ids)"
+        rename = lambda name: "" if re.match(unused, name) else name.removeprefix("bert.")
+        shapes = tensor_shapes(folder, rename)
         if config["num_hidden_layers"] > len(shapes):
             raise InputError(f"the checkpoint in {folder} has {len(shapes)} tensors, too few for "
                              f"num_hidden_layers = {config['num_hidden_layers']}")
         with torch.device("meta"):
             model = cls(config)
         same_layout(folder, model, shapes)
-        tensors = own(read_tensors(folder, device or "cpu", torch.float32))
+        tensors = read_tensors(folder, device or "cpu", torch.float32, rename=rename)
         model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -556,6 +554,8 @@ class Bert(nn.Module):
 def bert_config(folder):
     """config.json of a BERT encoder, checked before anything is built from it."""
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}/config.json does not hold a JSON object")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
              "num_attention_heads", "max_position_embeddings", "type_vocab_size")
     wrong = [n for n in sizes if type(config.get(n)) is not int or not 1 <= config[n] <= LARGEST]
@@ -569,9 +569,10 @@ def bert_config(folder):
     if wrong:
         raise InputError(f"{folder}/config.json has {wrong[0]} = {short(config.get(wrong[0]))}: it "
                          "is no BERT encoder that can be read here")
-    pooling = folder / "1_Pooling" / "config.json"
-    if pooling.exists() and not read_json(pooling).get("pooling_mode_mean_tokens"):
-        raise InputError(f"{pooling}: only encoders pooled by the mean of tokens are read")
+    file = folder / "1_Pooling" / "config.json"
+    pooling = read_json(file) if file.exists() else {"pooling_mode_mean_tokens": True}
+    if not isinstance(pooling, dict) or not pooling.get("pooling_mode_mean_tokens"):
+        raise InputError(f"{file}: only encoders pooled by the mean of tokens are read")
     return config
 
 
