@@ -195,6 +195,7 @@ reap() {  # wait until fewer than $1 workers run; the first that failed ends the
   done
 }
 if [[ -n "$dry" ]]; then                   # one seed tells of all: as many rounds as the seeds take
+  mkdir -p "$(dirname "$out")"
   study "${seeds%% *}" | tee "$out.txt"
   rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs ))
   [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" '
