@@ -495,10 +495,11 @@ def plan(session):
         passing = max(passing, cache * rows * args.max_new_tokens)
     held = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     trained = 12 * sum(p.numel() for p in session.params)  # a gradient and Adam's two, in fp32
-    big = lambda size: f"{size / 2 ** 30:.1f} GiB" if size > 2 ** 29 else f"{size / 2 ** 20:.0f} MiB"
+    mib = 2 ** 20
+    big = lambda x: f"{x / mib / 1024:.1f} GiB" if x > 512 * mib else f"{x / mib:.0f} MiB"
     return (f"{Path(args.out).name}: {len(session.posts)} posts, {args.steps} steps of "
-            f"{args.batch}, at most {tokens * args.steps:,.0f} tokens; memory: weights {big(held)}, "
-            f"training {big(trained)}, passes and drafts about {big(passing)}")
+            f"{args.batch}, at most {tokens * args.steps:,.0f} tokens; memory: weights "
+            f"{big(held)}, training {big(trained)}, passes and drafts about {big(passing)}")
 
 
 def rehearse(session, step_fn):
