@@ -409,6 +409,9 @@ def test_a_stage_refuses_the_same_voices_under_other_readers(tmp_path):
                   data.Pocket(posts, permute=True), data.Pocket(posts, writers=3.0), data.Domain(posts)):
         with pytest.raises(data.InputError, match="was trained for the domain 'pocket'"):
             grpo.same_domain(tmp_path, other)
+    data.write_json(tmp_path / "done.json", {"domain": "pocket"})                # an older version's
+    with pytest.raises(data.InputError, match="with voices none"):
+        grpo.same_domain(tmp_path, trained)
 
 
 def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path, monkeypatch):

@@ -371,7 +371,7 @@ def test_dead_signals_speak_once_at_once_and_after_a_resume():
                                                                 (8, "gated_D")]
     assert [text for _, text in said] == dead.said
     alive = DeadSignals()
-    assert not any(alive.look({"reward": float(step % 5 == 4)}) for step in range(50))
+    assert not any(alive.warnings_of({"reward": float(step % 5 == 4)}) for step in range(50))
 
 
 def test_a_log_read_again_after_a_resume_goes_on_counting(tmp_path):
