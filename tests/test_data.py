@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import files
 from data import InputError, Post
 from model import chat_format, pack
 from trainer import train_tokenizer
@@ -440,10 +441,10 @@ def test_without_a_template_the_format_is_qwen3s_and_other_marks_are_refused(tmp
 
 def test_two_hosts_of_one_folder_write_beside_each_other(tmp_path, monkeypatch):
     """Two containers had equal process ids, and so one `.{pid}.partial` on the folder that they share."""
-    monkeypatch.setattr(data.os, "getpid", lambda: 7)
-    monkeypatch.setattr(data.time, "monotonic_ns", lambda: 5)
+    monkeypatch.setattr(files.os, "getpid", lambda: 7)
+    monkeypatch.setattr(files.time, "monotonic_ns", lambda: 5)
     hosts = iter(("one", "two"))
-    monkeypatch.setattr(data.socket, "gethostname", lambda: next(hosts))
+    monkeypatch.setattr(files.socket, "gethostname", lambda: next(hosts))
     with data.beside(tmp_path / "a") as one, data.beside(tmp_path / "a") as two:
         one.write_text("1")
         two.write_text("2")
