@@ -94,7 +94,8 @@ class PostFile(Sequence):
         number, bad = 0, []
         # Of each line: 16 bytes of its post's hash and 8 of its id's; its number and offset; its
         # kind's number.
-        marks, lines, kinds = array("Q"), array("Q"), array("Q")
+        marks, lines = array("Q"), array("Q")
+        kinds = array("Q")
         self.kinds = {}
         try:
             for number, line, place in self.read_lines():
@@ -154,7 +155,8 @@ class PostFile(Sequence):
         self.ends = np.bincount(post).cumsum()
         first = order[np.append(0, self.ends[:-1])]                 # each post's first line
         self.lines = lines[order]
-        names, seen, places = list(self.kinds), *np.unique(kinds[first], return_index=True)
+        names = list(self.kinds)
+        seen, places = np.unique(kinds[first], return_index=True)
         self.kinds = {names[i]: place for i, place in zip(seen.tolist(), places.tolist())}
         given, origin, at = np.unique(marks[first, 2], return_index=True, return_inverse=True)
         made, counts = set(), {}

@@ -260,10 +260,10 @@ def tailrl_advantages(rewards):
     less the mean of w: MaxRL at every threshold of the reward, the gradient of k sum_{j<k}
     E[max of j] / j."""
     k = rewards.shape[1]
-    ordered, place = rewards.sort(1)
+    ordered, index = rewards.sort(1)
     steps = ordered.diff(dim=1) * k / torch.arange(k - 1, 0, -1).to(rewards)
     w = F.pad(steps.cumsum(1), (1, 0))
-    return torch.zeros_like(w).scatter_(1, place, w - w.mean(1, keepdim=True))
+    return torch.zeros_like(w).scatter_(1, index, w - w.mean(1, keepdim=True))
 
 
 def wreinforce_advantages(rewards, positive=0.1):
@@ -650,6 +650,8 @@ def same_domain(run, domain):
     """InputError when a finished run was trained for another domain than `domain`."""
     done = run / "done.json"
     record = data.read_json(done).get("domain") if done.exists() else None
+    if isinstance(record, str):  # written before voices and readers were fixed at the split
+        record = {"domain": record}
     if record is not None and record != domain.record():
         raise InputError(f"{run} was trained for the domain {record.get('domain')!r} with voices "
                          f"{', '.join(record.get('voices', [])) or 'none'}; these posts are of "

@@ -272,12 +272,12 @@ def front(shares, k=5, valid=1.0, points=40):
     for w from 0 to 1, averaged over posts."""
     out = []
     for w in 1 - np.linspace(1, 0, points) ** 2:
-        place = np.zeros(2)
+        point = np.zeros(2)
         for s, n in shares.items():
             q = best_shares(s, k, valid, float(w))
             both = [pleased(s, q, 1, valid), pleased(s, q, k, valid)]
-            place += n / shares.total() * np.array(both)
-        out.append(tuple(place.tolist()))
+            point += n / shares.total() * np.array(both)
+        out.append(tuple(point.tolist()))
     return out
 
 

@@ -4,7 +4,7 @@ a BERT encoder, for embeddings.
 Read it in this order: Config -> RMSNorm, rotary -> Attention, MLP, Block -> Qwen3 -> Rows ->
 token_logprobs. Parameter names are Hugging Face's, so a downloaded checkpoint loads strictly and a
 saved one loads elsewhere. A block does not know whether it trains, reads a prompt or writes the
-next token: it hands q, k, v to `attend`. Two things differ from a textbook transformer, both for speed:
+next token: it hands q, k, v to `attend`. Two things differ from a textbook transformer, for speed:
   * the loss needs the vocabulary only at reply tokens, so these positions alone are projected, in
     chunks (token_logprobs, token_losses);
   * a post is read once for its k drafts: one row holds a post and all its drafts (pack).
@@ -413,8 +413,8 @@ def same_layout(folder, model, shapes):
                            ("has an unknown", shapes.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"the checkpoint in {folder} {problem} tensor "
-                             f"{short(min(names))}{more}: its config.json describes another network")
+            raise InputError(f"the checkpoint in {folder} {problem} tensor {short(min(names))}{more}: "
+                             "its config.json describes another network")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise InputError(f"tensor {name!r} in {folder} has shape {shapes[name]}, config.json "

@@ -36,12 +36,15 @@ pet
   advice: how do I {get|teach|train} {my|a} [n] to {sleep at night|stay calm|come when called}
   pride: {my|our} [n] {learned|has learned} {a trick|its name|to wait} {at last|all by itself|today}
   plan: {next week|tomorrow|soon} {I|we} {pick up|will meet|will get} {a|our new} [n]
-  memory: {thinking of|I still miss|I often dream of} the [n] {I grew up with|we had|from my childhood}
+  memory: {thinking of|I still miss|I often dream of} the [n] {I grew up with|we had|from my
+    childhood}
 dish
   news: {there is|we have|I found} a {new |great |}[n] {place in town|stall round the corner|on the
     menu here}
-  trouble: {my|the} [n] {burned|fell on the floor|tastes of nothing|is a disaster} {again|tonight|once more}
-  advice: what do I {add to|put in|serve with} a [n] {to make it better|for six people|so it is not dull}
+  trouble: {my|the} [n] {burned|fell on the floor|tastes of nothing|is a disaster}
+    {again|tonight|once more}
+  advice: what do I {add to|put in|serve with} a [n] {to make it better|for six people|so it is not
+    dull}
   pride: {I|we} {made|cooked} a [n] from {nothing|scratch} and {it was perfect|everybody had
     seconds|the plates came back empty}
   plan: {tonight|on Sunday|this weekend} {I|we} {will try|will make|cook} a [n] {for friends|for
@@ -50,20 +53,24 @@ dish
     childhood|we had at home}
 music
   news: {look what came|it is here|guess what I bought}, a {second hand |shiny |beautiful |}[n]
-  trouble: {my|the} [n] {broke|cracked|is out of tune|got wet} {before the show|an hour ago|on the bus}
+  trouble: {my|the} [n] {broke|cracked|is out of tune|got wet} {before the show|an hour ago|on the
+    bus}
   advice: {which|what} {teacher|book|exercise} is {best|right} for {learning|starting} the [n] {at
     forty|late in life|with small hands}
   pride: {played|I played} the [n] {on stage|in front of people|without a mistake} {for the first
     time|tonight|at last}
   plan: {I start|we begin|I am taking} [n] lessons {next month|in spring|on Monday}
-  memory: {my father|my aunt|an old friend} played the [n] {every evening|when I was small|by the window}
+  memory: {my father|my aunt|an old friend} played the [n] {every evening|when I was small|by the
+    window}
 plant
   news: {a neighbour gave me|I was given|somebody left me} a {huge |young |lovely |}[n] {today|for
     the balcony|for the garden}
-  trouble: {the snails ate|frost killed|the dog dug up} {my|our} [n] {last night|overnight|this morning}
+  trouble: {the snails ate|frost killed|the dog dug up} {my|our} [n] {last night|overnight|this
+    morning}
   advice: {when|how often|where} should I {water|plant|cut|move} {my|a} [n] {in this heat|before
     winter|on a balcony}
-  pride: {my|our} [n] {won a prize|is taller than me|flowers after three years|came through the winter}
+  pride: {my|our} [n] {won a prize|is taller than me|flowers after three years|came through the
+    winter}
   plan: {this autumn|in April|when it is warmer} {I|we} {will grow|want to plant} a [n] {by the
     door|under the window|for my mother}
   memory: {there was|we always had} a [n] {by my grandparents' gate|in the yard where I played|at
@@ -76,17 +83,20 @@ craft
     child|as a present|for a beginner}
   pride: {finished|I have finished|just finished} {my first|a whole} [n] {by hand|after two
     months|and it holds}
-  plan: {I am going to|we will|I want to} {make|build} a [n] {for my niece|this winter|for the school fair}
+  plan: {I am going to|we will|I want to} {make|build} a [n] {for my niece|this winter|for the
+    school fair}
   memory: {found|I came across} {an old photo of|a drawing of} the [n] {my mother made|we made at
     school|from our first home}
 outing
-  news: {we won|I got|they gave us} {free places|two tickets|the last places} for {a|the} {famous |big |}[n]
+  news: {we won|I got|they gave us} {free places|two tickets|the last places} for {a|the} {famous
+    |big |}[n]
   trouble: {the|our} [n] {was called off|ended in the rain|was a mess} and {we are stuck|I caught a
     cold|nobody told us}
   advice: what {should I bring|do people wear|do I need} {for|on} a {long |first |}[n] {in
     June|with two kids|alone}
   pride: {did|I did|we did} {the whole|my first|our first} [n] {without giving up|today|with my dad}
-  plan: {off to|we leave for|I signed up for} {a|the} [n] {next Saturday|in two weeks|with the whole office}
+  plan: {off to|we leave for|I signed up for} {a|the} [n] {next Saturday|in two weeks|with the whole
+    office}
   memory: {ten years ago|back in school|one summer} we went on a [n] {and never stopped
     laughing|and got lost|that I will not forget}
 """)
@@ -110,7 +120,8 @@ warm
     {about|over|because of} the [n]
   advice: {be gentle with yourself|take heart|no rush, dear}, the [n] {will come right|will be
     fine|needs only love}
-  pride: {I am so happy for you|my heart is full|you deserve this}, {you and|what a joy with} {the|your} [n]
+  pride: {I am so happy for you|my heart is full|you deserve this}, {you and|what a joy with}
+    {the|your} [n]
   plan: {how exciting for you|I am with you|fingers crossed}, {the|your} [n] {will be
     beautiful|will make you glad|will do you good}
   memory: {what a tender thought|thank you for sharing|how dear}, {hold on to|keep|treasure} that
@@ -141,8 +152,10 @@ curious
   memory: {say,|tell me,|oh,} {what became of|do you have a picture of|what was so special
     about|who else remembers} {that|the} [n]?
 practical
-  news: {first|to start|tip}: {check|sort out|write down} {the costs|the dates|the basics} {for|of} the [n]
-  trouble: {call|ask|ring} {a professional|the shop|an expert} {today|before noon|right now} about the [n]
+  news: {first|to start|tip}: {check|sort out|write down} {the costs|the dates|the basics} {for|of}
+    the [n]
+  trouble: {call|ask|ring} {a professional|the shop|an expert} {today|before noon|right now} about
+    the [n]
   advice: {start|begin} {small|early|simple} with the [n] and {keep notes|go step by step|change
     one thing at a time}
   pride: {next|now|from here}: {set a new goal|raise the bar|show others} with the [n] {this
@@ -154,7 +167,8 @@ practical
 excited
   news: {yes|wow|hooray}! {a [n]|the [n]}! {best day ever|I am jumping|this is huge}!
   trouble: {no|nooo|argh}! {not the|the poor} [n]! {we will fix this|do not give up|fight on}!
-  advice: {yes|wow|oh}! {great question|go for it|you can do this}! {a [n]|the [n]} {rocks|is pure fun}!
+  advice: {yes|wow|oh}! {great question|go for it|you can do this}! {a [n]|the [n]} {rocks|is pure
+    fun}!
   pride: {wow|boom|yes}! {you did it|what a win|unreal}! {the|that} [n] {for president|is gold}!
   plan: {yes|wow|woo}! {take me along|count me in|I cannot wait}! {the|a} [n]!
   memory: {aww|wow|oh}! {what a time|those were days|so many feelings}! {that|the} [n]!
@@ -165,7 +179,8 @@ blunt
   advice: {honestly|frankly}, {forget the [n]|sell the [n]|nobody needs a [n]|skip the [n]}{ and
     move on|. Done|}
   pride: {about time|not bad|took you long enough}. {the|that} [n] {looks okay|will do|was easy}
-  plan: {I give it a week|do not overdo it|lower your hopes}. {it is|just} {a|one} [n]{, nothing more|}
+  plan: {I give it a week|do not overdo it|lower your hopes}. {it is|just} {a|one} [n]{, nothing
+    more|}
   memory: {the past is past|let it go|old stories}. {it was|just} {a|only a} [n]{, that is all|}
 """)
 

@@ -158,10 +158,10 @@ def ngram_distance(a, b):
 
 def word_distances(distance):
     """texts, P lists of k -> (P, k, k) of a distance between their words."""
-    def pairs(drafts):
-        words = [[re.findall(r"\w+", t.lower()) for t in texts] for texts in drafts.texts]
-        return torch.tensor([[[distance(a, b) for b in group] for a in group] for group in words])
-    return pairs
+    def of_group(texts):
+        words = [re.findall(r"\w+", text.lower()) for text in texts]
+        return [[distance(a, b) for b in words] for a in words]
+    return lambda drafts: torch.tensor([of_group(texts) for texts in drafts.texts])
 
 
 @dataclasses.dataclass

@@ -45,9 +45,9 @@ def read_run(folder, ks=KS):
     Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each
     stage's log."""
     folder = Path(folder)
-    place, log = folder / "evaluation.json", folder / "metrics.jsonl"
+    path, log = folder / "evaluation.json", folder / "metrics.jsonl"
     metrics, found = {}, {}
-    config, evaluation = read_object(folder / "config.json"), read_object(place)
+    config, evaluation = read_object(folder / "config.json"), read_object(path)
     arm, seed = config.get("arm") or folder.resolve().name, config.get("seed")
     if type(seed) is not int or not isinstance(arm, str) or not arm.isprintable():
         raise InputError(f'{folder / "config.json"} needs "seed", a whole number, and "arm", if '
@@ -55,7 +55,7 @@ def read_run(folder, ks=KS):
     domain, settings, records = map(evaluation.get, ("domain", "settings", "records"))
     whole = isinstance(settings, dict) and isinstance(records, list)
     if evaluation.get("version") != 2 or not whole:
-        raise InputError(f"{place} lacks version 2, settings or records; measure the run again")
+        raise InputError(f"{path} lacks version 2, settings or records; measure the run again")
     for number, record in enumerate(records, 1):
         try:
             n = len(records[0]["drafts"])  # k above n cannot be estimated: that column is left out
@@ -66,7 +66,7 @@ def read_run(folder, ks=KS):
             record["post"]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             what = f"there is no field {error}" if isinstance(error, KeyError) else error
-            raise InputError(f"{place}, record {number}: {what}; measure the run again") from None
+            raise InputError(f"{path}, record {number}: {what}; measure the run again") from None
     order = sorted(metrics, key=str)
     names = dict.fromkeys(name for row in metrics.values() for name in row)
     values = {name: np.array([metrics[i].get(name, math.nan) for i in order]) for name in names}
@@ -118,12 +118,12 @@ def over_seeds(runs, values):
     """interval's arguments for `values`, arrays over posts, one a run: posts that lack the metric
     in any seed that shares them are left out. -> (values, clusters, shared, number left out)."""
     shared = all(run["posts"] == runs[0]["posts"] for run in runs)
-    keep = [np.isfinite(v) for v in values]
+    finite = [np.isfinite(v) for v in values]
     if shared:
-        keep = [np.logical_and.reduce(keep)] * len(values)
-    clusters = [list(itertools.compress(run["clusters"], k)) for run, k in zip(runs, keep)]
-    left_out = int((~keep[0]).sum()) if shared else int(sum((~k).sum() for k in keep))
-    return [v[k] for v, k in zip(values, keep)], clusters, shared, left_out
+        finite = [np.logical_and.reduce(finite)] * len(values)
+    clusters = [list(itertools.compress(run["clusters"], k)) for run, k in zip(runs, finite)]
+    left_out = int((~finite[0]).sum()) if shared else int(sum((~k).sum() for k in finite))
+    return [v[k] for v, k in zip(values, finite)], clusters, shared, left_out
 
 
 def metric_row(runs, name):
@@ -297,8 +297,8 @@ def tables(summary):
 
     def by_arm(title, names, form, key="mean"):
         names = [name for name in names if name in known]
-        cells = lambda a: [cell(a["metrics"][name], form, key) for name in names]
-        rows = [[arm, str(len(a["seeds"])), *cells(a)] for arm, a in arms.items()]
+        cells = lambda runs: [cell(runs["metrics"][name], form, key) for name in names]
+        rows = [[arm, str(len(runs["seeds"])), *cells(runs)] for arm, runs in arms.items()]
         return title, ["arm", "seeds", *names], rows
     passes = [] if summary["refused"] else [f"pass@{k}" for k in ks]
     title = "For the readers of the reward: mean, ± half the 95% interval over seeds and posts"
@@ -441,9 +441,9 @@ def scale(values, first, last):
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5)
     ticks = [round(i * step, 9) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
-    def place(value):
+    def pixel(value):
         return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-    return place, [(place(tick), f"{tick:g}") for tick in ticks]
+    return pixel, [(pixel(tick), f"{tick:g}") for tick in ticks]
 
 
 def svg_text(x, y, words, style=""):

@@ -355,7 +355,7 @@ class DeadSignals:
         self.steps, self.count = steps, {}
         self.said = []
 
-    def look(self, line):
+    def warnings_of(self, line):
         """The sentences that this line of the log gives cause to say, each once a run."""
         fresh = []
         for name, dead in self.DEAD.items():
@@ -430,7 +430,7 @@ def train(session, params, step_fn, names):
                     "seconds": time.perf_counter() - start, "tokens": worked,
                     "peak_bytes": peak_bytes(ranks.device)}
             run.log(line)
-            for warning in dead_signals.look(line):
+            for warning in dead_signals.warnings_of(line):
                 session.say(f"warning: {run.folder.name}, step {step + 1}: {warning}")
             bar.set_postfix({n: f"{line[n]:.3f}" for n in names[:4] if n in line}, refresh=False)
             if in_a_row == 5:
@@ -521,7 +521,7 @@ def replay(run):
     """The DeadSignals of a log as it stands: after a resume its counts go on."""
     dead, log = DeadSignals(), run.folder / "metrics.jsonl"
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        dead.look(json.loads(line))
+        dead.warnings_of(json.loads(line))
     return dead
 
 

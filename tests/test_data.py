@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import files
 from data import InputError, Post
 from model import chat_format, pack
 from trainer import train_tokenizer
@@ -368,13 +369,16 @@ def test_ids_are_told_apart_and_random_streams_hang_on_the_post(tmp_path):
     assert Post("x", "Same post!", ()).key == Post("y", "same  post", ()).key
 
 
-def test_texts_are_compared_by_characters_not_by_their_encoding():
+def test_texts_are_compared_by_characters_not_by_their_encoding(tmp_path):
     """Decomposed and composed letters are the same; Hindi and Thai words that differ in their marks
     are not."""
     assert data.normalise("Caf\u00e9") == data.normalise("cafe\u0301") != data.normalise("cafe")
     assert data.normalise("\u0915\u093f") != data.normalise("\u0915\u0940")              # ki, kee
     assert data.normalise("\u0e44\u0e01\u0e48") != data.normalise("\u0e44\u0e01\u0e25")
     assert data.normalise("\uff21\uff22 1\u00b2") == "ab12" and data.normalise("?! \u2014") == ""
+    rows = [{"post": p, "reply": p} for p in ("\u0915\u093f", "\u0915\u0940", "Caf\u00e9", "cafe\u0301")]
+    posts = data.load_posts(write(tmp_path / "a.jsonl", *rows))
+    assert [p.post for p in posts] == ["\u0915\u093f", "\u0915\u0940", "Caf\u00e9"]    # marks merge no posts
 
 
 def test_replies_to_learn_from_lose_their_control_strings(tokenizer):
@@ -434,6 +438,18 @@ def test_without_a_template_the_format_is_qwen3s_and_other_marks_are_refused(tmp
 
 
 # ---- Writing in one piece ------------------------------------------------------------------------
+
+def test_two_hosts_of_one_folder_write_beside_each_other(tmp_path, monkeypatch):
+    """Two containers had equal process ids, and so one `.{pid}.partial` on the folder that they share."""
+    monkeypatch.setattr(files.os, "getpid", lambda: 7)
+    monkeypatch.setattr(files.time, "monotonic_ns", lambda: 5)
+    hosts = iter(("one", "two"))
+    monkeypatch.setattr(files.socket, "gethostname", lambda: next(hosts))
+    with data.beside(tmp_path / "a") as one, data.beside(tmp_path / "a") as two:
+        one.write_text("1")
+        two.write_text("2")
+        assert one != two and one.read_text() == "1"
+
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     """Five writers had each their own way of it, with names that equal process ids make clash."""

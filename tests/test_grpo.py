@@ -250,6 +250,26 @@ def test_the_diversity_weight_means_the_same_for_every_objective(monkeypatch, na
     assert float(want.abs().max()) > 0.01 and gap(got, constant * want) < 1e-12
 
 
+WEIGHTS = {  # of 8 drafts, and where sets count, of 4 among them
+    "passk": 1, "passk-full": 1, "passk-bootstrap": 3.5, "maxk": 1, "polychromic": 1, "polyepo": 1,
+    "coverage": 1, "maxrl": 8, "tailrl": 8, "wreinforce": 8.8, "passk-mixed": 4,       # half of them right
+    **dict.fromkeys(("group", "drgrpo", "bon", "darling", "dra", "dqo", "uniqueness", "unlikeliness", "evol",
+                     "focal"), 7)}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_d_beside_an_objective_weighs_what_the_objective_does(name):
+    """Beside sets of 4 among 8 D weighed 7 as beside groups, seven times too much."""
+    draws = torch.Generator().manual_seed(1)
+    drawn = torch.randint(4, (1, 8), generator=draws)
+    group = group_of(drawn, 4, rewards=torch.zeros(4))
+    group.rewards = torch.tensor([[1.0, 0, 0, 1, 1, 0, 1, 0]])
+    plain, both = (advantages_of(OBJECTIVES[name], group, w) for w in (0.0, 0.5))
+    own = diversity_advantages(OUTCOMES[drawn])
+    assert float(own.abs().max()) > 0.01
+    assert gap((both - plain) / 0.5, WEIGHTS[name] * own) < 1e-5
+
+
 def test_every_objective_states_its_constant():
     """A new line of the register that forgets it weighs D by somebody else's."""
     drawn, binary = all_tuples(4, 4)[::9], torch.tensor([0.0, 1.0, 0.0, 1.0]).double()
@@ -452,10 +472,15 @@ def test_a_draft_that_spells_a_control_string_ends_no_turn(parts):
 
 
 def test_the_judge_tells_more_than_fifty_drafts_apart_in_bf16(parts):
-    """Two logits rounded to bf16 leave 51 different probabilities among 4,000."""
+    """Two logits near 20, rounded to bf16, are an eighth apart or equal: some ten different probabilities
+    among 4,000."""
     _, tokenizer, model = parts
     judge = JudgeReward(model, tokenizer, data.Replies([]))
-    hidden, heads = torch.randn(4000, 24).bfloat16(), (4 * torch.randn(2, 24)).bfloat16()
+    draws = torch.Generator().manual_seed(0)
+    hidden = (1 + 0.1 * torch.randn(4000, 24, generator=draws)).bfloat16()
+    heads = (20 / 24 + 0.3 * torch.randn(2, 24, generator=draws)).bfloat16()
+    rounded = (hidden @ heads.t()).float()
+    assert 15 < rounded.mean() < 25 and len(set(rounded.softmax(-1)[:, 0].tolist())) < 100
     judge.model = SimpleNamespace(last_hidden=lambda tokens, lengths: hidden, head_weight=lambda: Rowed(heads))
     assert len(set(judge.values(None, None).tolist())) > 1000
 

@@ -229,7 +229,7 @@ def test_bf16_gradients_hold_where_the_model_is_confident():
         hidden = (sharpness * weight[target]).bfloat16()
         grads = {}
         for name, kind in (("truth", torch.float64), ("plain", torch.bfloat16), ("ours", torch.bfloat16)):
-            h = hidden.to(kind).requires_grad_()
+            h = hidden.to(kind, copy=True).requires_grad_()                    # a leaf of its own
             if name == "truth":
                 logp = (h @ weight.bfloat16().double().t()).log_softmax(-1).gather(1, target[:, None])
             elif name == "plain":

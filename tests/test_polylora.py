@@ -6,6 +6,7 @@ through is the failure that must not come back.
 """
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -713,6 +714,20 @@ def test_copies_of_a_post_within_a_step_have_streams_of_their_own(parts):
     _, samples, _ = s.sample_drafts(batch, 0, 3)
     assert len({str(d) for d in samples.tokens}) == 12
     assert len({s.stream("reply", 0, v) for v in batch}) == 12
+
+
+def test_random_streams_hang_on_the_post_not_on_its_id(parts):
+    """Four posts called 'None' had one stream of drafts and one reader; and an id that a joined file changes
+    must change nothing."""
+    posts, tokenizer, model = parts
+    batch, drafts = visits(range(4)), []
+    for name in (lambda p: "None", lambda p: p.id, lambda p: f"copy-{p.id}"):
+        named = [dataclasses.replace(p, id=name(p)) for p in posts[:4]]
+        s = sft((named, tokenizer, model))
+        for purpose in ("reader", "reply", "sft"):
+            assert len({s.stream(purpose, 0, v) for v in batch}) == 4
+        drafts.append(s.sample_drafts(batch, 0, 3)[1].tokens)
+    assert drafts[0] == drafts[1] == drafts[2]
 
 
 class Stop(Exception):

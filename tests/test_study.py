@@ -4,6 +4,7 @@ input; train.sh."""
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import evaluate
 import grpo
 import polylora
 import rewards
+import trainer
 from model import Config, Qwen3
 from trainer import train_tokenizer
 
@@ -326,6 +328,20 @@ def test_train_sh_refuses_wrong_arguments(arguments, word):
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
 
 
+def test_train_sh_is_for_the_bash_of_macos_too():
+    """Its bash is 3.2: without `wait -n`, arrays by name, changes of case; and under `set -u` an array that
+    is empty counts as unset."""
+    text = (ROOT / "train.sh").read_text()
+    newer = (r"wait -n|\b(mapfile|readarray|coproc)\b|\b(declare|local|typeset) -\w*[Ang]|\$\{\w+(\[\w\])?(,|\^|@[A-Z])|"
+             r"&>>|\|&|;&|\[-1\]|\bEPOCH|\$\{!?\w+: -\d|\[\[ -v ")
+    assert re.search(newer, text) is None
+    empty = set(re.findall(r"\b(\w+)=\(\)", text))
+    assert {"held", "split", "until"} <= empty
+    for name in empty - {"workers", "runs"}:                                   # which hold something where they are used
+        every, guarded = f'"${{{name}[@]}}"', f'${{{name}[@]+"${{{name}[@]}}"}}'
+        assert text.count(every) == text.count(guarded), name
+
+
 def test_train_sh_help():
     ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "--lambda" in ran.stdout
@@ -381,8 +397,25 @@ def test_a_stage_refuses_posts_of_another_domain_than_its_start_was_trained_for(
     assert not (Path(world["root"]) / "never").exists()
 
 
-def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path):
-    """Another file of equal length, another adapter, dtype, seed or model returned 0 with the old
+def test_a_stage_refuses_the_same_voices_under_other_readers(tmp_path):
+    """Voices in another order, or another popularity, are other readers: what was rewarded and what is
+    judged would differ."""
+    posts = data.pocket_posts(4)
+    trained = data.make_domain("auto", posts)
+    data.write_json(tmp_path / "done.json", {"domain": trained.record()})
+    grpo.same_domain(tmp_path, data.make_domain("auto", posts))
+    grpo.same_domain(tmp_path / "somebody's adapter", trained)                 # says nothing of a domain
+    for other in (data.Pocket(posts, voices=trained.voices[::-1]), data.Pocket(posts, popularity=0.7),
+                  data.Pocket(posts, permute=True), data.Pocket(posts, writers=3.0), data.Domain(posts)):
+        with pytest.raises(data.InputError, match="was trained for the domain 'pocket'"):
+            grpo.same_domain(tmp_path, other)
+    data.write_json(tmp_path / "done.json", {"domain": "pocket"})                # an older version's
+    with pytest.raises(data.InputError, match="with voices none"):
+        grpo.same_domain(tmp_path, trained)
+
+
+def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path, monkeypatch):
+    """Another file of equal length, another adapter, dtype, 4 bits, seed or model returned 0 with the old
     records; and another seed's config.json came to stand over old drafts."""
     run, bare = tmp_path / "run", tmp_path / "bare"
     shutil.copytree(world["lora"], run)
@@ -402,6 +435,9 @@ def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path):
     texts = measured(data_file=str(changed))
     assert [r["post"] for r in texts[0]["records"]] != [r["post"] for r in first[0]["records"]]
     assert measured("--dtype", "bfloat16")[0]["settings"]["dtype"] == "torch.bfloat16"
+    bits = measured("--nf4")[1]
+    assert bits["settings"]["nf4"] and not first[1]["settings"]["nf4"]
+    assert [r["drafts"] for r in bits["records"]] != [r["drafts"] for r in first[1]["records"]]
     other = measured("--seed", "5")[1]
     assert json.loads((bare / "config.json").read_text())["seed"] == other["settings"]["seed"] == 5
     assert [r["drafts"] for r in other["records"]] != [r["drafts"] for r in first[1]["records"]]
@@ -418,6 +454,8 @@ def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path):
     weights.model.norm.weight.data.mul_(0.5)
     weights.save_pretrained(model)
     assert measured("--model", str(model))[1]["settings"]["model"] != first[1]["settings"]["model"]
+    monkeypatch.setattr(trainer, "fetch", lambda name, revision: Path(world["model"] if revision else model))
+    assert trainer.model_hash("a/b", None) != trainer.model_hash("a/b", "abc123")
 
 
 def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):
@@ -428,6 +466,10 @@ def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):
     args = grpo.parser().parse_args(["--start", str(run), "--data", "-", "--out", "-"])
     grpo.check_grpo(args)
     assert (args.model, args.revision) == (world["model"], "abc123")
+    for command in (["measure", str(run), "--data", "-"], ["drafts", str(run), "a post"]):
+        args = evaluate.parser().parse_args(command)
+        evaluate.name_model(args, run)
+        assert (args.model, args.revision) == (world["model"], "abc123")
 
 
 def test_train_sh_runs_on_the_python_of_its_launch_and_a_failed_seed_ends_the_others(tmp_path):

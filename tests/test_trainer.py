@@ -365,20 +365,20 @@ def test_dead_signals_speak_once_at_once_and_after_a_resume():
     """Gate, reward or D at zero trained nothing, four equal rows in a report and no word about it."""
     dead, said = DeadSignals(), []
     for step in range(12):
-        said += [(step, text) for text in dead.look({"reward": 0.0, "D": 0.5, "zero_variance": 1.0,
+        said += [(step, text) for text in dead.warnings_of({"reward": 0.0, "D": 0.5, "zero_variance": 1.0,
                                                      "gated_D": 0.0 if step > 3 else 0.1})]
     assert [(step, text.split()[0]) for step, text in said] == [(4, "reward"), (4, "zero_variance"),
                                                                 (8, "gated_D")]
     assert [text for _, text in said] == dead.said
     alive = DeadSignals()
-    assert not any(alive.look({"reward": float(step % 5 == 4)}) for step in range(50))
+    assert not any(alive.warnings_of({"reward": float(step % 5 == 4)}) for step in range(50))
 
 
 def test_a_log_read_again_after_a_resume_goes_on_counting(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "reward": 0.0}) + "\n"
                                                     for i in range(1, 5)))
     dead = trainer.replay(SimpleNamespace(folder=tmp_path))
-    assert dead.said == [] and len(dead.look({"reward": 0.0})) == 1
+    assert dead.said == [] and len(dead.warnings_of({"reward": 0.0})) == 1
 
 
 def test_changed_posts_are_not_resumed(tmp_path):
