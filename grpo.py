@@ -555,13 +555,14 @@ def rollout(session, step, tally):
         batches.append(Batch(rows, flat[rows.draft], sampled, old, reference))
         if old is not None:
             tally.add("mismatch", (old - sampled).abs().sum(), len(old))
-    tally_rollout(drawn, advantages, args.diversity, tally)
+    tally_rollout(drawn, advantages, args, tally)
     return batches, session.ranks.sum([sum(map(len, logprobs))])[0]
 
 
-def tally_rollout(drawn, advantages, diversity, tally):
-    """What the log says of a rollout."""
-    group, samples = drawn.group, drawn.samples
+def tally_rollout(drawn, advantages, args, tally):
+    """What the log says of a rollout. D_share is that of the advantages: the norm of D's part over
+    the objective's, left out where that is zero."""
+    group, samples, diversity = drawn.group, drawn.samples, args.diversity
     posts, drafts = group.rewards.shape[0], group.rewards.numel()
     tally.add("reward", group.rewards.sum(), drafts)
     tally.add("reward_std", group.rewards.std(1, correction=0).sum(), posts)
@@ -572,6 +573,12 @@ def tally_rollout(drawn, advantages, diversity, tally):
         tally.add("valid", group.right.amax(-1).sum(), drafts)
     if group.quality is not None:
         tally.add("quality", group.quality.sum(), drafts)
+    if args.diversity_weight:
+        objective = OBJECTIVES[args.advantage]
+        own = objective.advantages(group)
+        if own.any():
+            both = advantages_of(objective, group, args.diversity_weight, diversity)
+            tally.add("D_share", (both - own).norm() / own.norm())
     if group.embeddings is not None or not DIVERSITIES[diversity].embeds:
         plain = dataclasses.replace(group, quality=None)
         tally.add("D", measure(diversity, plain)[0].sum(), posts)
@@ -608,8 +615,9 @@ def grpo_step(session, step):
     return tally
 
 
-LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "reward_std", "advantage",
-          "zero_variance", "clipped", "kl", "k1", "k2", "mismatch", "length", "truncated"]
+LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "D_share", "reward_std",
+          "advantage", "zero_variance", "clipped", "kl", "k1", "k2", "mismatch", "length",
+          "truncated"]
 
 
 def run_grpo(args):

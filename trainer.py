@@ -472,7 +472,7 @@ def announce(session, step_fn):
 
 
 def plan(session):
-    """A run in a line: posts, steps, tokens and memory, at most. Lengths are those of the first 64
+    """A run in a line: posts, steps, tokens and memory. Lengths are those of the first 64
     posts; a draft may be as long as --max-new-tokens."""
     args, model = session.args, session.model
     some = range(min(64, len(session.posts)))
@@ -484,7 +484,8 @@ def plan(session):
     elif getattr(args, "lam", 0) or getattr(args, "lambda_share", 0):
         drafts = min(args.draft_posts, args.batch) / args.draft_every
     longest = getattr(args, "k", 0) * getattr(args, "max_new_tokens", 0)
-    tokens = args.batch * (prompt + reply) * bool(reply) + drafts * (prompt + longest)
+    # A draft's tokens count twice, as in the log: they are written, then scored.
+    tokens = args.batch * (prompt + reply) * bool(reply) + drafts * (prompt + 2 * longest)
     c, size = model.config, model.dtype.itemsize
     # Kept for the backward pass, a token: a block's inputs, or all that its products read.
     width = c.hidden_size if model.checkpointing else 10 * c.hidden_size + 4 * c.intermediate_size
@@ -498,7 +499,7 @@ def plan(session):
     mib = 2 ** 20
     big = lambda x: f"{x / mib / 1024:.1f} GiB" if x > 512 * mib else f"{x / mib:.0f} MiB"
     return (f"{Path(args.out).name}: {len(session.posts)} posts, {args.steps} steps of "
-            f"{args.batch}, at most {tokens * args.steps:,.0f} tokens; memory: weights "
+            f"{args.batch}, up to some {tokens * args.steps:,.0f} tokens; memory: weights "
             f"{big(held)}, training {big(trained)}, passes and drafts about {big(passing)}")
 
 

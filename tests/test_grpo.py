@@ -551,6 +551,8 @@ def test_the_step_is_the_policy_gradient_of_its_advantages(parts):
     prompts, samples, texts = s.sample_drafts(mine, 0, 4)
     group = Group(torch.tensor(s.reward(None, texts, 0)), s.embedder(texts))
     a = advantages_of(OBJECTIVES["group"], group, s.args.diversity_weight)
+    own = advantages_of(OBJECTIVES["group"], group)
+    assert tally.sums["D_share"][0] == pytest.approx(float((a - own).norm() / own.norm()), rel=1e-4)
     count = sum(len(d) for drafts in samples.tokens for d in drafts)
     reward = sum(map(sum, s.reward(None, texts, 0)))
     assert tally.sums["reward"] == pytest.approx((reward, 24)) and tally.sums["length"] == (count, 24)

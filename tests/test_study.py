@@ -11,6 +11,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,44 @@ def test_lambda_and_seed_change_the_adapter_and_resume_does_not(world):
     assert all(torch.equal(plain[n], lora[n]) for n in plain)
     assert any(not torch.equal(plain[n], lam[n]) for n in plain)
     assert any(not torch.equal(lam2[n], lam[n]) for n in lam)
+
+
+def test_a_dry_run_writes_nothing_and_its_figures_are_those_of_the_run(world, tmp_path, capsys):
+    """Posts, steps, tokens and memory before the first step, and a time; of five arms of days nothing was said."""
+    args = sft_args(world, "x", "--out", str(tmp_path / "run"), "--lambda", "0.5", "--steps", "5", "--draft-every", "2")
+    with pytest.raises(SystemExit) as stop:
+        polylora.main([*args, "--dry-run"])
+    planned, time_said = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert stop.value.code == 0 and not (tmp_path / "run").exists()
+    assert polylora.main(args) == 0 and planned in capsys.readouterr().out
+    steps, end = lines(tmp_path / "run")[:-1], lines(tmp_path / "run")[-1]
+    assert planned.startswith(f"run: 12 posts, {len(steps)} steps of 4")
+    tokens = int(re.search(r"some ([\d,]+) tokens", planned)[1].replace(",", ""))
+    assert tokens / 2 < sum(x["tokens"] for x in steps) < 1.2 * tokens
+    seconds = int(re.fullmatch(r"plan run: 5 steps, about (\d+) s", time_said)[1])
+    assert seconds < 5 * end["seconds"] + 2 and end["seconds"] < 5 * seconds + 2  # a machine may be busy
+    later = grpo_args(world, "x", "--start", str(tmp_path / "none"), "--model", world["model"], "--out", str(tmp_path / "rl"))
+    with pytest.raises(SystemExit):
+        grpo.main([*later, "--dry-run"])     # before its start exists
+    assert evaluate.main(["measure", world["lora"], "--data", world["eval"], "--n", "10", "--max-new-tokens", "5",
+                          "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "plan rl: 2 steps" in said and "plan measure: 6 posts with 10 drafts" in said
+    assert not (tmp_path / "rl").exists() and not (Path(world["lora"]) / "evaluation.json").exists()
+
+
+def test_a_dry_run_s_time_is_that_of_drafting_and_plain_steps_in_their_shares():
+    """Every third step drafts and takes ten times as long: timing only one kind is wrong by a factor."""
+    took, moved = [], torch.zeros(1, requires_grad=True)
+
+    def step(number):
+        began = time.perf_counter()
+        time.sleep(0.3 if number % 3 == 0 else 0.03)
+        moved.grad = torch.ones(1)
+        took.append(time.perf_counter() - began)
+    session = SimpleNamespace(args=SimpleNamespace(steps=300, draft_every=3), params=[moved])
+    said = trainer.rehearse(session, step)
+    assert said == pytest.approx(100 * sum(took[-3:]), rel=0.1) and said > 35 and moved.grad is None
 
 
 def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
