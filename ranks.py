@@ -126,6 +126,7 @@ class Watch(threading.Thread):
     def __init__(self, ranks, store, host):
         super().__init__(daemon=True)
         self.ranks, self.peers = ranks, {}         # {connection: rank}
+        self.complete, self.leaving = threading.Event(), False
         if ranks.main:
             key = secrets.token_bytes(16)          # a stranger is not listened to
             self.listener = Listener(("", 0), backlog=ranks.world, authkey=key)
@@ -153,17 +154,19 @@ class Watch(threading.Thread):
                 self.add(connection, int(connection.recv_bytes(20)))
             except (OSError, EOFError, ValueError, AuthenticationError):  # a stranger
                 continue
-        while self.peers:
-            for connection in wait(list(self.peers)):
+        self.complete.set()
+        watched = set(self.peers)
+        while watched:
+            for connection in wait(list(watched)):
                 try:
                     word = connection.recv_bytes(20).decode()
                 except (EOFError, OSError):
-                    time.sleep(GRACE)
-                    self.end(self.peers[connection])
-                if word == "bye":
-                    del self.peers[connection]
+                    word = ""
+                    time.sleep(0 if self.leaving else GRACE)
+                if self.leaving or word == "bye":  # kept open: it waits for this rank's farewell
+                    watched.discard(connection)
                 else:
-                    self.end(int(word))
+                    self.end(int(word or self.peers[connection]))
 
     def tell(self, word):
         for connection in list(self.peers):
@@ -173,6 +176,9 @@ class Watch(threading.Thread):
                 pass
 
     def farewell(self):
+        """Before a rank leaves for good: whoever ends from here on does no harm."""
+        self.complete.wait(5 * GRACE)
+        self.leaving = True
         self.tell("bye")
 
     def end(self, rank):

@@ -406,8 +406,8 @@ def train(session, params, step_fn, names):
         if set(ranks.gather([first])) != {first}:
             raise InputError(f"the ranks find different checkpoints in {run.folder}: it must be "
                              "one folder that all machines share")
-        dead_signals, tokens = replay(run), 0
-        skipped, in_a_row = 0, 0
+        (dead_signals, skipped), tokens = replay(run), 0
+        in_a_row = 0
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=run.folder.name,
                    unit="step", disable=not ranks.main,
                    mininterval=0.5 if sys.stderr.isatty() else 15)
@@ -519,11 +519,14 @@ def rehearse(session, step_fn):
 
 
 def replay(run):
-    """The DeadSignals of a log as it stands: after a resume its counts go on."""
+    """The DeadSignals of a log as it stands, and its number of skipped steps: after a resume both
+    go on."""
     dead, log = DeadSignals(), run.folder / "metrics.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        dead.warnings_of(json.loads(line))
-    return dead
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else ()
+    lines = [json.loads(line) for line in lines]
+    for line in lines:
+        dead.warnings_of(line)
+    return dead, sum(line.get("grad_norm", 0) is None for line in lines)
 
 
 def learnt_enough(run, until, steps=20):

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+
+import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = """
@@ -75,14 +78,39 @@ def undisturbed(tmp_path_factory):
     return toy(tmp_path_factory.mktemp("toy") / "run")[0]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_whoever_says_farewell_first_nobody_is_mourned_and_whoever_does_not_is(monkeypatch, first):
+    """A rank that had left first took the other's silence for its death, and ended a stage that came after."""
+    ended, store = [], {}
+    monkeypatch.setattr(ranks, "GRACE", 0.05)
+    monkeypatch.setattr(ranks.Watch, "end", lambda watch, rank: (ended.append((watch.ranks.rank, rank)), sys.exit()))
+    place = SimpleNamespace(set=lambda k, v: store.update({k: v.encode()}), get=store.get)
+    pair = lambda: [ranks.Watch(SimpleNamespace(main=r == 0, rank=r, world=2), place, "127.0.0.1") for r in (0, 1)]
+    both = pair()
+    both[first].farewell()
+    time.sleep(0.3)
+    both[1 - first].farewell()
+    [w.join(5) for w in both]
+    assert ended == [] and not any(w.is_alive() for w in both)
+    both = pair()
+    while not both[0].peers:
+        time.sleep(0.01)
+    list(both[first].peers)[0].send_bytes(b"bye")                              # of one, and the other breaks off
+    time.sleep(0.1)
+    connection = list(both[1 - first].peers)[0]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), connection.fileno())             # as the system closes it
+    both[first].join(5)
+    assert ended == [(first, 1 - first)]
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other_which_names_it(tmp_path, undisturbed, dies):
     """The other rank waited for ever, or broke off with a traceback about sockets."""
-    store, ranks = by_hand(tmp_path, f"{dies} 3 0")
-    ranks[dies].wait(timeout=120)
-    began, other = time.monotonic(), ranks[1 - dies]
+    store, started = by_hand(tmp_path, f"{dies} 3 0")
+    started[dies].wait(timeout=120)
+    began, other = time.monotonic(), started[1 - dies]
     said = other.communicate(timeout=60)
-    assert time.monotonic() - began < 30 and ranks[dies].returncode == -signal.SIGKILL and other.returncode == 1
+    assert time.monotonic() - began < 30 and started[dies].returncode == -signal.SIGKILL and other.returncode == 1
     assert f"error: rank {dies} has ended before its time" in said[1] and "Traceback" not in said[1]
     assert toy(tmp_path / "run", resume=True) == (undisturbed, [2, 3, 4, 5])
 

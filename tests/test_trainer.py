@@ -377,7 +377,11 @@ def test_dead_signals_speak_once_at_once_and_after_a_resume():
 def test_a_log_read_again_after_a_resume_goes_on_counting(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "reward": 0.0}) + "\n"
                                                     for i in range(1, 5)))
-    dead = trainer.replay(SimpleNamespace(folder=tmp_path))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"step": 1, "grad_norm": null}\n{"step": 2, "grad_norm": 1.0}\n')
+    assert trainer.replay(SimpleNamespace(folder=tmp_path / "two"))[1] == 1
+    dead, skipped = trainer.replay(SimpleNamespace(folder=tmp_path))
+    assert skipped == 0
     assert dead.said == [] and len(dead.warnings_of({"reward": 0.0})) == 1
 
 
