@@ -35,19 +35,23 @@ from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
     InputError, beside, command, fetch, printable, read_json, short, write_json, write_text)
-from pocket import OPENERS, POSTS, THINGS, VOICES, expand, parse
+from pocket import (
+    POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
+from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program
 
 # ---- Files of posts ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Post:
     """A post and the replies people gave, or the right replies, one a voice: `voices` is parallel
-    to `replies` or empty. `intent` groups posts that ask for the same."""
+    to `replies` or empty. `intent` groups posts that ask for the same. `tests`, of a task of code:
+    JSON of what Code runs."""
     id: str
     post: str
     replies: tuple[str, ...]
     voices: tuple[str, ...] = ()
     intent: str = ""
+    tests: str = ""
 
     @property
     def key(self):
@@ -235,8 +239,9 @@ def groups(keys):
 
 
 def kind_of(post):
-    """What decides on a post's domain: its voices; is its intent a scene of the pocket world?"""
-    return frozenset(post.voices), is_scene(post.intent)
+    """What decides on a post's domain: its voices; which domain knows it for its own, if any."""
+    return (frozenset(post.voices),
+            next((name for name, domain in DOMAINS.items() if domain.claims(post)), ""))
 
 
 def kinds_of(posts):
@@ -261,6 +266,7 @@ def parse_line(line, number, max_chars):
         raise ValueError("not JSON") from None
     if not isinstance(d, dict):
         raise ValueError("not a JSON object")
+    d, tests, prompt = d | as_post(d), "", isinstance(d.get("prompt"), str)
     # A field may be there and be null.
     post = d.get("tweet") if d.get("post") is None else d["post"]
     replies = d.get("reply") if d.get("replies") is None else d["replies"]
@@ -269,7 +275,10 @@ def parse_line(line, number, max_chars):
     voices = tuple(replies) if isinstance(replies, dict) else ()
     replies = list(replies.values()) if voices else replies
     replies = [replies] if isinstance(replies, str) else replies
-    if not isinstance(replies, list) or not replies:
+    replies = [] if replies is None and prompt else replies   # a prompt, to be answered freely
+    if d.get("tests") is not None:
+        tests = json.dumps(checked_tests(d["tests"]), ensure_ascii=False)
+    if not isinstance(replies, list) or not replies and not prompt:
         raise ValueError('no "replies" (or "reply")')
     if not all(isinstance(r, str) and r.strip() for r in replies):
         raise ValueError("a reply is not a text, or is empty")
@@ -286,7 +295,7 @@ def parse_line(line, number, max_chars):
         "".join((name, post, intent, *replies, *voices)).encode("utf-8")
     except UnicodeEncodeError:  # neither a file nor the tokenizer takes it
         raise ValueError("half a character (an escape like \\ud83d without its pair)") from None
-    return Post(name, post.strip(), tuple(r.strip() for r in replies), voices, intent)
+    return Post(name, post.strip(), tuple(r.strip() for r in replies), voices, intent, tests)
 
 
 def merge(posts, post):
@@ -307,6 +316,8 @@ def save_posts(posts, path):
             replies = dict(zip(p.voices, p.replies)) if p.voices else list(p.replies)
             line = {"id": p.id, "post": p.post, "replies": replies}
             line |= {"intent": p.intent} if p.intent else {}
+            line |= {"tests": json.loads(p.tests)} if p.tests else {}
+            line |= {} if p.replies else {"prompt": p.post}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -506,6 +517,14 @@ class Domain:
         self.exponent, self.permute = popularity, permute
         self.writers_exponent = writers
 
+    @staticmethod
+    def claims(post):
+        """Is it a post that only this domain can judge?"""
+        return False
+
+    def permit(self, given):
+        """What the user said of --allow-code-execution, for domains that run drafts."""
+
     def record(self):
         """What is fixed at the split and must be the same in every later stage, as JSON."""
         return {"domain": self.name, "voices": list(self.voices), "popularity": self.exponent,
@@ -577,10 +596,58 @@ class Replies(Domain):
         return [{"role": "user", "content": f"Write a short reply to this post:\n\n{post.post}"}]
 
     def reply(self, post, voice, rng):
+        if not post.replies:
+            raise InputError(f"the post {short(post.id)} has no reply to learn from: give posts "
+                             "with replies, or train by grpo.py alone")
         return rng.choice(post.replies)
 
     def voices_of(self, post, draft):
-        raise InputError("posts of the domain replies have no verifier: use a reward")
+        raise InputError(f"posts of the domain {self.name} have no verifier: use a reward")
+
+
+class Stories(Replies):
+    """Prompts for stories and the like, with or without people's answers: judged by a reward model
+    or a judge, and by their diversity."""
+    name = "stories"
+
+    @staticmethod
+    def claims(post):
+        return not post.replies
+
+    messages = Domain.messages
+
+
+class Code(Domain):
+    """Tasks of code: a draft is right, in the one voice `right`, when its program passes the task's
+    tests in the sandbox (sandbox.py). Run only after permit."""
+    name = "code"
+
+    def __init__(self, posts, **readers):
+        super().__init__(posts, **readers)
+        self.permitted, self.verdicts = False, {}
+
+    @staticmethod
+    def claims(post):
+        return bool(post.tests)
+
+    def permit(self, given):
+        try:
+            self.permitted = allowance(given)
+        except NotAllowed as e:
+            raise InputError(str(e)) from None
+
+    def voices_of(self, post, draft):
+        key = post.key, draft
+        if key not in self.verdicts:         # reward, gate and classes all ask
+            if len(self.verdicts) >= 10_000:
+                self.verdicts.clear()
+            tests = json.loads(post.tests)
+            program = program_of(draft, tests.pop("head"), tests["names"])
+            try:
+                self.verdicts[key] = run_program(program, allowed=self.permitted, **tests).passed
+            except NotAllowed as e:
+                raise InputError(str(e)) from None
+        return ("right",) if self.verdicts[key] else ()
 
 
 def make_domain(name, posts, **readers):
@@ -590,17 +657,18 @@ def make_domain(name, posts, **readers):
     voices, kinds = posts[0].voices if len(posts) else (), kinds_of(posts)
     odd = min((place for (other, _), place in kinds.items() if other != set(voices)), default=None)
     voiced = bool(voices) and odd is None                                      # in any order
-    scenes = voiced and set(voices) == set(VOICES) and all(scene for _, scene in kinds)
+    claims = {claim for _, claim in kinds}
+    own = claims.pop() if odd is None and len(claims) == 1 else ""
     if name == "auto":
         if odd is not None:
             raise InputError(f"the posts {short(posts[0].id)} and {short(posts[odd].id)} have "
                              "replies in different voices, or one in none: mend the file, or give "
                              "--domain replies")
-        name = "pocket" if scenes else "voices" if voiced else "replies"
+        name = own or ("voices" if voiced else "replies")
     if name not in DOMAINS:
         raise InputError(f"there is no domain {name!r}: choose auto, {', '.join(DOMAINS)}")
-    if name == "pocket" and not scenes or name == "voices" and not voiced:
-        made = ", written by data.py split --data pocket" if name == "pocket" else ""
+    made = f", written by data.py split --data {name}" if name in WORLDS else ""
+    if (made or name == "code") and own != name or name == "voices" and not voiced:
         raise InputError(f"--domain {name} needs posts that all have replies in the same "
                          f"voices{made}: use --domain replies or auto")
     return DOMAINS[name](posts, **readers)
@@ -621,7 +689,7 @@ def load_domain(path, name, posts):
         raise InputError(f"--domain {name}: these posts were split as {record['domain']!r} (see "
                          f"{place}): leave --domain out, or split again")
     for (voices, _), first in kinds_of(posts).items():
-        if voices != set(record["voices"]) and record["domain"] != "replies":
+        if voices != set(record["voices"]) and record["domain"] not in ("replies", "stories"):
             raise InputError(f"{path}: the post {short(posts[first].id)} has not the voices that "
                              f"its split was made with (see {place}): split again")
     readers = {name: record[name] for name in ("popularity", "writers", "permute")}
@@ -637,66 +705,84 @@ def pattern(parts):
 
 
 @functools.lru_cache(maxsize=4096)
-def right_replies(voice, event, thing):
-    return re.compile(pattern(parse(VOICES[voice][event])).replace("[n]", normalise(thing)))
+def right_replies(template, thing):
+    return re.compile(pattern(parse(template)).replace("[n]", normalise(thing)))
 
 
-def polish(text, thing):
-    """[n] filled in, each sentence with a capital, a full stop at the end."""
-    text = text.replace("[n]", thing).strip()
-    text = re.sub(r"([.!?] +)([a-z])", lambda m: m[1] + m[2].upper(), text)
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
-
-
-def pocket_posts(count, seed=0):
-    """`count` distinct posts of the pocket world, each with one right reply per voice written out.
-    Roughly one in three is written carelessly: small letters, no full stop. InputError when the
-    world is too small for `count`."""
-    rng, posts = random.Random(f"pocket {seed}"), {}
-    misses = 0
+def pocket_posts(count, seed=0, name="pocket"):
+    """`count` distinct posts of a pocket world, each with one right reply per voice written out.
+    InputError when the world is too small for `count`."""
+    rng, posts, misses = random.Random(f"{name} {seed}"), {}, 0
     while len(posts) < count:
-        theme, event = rng.choice(list(THINGS)), rng.choice(list(OPENERS))
-        thing = rng.choice(THINGS[theme].split())
-        text = expand(parse(OPENERS[event] + POSTS[theme][event]), rng)
-        style = rng.random()
-        if style < 0.3:
-            text = text.replace("[n]", thing)
-        else:
-            text = polish(text + rng.choice(("", "", "!")), thing)
-        if event == "advice":
-            text = text.rstrip(".!") + "?"
+        text, intent, replies = WORLDS[name](rng)
         key = normalise(text)
         misses = misses + 1 if key in posts else 0
         if misses > 1000:
             raise InputError(f"the pocket world has no {count} different posts: ask for fewer")
-        intent = f"{theme}/{event}/{thing}"
-        replies = tuple(polish(expand(parse(VOICES[v][event]), rng), thing) for v in VOICES)
-        name = f"pocket-{seed}-{len(posts)}"
-        posts.setdefault(key, Post(name, text, replies, tuple(VOICES), intent))
+        made = f"{name}-{seed}-{len(posts)}"
+        posts.setdefault(key, Post(made, text, tuple(replies.values()), tuple(replies), intent))
     return list(posts.values())
 
 
 class Pocket(Domain):
     """The pocket world: a draft is right in a voice when that voice's grammar for the post's event
     and thing parses it."""
-    name = "pocket"
+    name, world = "pocket", POCKET
+
+    @classmethod
+    def claims(cls, post):
+        theme, event, thing = (post.intent.split("/") + ["", "", ""])[:3]
+        return (post.voices != () and set(post.voices) == set(cls.world.voices)
+                and event in cls.world.openers and thing in cls.world.things.get(theme, "").split())
 
     def reply(self, post, voice, rng):
         _, event, thing = post.intent.split("/")
-        return polish(expand(parse(VOICES[voice][event]), rng), thing)
+        return polish(expand(parse(self.world.voices[voice][event]), rng), thing)
 
     def voices_of(self, post, draft):
         _, event, thing = post.intent.split("/")
         said = normalise(draft)
-        return tuple(v for v in VOICES if right_replies(v, event, thing).fullmatch(said))
+        return tuple(v for v, events in self.world.voices.items()
+                     if right_replies(events[event], thing).fullmatch(said))
 
 
-def is_scene(intent):
-    theme, event, thing = (intent.split("/") + ["", "", ""])[:3]
-    return theme in THINGS and event in OPENERS and thing in THINGS[theme].split()
+class PocketStories(Pocket):
+    """The same with stories: the voices are their themes."""
+    name, world = "pocket-stories", TALES
 
 
-DOMAINS = {d.name: d for d in (Pocket, Domain, Replies)}
+class PocketCode(Domain):
+    """Expressions in x that are n; the voices are the shapes of expressions."""
+    name = "pocket-code"
+
+    @staticmethod
+    def make(rng):
+        n, x = rng.choice(SUMS)
+        text = expand(TASK, rng).replace("[n]", str(n)).replace("[x]", str(x))
+        return text, f"sum/{n}/{x}", {s: write_sum(s, n, x, rng) for s in SHAPES}
+
+    @staticmethod
+    def numbers(post):
+        kind, n, x = (post.intent.split("/") + ["", "", ""])[:3]
+        return (int(n), int(x)) if kind == "sum" and (n + x).isdecimal() and n and x else None
+
+    @classmethod
+    def claims(cls, post):
+        return cls.numbers(post) in SUMS and set(post.voices) == set(SHAPES)
+
+    def reply(self, post, voice, rng):
+        return write_sum(voice, *self.numbers(post), rng)
+
+    def voices_of(self, post, draft):
+        shape = shape_of(draft, *self.numbers(post))
+        return (shape,) if shape else ()
+
+
+# What data.py split --data NAME makes: name -> maker(rng) -> (post, intent, {voice: right reply}).
+WORLDS = {"pocket": scene_maker(POCKET), "pocket-code": PocketCode.make,
+          "pocket-stories": scene_maker(TALES)}
+DOMAINS = {d.name: d for d in (
+    Pocket, Domain, Replies, Code, Stories, PocketCode, PocketStories)}
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -740,11 +826,12 @@ def split(args):
             raise InputError(f"{out} holds another split (see its split.json): choose another "
                              "--out, or delete that folder")
         return
-    if args.data == "pocket":
+    if args.data in WORLDS:
         # By intent, chance decides how many posts the held-out scenes have: a few more to choose
         # from.
         number = sum(sizes.values())
-        posts = pocket_posts(number + number // 5 if args.by == "intent" else number, args.seed)
+        posts = pocket_posts(number + number // 5 if args.by == "intent" else number, args.seed,
+                             args.data)
     else:
         posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
     domain = make_domain(args.domain, posts, popularity=args.popularity, writers=args.writers,
@@ -780,7 +867,8 @@ def parser():
     c.set_defaults(run=check)
     s = sub.add_parser("split", help="write disjoint parts of a file, or of the pocket's", **form)
     add = s.add_argument
-    add("--data", required=True, help="JSON lines (.gz too), or `pocket` for the pocket world")
+    add("--data", required=True,
+        help=f"JSON lines (.gz too), or a small world: {', '.join(WORLDS)}")
     add("--sizes", required=True, help="posts in each part: sft=2500,grpo=2500,eval=500")
     add("--out", required=True, help="folder for NAME.jsonl, domain.json and split.json")
     add("--seed", type=int, default=0, help="of the shuffle, and of the pocket world")
@@ -797,7 +885,7 @@ def parser():
              "its own")
     s.set_defaults(run=split)
     for q in (c, s):
-        q.add_argument("--domain", default="auto", help="auto, pocket, voices or replies")
+        q.add_argument("--domain", default="auto", help=f"auto, {', '.join(DOMAINS)}")
         q.add_argument("--skip-bad-lines", action="store_true",
                        help="leave unreadable lines out and count them, instead of stopping")
     return p

@@ -33,7 +33,7 @@ from metrics import (  # noqa: F401  (metrics by the door through which they are
 from polylora import diversity, held_out, load_embedder
 from report import read_object, report
 from rewards import REWARDS, make_reward
-from trainer import Session, Visit, file_hash, model_flags, model_hash, peak_bytes
+from trainer import Session, Visit, allow_code_flag, file_hash, model_flags, model_hash, peak_bytes
 
 # ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
 
@@ -114,7 +114,8 @@ def name_model(args, run):
 def measure_settings(session):
     """Everything that a record depends on, but for the run's own seed and adapter."""
     args = session.args
-    texts = repr([(p.id, p.post, p.replies) for p in session.posts])
+    tests = lambda post: (post.tests,) if post.tests else ()
+    texts = repr([(p.id, p.post, p.replies, *tests(p)) for p in session.posts])
     texts = hashlib.sha256(texts.encode()).hexdigest()
     return {"n": args.n, "temperature": args.temperature, "top_p": args.top_p,
             "max_new_tokens": args.max_new_tokens, "reward": args.reward,
@@ -131,7 +132,14 @@ def measured(run, settings):
 def passing(session):
     """(threshold, scale) of a reward without a verifier: a draft passes when it earns more than 19
     of 20 human replies that were written to another post. The scale says what share of people's
-    held-out replies, of shuffled and of truncated ones (their first half) passes by it."""
+    held-out replies, of shuffled and of truncated ones (their first half) passes by it. Without
+    people's replies a judge's draft passes when "yes" is likelier than "no", and there is no
+    scale."""
+    if not all(post.replies for post in session.posts):
+        if session.args.reward != "judge":
+            raise InputError("some of these posts have no replies, whose reward would say what "
+                             "passes: use --reward judge")
+        return 0.5, None
     cut = [held_out(post) for post in session.posts if len(post.replies) > 1]
     if len(cut) < 2:                         # one reply a post: it is scored beside itself
         cut = [held_out(post) for post in session.posts]
@@ -250,7 +258,9 @@ def parser():
     add("--reward", default="auto", choices=("auto", *REWARDS),
         help="what a draft earns, in domains without a verifier")
     add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge")
-    add("--domain", default="auto", help="how drafts are scored: auto, pocket, voices or replies")
+    add("--domain", default="auto",
+        help=f"how drafts are scored: auto, {', '.join(data.DOMAINS)}")
+    allow_code_flag(m)
     add("--embedder", default="base",
         help="what embeds drafts: base, or the folder or hub name of an embedding model")
     add("--skip-bad-lines", action="store_true",

@@ -1,10 +1,19 @@
 """The words of the pocket world: scenes (theme / event / thing), a grammar of posts for each, and
 for each voice a grammar of right replies. Tables and their reader, nothing else: data.py writes
-posts and judges drafts with them, so one description serves both.
+posts and judges drafts with them, so one description serves both. At the end the pocket forms of
+stories, a world of the same make, and of code, arithmetic with an exact verdict.
 
 {a|b} is a choice, nested at will and possibly empty; [n] is the thing."""
 
+import ast
 import functools
+import re
+from collections import namedtuple
+from fractions import Fraction
+
+# things {theme: words}, openers {event: template}, posts {theme: {event: template}}, voices {voice:
+# {event: template}}
+World = namedtuple("World", "things openers posts voices")
 
 
 def read_table(text):
@@ -209,3 +218,130 @@ def parse(template):
 def expand(parts, rng):
     """One text of a parsed template."""
     return "".join(p if isinstance(p, str) else expand(rng.choice(p), rng) for p in parts)
+
+
+def polish(text, thing):
+    """[n] filled in, each sentence with a capital, a full stop at the end."""
+    text = text.replace("[n]", thing).strip()
+    text = re.sub(r"([.!?] +)([a-z])", lambda m: m[1] + m[2].upper(), text)
+    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
+
+
+def scene_maker(world):
+    """rng -> (post, intent, {voice: right reply}) of a world of scenes. Roughly one post in three
+    is written carelessly: small letters, no full stop."""
+    def make(rng):
+        theme, event = rng.choice(list(world.things)), rng.choice(list(world.openers))
+        thing = rng.choice(world.things[theme].split())
+        text = expand(parse(world.openers[event] + world.posts[theme][event]), rng)
+        style = rng.random()
+        if style < 0.3:
+            text = text.replace("[n]", thing)
+        else:
+            text = polish(text + rng.choice(("", "", "!")), thing)
+        if event == "advice":
+            text = text.rstrip(".!") + "?"
+        replies = {v: polish(expand(parse(world.voices[v][event]), rng), thing)
+                   for v in world.voices}
+        return text, f"{theme}/{event}/{thing}", replies
+    return make
+
+
+POCKET = World(THINGS, OPENERS, POSTS, VOICES)
+
+
+# ---- Pocket stories: themes are the voices, places the events, heroes the things -----------------
+
+TALES = World(
+    {"animals": "fox owl bear hare crow toad", "people": "baker sailor miner clown nurse tailor"},
+    {place: "{tell me|write|I want|give me} {a|one} {short |little |tiny |}{story|tale} {|for a "
+            "child |to end the day }about {a|the} [n] " for place in (
+                "sea", "forest", "town", "winter")},
+    read_table("""
+animals
+  sea: {by|near|next to} the {sea|ocean|wide sea}
+  forest: in {the|a} {woods|forest|deep forest}
+  town: in {the|a} {town|city|big city}
+  winter: {in|one day in|on a night in} {winter|deep winter}
+people
+  sea: {by|near|next to} the {sea|ocean|wide sea}
+  forest: in {the|a} {woods|forest|deep forest}
+  town: in {the|a} {town|city|big city}
+  winter: {in|one day in|on a night in} {winter|deep winter}
+"""),
+    read_table("""
+adventure
+  sea: the [n] {built a raft|took a boat}. {past the rocks|beyond the reef} it found {an island|gold}
+  forest: the [n] {left the path|went north}. {behind the hills|over the river} lay {a castle|a cave}
+  town: the [n] {climbed the tower|ran over the roofs}. up there it {saw the thief|found a key}
+  winter: the [n] {crossed the ice|set out in snow}. at dawn it {reached the peak|saw the pass}
+friendship
+  sea: the [n] met {a whale|a gull}. they {shared fish|sang all day} and {never parted|stayed friends}
+  forest: the [n] helped {a deer|a bee}. they {ate berries|built a hut} and {never parted|stayed friends}
+  town: the [n] met {a girl|a mouse}. they {shared bread|danced all day} and {never parted|stayed friends}
+  winter: the [n] let {a wolf|a robin} in. they {shared soup|kept warm} and {never parted|stayed friends}
+mystery
+  sea: {each|every} night {a lamp|a bell} called the [n] to the shore. nobody {lit it|was there}
+  forest: {each|every} night {a door|a face} waited for the [n] in a tree. nobody {made it|knew it}
+  town: {each|every} night {a letter|a shoe} came for the [n]. nobody {sent it|saw who}
+  winter: {each|every} night {tracks|footprints} led to the [n]. nobody {made them|ever came}
+loss
+  sea: the waves took {the house|the boat} of the [n]. it {waits|looks out} there {still|to this day}
+  forest: fire took {the nest|the tree} of the [n]. it {weeps|sits} there {still|to this day}
+  town: they tore down {the street|the shop} of the [n]. it {goes|walks} there {still|to this day}
+  winter: the frost took {the garden|the friend} of the [n]. it {mourns|sings} {still|to this day}
+humour
+  sea: the [n] {fished|dived} for {a crown|pearls} and got {a boot|a sneeze}. it {wears it|kept it}
+  forest: the [n] {asked|begged} {an oak|a mushroom} for advice. it {got none|said yes}. so they married
+  town: the [n] {became mayor|bought a hat}. {the hat|the dog} {ruled|did the work}. nobody noticed
+  winter: the [n] built {a snowman|a sledge} {indoors|in bed}. it {melted|left}. the bill did not
+"""))
+
+
+# ---- Pocket code: expressions in x that are n ----------------------------------------------------
+
+OPERATORS = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
+SHAPES = (*OPERATORS.values(), "mixed")
+TASK = parse("{write|give|find|show me} {an expression|a formula|code|one line} {in x|with x|of x} "
+             "that {is|gives|makes|equals} [n] {when|where|if|for} x {is|=|equals} [x]{.|!|}")
+# x divides n: so each shape has a right answer in whole numbers.
+SUMS = [(n, x) for n in range(4, 49) for x in range(2, n // 2 + 1) if n % x == 0]
+
+
+def write_sum(shape, n, x, rng):
+    """A right expression of that shape."""
+    factor = rng.choice([f for f in range(2, n // x + 2) if f * x != n])
+    rest = n - factor * x
+    return rng.choice({
+        "add": (f"x + {n - x}", f"{n - x} + x"), "subtract": (f"{n + x} - x",),
+        "multiply": (f"x * {n // x}", f"{n // x} * x"), "divide": (f"{n * x} / x",),
+        "mixed": (f"x * {factor} {'+' if rest > 0 else '-'} {abs(rest)}",)}[shape])
+
+
+def shape_of(text, n, x):
+    """The shape of an expression in x that is n, None for any other text. No code is run: the text
+    is read as a tree of + - * /, x and whole numbers, worked out in fractions. `mixed` uses more
+    than one of the four."""
+    if len(text) > 60 or not re.fullmatch(r"[x0-9+*/() -]+", text):
+        return None
+    used, names = set(), []
+
+    def value(node):
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            used.add(OPERATORS[type(node.op)])
+            a, b = value(node.left), value(node.right)
+            return {"add": lambda: a + b, "subtract": lambda: a - b, "multiply": lambda: a * b,
+                    "divide": lambda: a / b}[OPERATORS[type(node.op)]]()
+        if isinstance(node, ast.Name) and node.id == "x":
+            names.append(node)
+            return Fraction(x)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return Fraction(node.value)
+        raise ValueError("something else than arithmetic")
+    try:
+        right = value(ast.parse(text.strip(), mode="eval").body) == n
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+    if not right or not names or not used:
+        return None
+    return used.pop() if len(used) == 1 else "mixed"

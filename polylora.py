@@ -212,7 +212,7 @@ class Embedder:
     over the text).
 
     Hidden states of a language model all point one way (cosines near 1), so the mean is centred on
-    `corpus`, the replies of the run's data. Only the reply is embedded, never its prompt; an empty
+    `corpus`, the replies of the run's data (of prompts without any, the prompts). Only the reply is embedded, never its prompt; an empty
     reply is the end-of-text token alone."""
 
     def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256):
@@ -272,7 +272,7 @@ def load_embedder(session):
     Qwen3-Embedding."""
     args, device = session.args, session.ranks.device
     if args.embedder == "base":
-        corpus = list(islice((r for p in session.posts for r in p.replies), 2048))
+        corpus = list(islice((r for p in session.posts for r in p.replies or (p.post,)), 2048))
         session.embedder = Embedder(session.model, session.tokenizer, corpus=corpus)
         return
     tokenizer = data.load_tokenizer(args.embedder)
@@ -290,6 +290,9 @@ def load_embedder(session):
 def held_out(post):
     """(the post without its first reply, that reply): how people's own replies are scored by what
     compares a draft with them. A post with one reply keeps it."""
+    if not post.replies:
+        raise InputError(f"the post {data.short(post.id)} has no reply to set a scale by: use a "
+                         "gate that needs none (--gate none)")
     rest = dataclasses.replace(post, replies=post.replies[1:] or post.replies, voices=())
     return rest, post.replies[0]
 

@@ -7,12 +7,14 @@ usage() { cat <<END
 The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k training, one report.
 
   torchrun train.sh                    the pocket study, from nothing: 2 cores, about ten minutes
+  torchrun train.sh --data pocket-code        the same in another small world (or pocket-stories)
   torchrun train.sh --data FILE        the same on your posts with replies by voice; makes a small base
   torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl      the full study
   bash train.sh                        as torchrun train.sh (NPROC=2 bash train.sh: two processes)
 
   --model NAME       Qwen3 checkpoint, folder or hub name (default: a pocket model made on the spot)
-  --data FILE        posts, JSON lines or .gz (default: the pocket world, made by data.py)
+  --data FILE        posts, JSON lines or .gz; or pocket-code or pocket-stories, small worlds as the default
+                     one, pocket, is: all three are made by data.py
   --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's name)
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo); an arm needs the arm that it starts from
@@ -59,7 +61,9 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
 [[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
-[[ -z "$data" || -f "$data" ]] || fail "there is no file $data: give --data a file of posts"
+case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
+[[ "$data" != pocket || -f "$data" || -n "$model" ]] || data=""                  # the default one
+[[ -z "$data" || -n "$world" || -f "$data" ]] || fail "there is no file $data: give --data a file of posts"
 if [[ -z "${RANK:-}" ]]; then
   command -v torchrun > /dev/null || fail "torchrun is not on the PATH: activate the environment that has torch"
   exec torchrun --standalone --nproc-per-node="${NPROC:-1}" "$here/train.sh" ${given[@]+"${given[@]}"}
@@ -82,13 +86,15 @@ if [[ -z "$model" ]]; then
     sft_steps=40 grpo_steps=120 grpo_lr=2e-3
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
-    split=(); base_steps="${base_steps:-1200}" noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
+    [[ -z "$world" ]] || split=(--popularity 0.7 --writers 3)
+    base_steps="${base_steps:-1200}" noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
   fi
+  length=24; [[ "$world" != pocket-stories ]] || length=48
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
-  sft=(--lr 2e-3 --batch 32 --steps "${steps:-$sft_steps}" --max-new-tokens 24 --micro-tokens 1024 --save-every 40)
-  grpo=(--lr "$grpo_lr" --batch 16 --steps "${steps:-$grpo_steps}" --max-new-tokens 24 --micro-tokens 2048 --save-every 40)
-  gate=verifier; floor=0; length=24; passk=passk; samples="${samples:-40}"
+  sft=(--lr 2e-3 --batch 32 --steps "${steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
+  grpo=(--lr "$grpo_lr" --batch 16 --steps "${steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
+  gate=verifier; floor=0; passk=passk; samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
@@ -148,9 +154,10 @@ stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the c
 study() {  # SEED: every arm, then the drafts of each for the held-out posts
   trap : TERM INT                          # the program in front is told too, and saves before it ends
   local seed="$1" to="$out/seed$1" from base measured="" name phase start flags
-  # A seed has posts of its own in the pocket world, and a base of its own in both small ones.
-  if [[ -n "$data" ]]; then from="$out/data"; else from="$to/data"; fi
-  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$([[ -n "$data" ]] && echo 0 || echo "$seed")" --out "$from" ${split[@]+"${split[@]}"}
+  # A seed has posts of its own in a small world, and without --model a base of its own.
+  local deal="$seed"
+  if [[ -n "$data" && -z "$world" ]]; then from="$out/data" deal=0; else from="$to/data"; fi
+  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$deal" --out "$from" ${split[@]+"${split[@]}"}
   base="$model"
   if [[ -z "$model" ]]; then
     stage polylora base --data "$from/base.jsonl" --out "$to/base-model" --seed "$seed" --resume --steps "$base_steps" ${until[@]+"${until[@]}"} "${small[@]}"

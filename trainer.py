@@ -160,7 +160,7 @@ class Run:
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
-                "readers")
+                "readers", "allow_code_execution")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
@@ -602,6 +602,8 @@ class Session:
         args = self.args
         self.posts = data.load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
         self.domain = data.load_domain(args.data, args.domain, self.posts)
+        if self.stage != "base":
+            self.domain.permit(args.allow_code_execution)
 
     def load_model(self):
         args = self.args
@@ -684,7 +686,8 @@ def common_flags(p, *, lr, steps, batch, schedule="cosine"):
     add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint "
                                       "ones with `python data.py split`")
     add("--domain", default="auto",
-        help="how drafts are asked for and scored: auto, pocket, voices or replies")
+        help=f"how drafts are asked for and scored: auto, {', '.join(data.DOMAINS)}")
+    allow_code_flag(p)
     add("--out", required=True, help="run folder to make")
     add("--resume", action="store_true", help="go on with an unfinished run in --out")
     add("--dry-run", action="store_true",
@@ -710,6 +713,12 @@ def common_flags(p, *, lr, steps, batch, schedule="cosine"):
     add("--skip-bad-lines", action="store_true",
         help="skip, count and report unreadable lines of --data instead of stopping")
     model_flags(p)
+
+
+def allow_code_flag(p):
+    p.add_argument(
+        "--allow-code-execution", nargs="?", const="yes", default=False, choices=("yes", "as-root"),
+        help="let drafts of code be run, in a sandbox, to judge them; as-root: even if root asks")
 
 
 def model_flags(p):

@@ -3,7 +3,11 @@
 import gzip
 import itertools
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,13 @@ import torch
 
 import data
 import files
+import pocket
 from data import InputError, Post
 from model import chat_format, pack
 from trainer import train_tokenizer
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
 GOOD = {"id": "a", "post": "Rain again.", "replies": ["Bring an umbrella.", "Stay in!"]}
 
 
@@ -194,14 +200,14 @@ def test_no_reply_of_the_pocket_world_is_right_in_two_voices_or_events():
     """Exhaustive over all wordings: otherwise one string could please two readers and diversity would be
     free."""
     owner, count = {}, 0
-    for voice, events in data.VOICES.items():
+    for voice, events in pocket.VOICES.items():
         for event, template in events.items():
             for text in texts(data.parse(template)):
                 assert "[n]" in text
                 key = data.normalise(text.replace("[n]", "kitten"))
                 assert owner.setdefault(key, (voice, event)) == (voice, event), text
                 count += 1
-    assert len(owner) > 700 and set(data.VOICES["warm"]) == set(data.OPENERS)
+    assert len(owner) > 700 and set(pocket.VOICES["warm"]) == set(pocket.OPENERS)
 
 
 def test_the_pocket_verifier_knows_its_own_and_nothing_else():
@@ -225,9 +231,44 @@ def test_pocket_posts_are_distinct_seeded_many_and_written_in_several_ways(monke
     assert posts[:50] == data.pocket_posts(50, seed=0) != data.pocket_posts(50, seed=1)
     assert 0.1 < sum(p.post[0].islower() for p in posts) / 8200 < 0.5
     assert len({p.intent for p in posts}) == 6 * 6 * 6 and all(3 <= len(p.post.split()) <= 20 for p in posts)
-    monkeypatch.setattr(data, "THINGS", {"pet": "kitten"})  # the whole world would take ten seconds to use up
+    small = pocket.POCKET._replace(things={"pet": "kitten"})
+    monkeypatch.setitem(data.WORLDS, "pocket", pocket.scene_maker(small))  # the whole world would take ten seconds to use up
     with pytest.raises(InputError, match="ask for fewer"):
         data.pocket_posts(2000)
+
+
+@pytest.mark.parametrize("name", ["pocket-code", "pocket-stories"])
+def test_the_small_worlds_of_code_and_stories_judge_their_own_exactly(name, tmp_path):
+    """Each post has a right reply in every voice, right in no other voice and for no other intent; files keep it."""
+    assert data.main(["split", "--data", name, "--sizes", "base=60,eval=40", "--out", str(tmp_path)]) == 0
+    posts = data.load_posts(tmp_path / "base.jsonl")
+    domain = data.load_domain(tmp_path / "base.jsonl", "auto", posts)
+    assert domain.name == name and data.make_domain("auto", posts).name == name and len(domain.voices) == 5
+    rng = random.Random(0)
+    for p in posts:
+        for voice, reply in zip(p.voices, p.replies):
+            assert domain.voices_of(p, reply) == (voice,) == domain.voices_of(p, domain.reply(p, voice, rng))
+            assert domain.voices_of(p, reply + " 1") == () == domain.voices_of(p, "")
+        other = next(q for q in posts if q.intent.split("/")[1:] != p.intent.split("/")[1:])
+        assert not set(other.replies) & set(p.replies) or name == "pocket-code"
+        wrong = [domain.voices_of(p, r) for r in other.replies]
+        assert wrong == [()] * 5 or name == "pocket-code" and () in wrong
+    assert len({data.normalise(p.post) for p in data.pocket_posts(7200, name=name)}) == 7200
+    with pytest.raises(InputError, match=f"--data {name}"):
+        data.make_domain(name, [Post("a", "b", ("c",), ("warm",))])
+
+
+def test_expressions_are_read_not_run():
+    shape = lambda text: pocket.shape_of(text, 12, 3)
+    assert [shape(t) for t in ("x + 9", "9+x", "15 - x", "x*4", "36 / x", "x * 3 + x", "(x - 1) * 6", "x+x+x+x")] == [
+        "add", "add", "subtract", "multiply", "divide", "mixed", "mixed", "add"]
+    for text in ("12", "x + 8", "9 + 3", "x ** 2 + 3", "x // 1 * 4", "x / 0", "x +", "exit()", "x * 4 #", "x*4; x", "",
+                 "-x + 15", "x\n+9", "y + 9", "__import__('os')", "x" * 61, "(" * 50 + "x", "12 if x else x", "x, 12",
+                 "9" * 58 + "-x", "x + 9.0", "x * 04", "lambda x: 12"):
+        assert shape(text) is None, text
+    for n, x in pocket.SUMS:
+        for voice in pocket.SHAPES:
+            assert pocket.shape_of(pocket.write_sum(voice, n, x, random.Random(n)), n, x) == voice
 
 
 def test_popularity_is_long_tailed_and_readers_are_drawn_by_it():
@@ -616,3 +657,27 @@ def test_ids_of_a_conversation_hold_the_templates_control_tokens_alone(tokenizer
             assert marks(data.encode_reply(tokenizer, reply)) == end, text
             whole = data.encode_chat(tokenizer, [*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
             assert marks(whole) == wanted + end, text
+
+
+def test_the_worked_example_of_how_to_add_a_domain_applies_and_runs(tmp_path):
+    """The README's diff, applied to a copy: its own test passes, and a file is split as of the new domain."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    if "## How to add a domain" not in page:
+        pytest.skip("the README has no such example yet")
+    part = page.split("## How to add a domain", 1)[1].split("\n## ", 1)[0]
+    assert len(part.strip().split("\n")) < 40
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "shared"))
+    (copy / "domain.diff").write_text(part.split("```diff\n", 1)[1].split("```", 1)[0], encoding="utf-8")
+    (copy / "words.jsonl").write_text('{"post": "Cat", "replies": {"right": "Calm and tall"}}\n'
+                                      '{"post": "Dog", "replies": {"right": "Do or go"}}\n')
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "apply", "domain.diff"], cwd=copy, check=True, timeout=60)
+    run = lambda *a: subprocess.run([sys.executable, *a], cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                    capture_output=True, text=True, timeout=300)
+    tested = run("-m", "pytest", "tests/test_data.py", "-k", "acrostic", "-p", "no:cacheprovider")
+    assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout[-2000:]
+    made = run("data.py", "split", "--data", "words.jsonl", "--domain", "acrostic", "--sizes", "sft=1,eval=1",
+               "--out", "parts")
+    assert made.returncode == 0, made.stderr
+    assert "domain acrostic, voices right" in run("data.py", "check", "parts/sft.jsonl").stdout
