@@ -131,8 +131,9 @@ def measured(run, settings):
 
 def passing(session):
     """(threshold, scale) of a reward without a verifier: a draft passes when it earns more than 19
-    of 20 human replies that were written to another post. The scale says what share of people's
-    held-out replies, of shuffled and of truncated ones (their first half) passes by it. Without
+    of 20 human replies that were written to another post, compared with as many replies as a draft
+    is. The scale says what share of people's held-out replies, of shuffled and of truncated ones
+    (their first half) passes by it. Without
     people's replies a judge's draft passes when "yes" is likelier than "no", and there is no
     scale."""
     if not all(post.replies for post in session.posts):
@@ -140,15 +141,17 @@ def passing(session):
             raise InputError("some of these posts have no replies, whose reward would say what "
                              "passes: use --reward judge")
         return 0.5, None
-    cut = [held_out(post) for post in session.posts if len(post.replies) > 1]
-    if len(cut) < 2:                         # one reply a post: it is scored beside itself
-        cut = [held_out(post) for post in session.posts]
-    posts, own = [post for post, _ in cut], [reply for _, reply in cut]
+    whole = [post for post in session.posts if len(post.replies) > 1]
+    if len(whole) < 2:                       # one reply a post: it is scored beside itself
+        whole = session.posts
+    posts, own = zip(*map(held_out, whole))
     half = len(own) // 2
-    streams = range(len(posts))
-    earn = lambda texts: np.array(session.reward(posts, [[t] for t in texts], streams))[:, 0]
-    people, shuffled = earn(own), earn(own[half:] + own[:half])
-    truncated = earn([" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own])
+
+    def earn(posts, texts):
+        return np.array(session.reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
+    shuffled = earn(whole, own[half:] + own[:half])
+    people = earn(posts, own)
+    truncated = earn(posts, [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own])
     threshold = float(np.quantile(shuffled, 0.95, method="higher"))
     share = lambda values: float((values > threshold).mean())
     return threshold, {"people": share(people), "shuffled": share(shuffled),
