@@ -562,7 +562,8 @@ def rollout(session, step, tally):
 def tally_rollout(drawn, advantages, args, tally):
     """What the log says of a rollout. D_share is that of the advantages: the norm of D's part over
     the objective's, left out where that is zero."""
-    group, samples, diversity = drawn.group, drawn.samples, args.diversity
+    group, samples = drawn.group, drawn.samples
+    diversity = args.diversity
     posts, drafts = group.rewards.shape[0], group.rewards.numel()
     tally.add("reward", group.rewards.sum(), drafts)
     tally.add("reward_std", group.rewards.std(1, correction=0).sum(), posts)
