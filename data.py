@@ -4,9 +4,8 @@
     python data.py split --data pocket --sizes base=5000,sft=1000,grpo=1000,eval=200 --out runs/data
 
 A domain says how a post is put to the model and how a draft is judged. Two have an exact
-verifier: `voices` (posts with a right reply in each of several voices, as in a file) and `pocket`
-(a small world whose right replies are a grammar, whose words are in pocket.py); for `replies`, real
-posts with one or more human replies, grpo.py has rewards."""
+verifier: `voices` (a right reply in each of several voices) and `pocket` (a small world whose words
+are in pocket.py); for `replies`, posts with one or more human replies, there are rewards."""
 
 import argparse
 import dataclasses
@@ -266,7 +265,8 @@ def parse_line(line, number, max_chars):
         raise ValueError("not JSON") from None
     if not isinstance(d, dict):
         raise ValueError("not a JSON object")
-    d, tests, prompt = d | as_post(d), "", isinstance(d.get("prompt"), str)
+    d = d | as_post(d)
+    tests, prompt = "", isinstance(d.get("prompt"), str)
     # A field may be there and be null.
     post = d.get("tweet") if d.get("post") is None else d["post"]
     replies = d.get("reply") if d.get("replies") is None else d["replies"]
@@ -712,7 +712,8 @@ def right_replies(template, thing):
 def pocket_posts(count, seed=0, name="pocket"):
     """`count` distinct posts of a pocket world, each with one right reply per voice written out.
     InputError when the world is too small for `count`."""
-    rng, posts, misses = random.Random(f"{name} {seed}"), {}, 0
+    rng, posts = random.Random(f"{name} {seed}"), {}
+    misses = 0
     while len(posts) < count:
         text, intent, replies = WORLDS[name](rng)
         key = normalise(text)
