@@ -398,7 +398,7 @@ def sed_loss(logits, target, weight=0.2, top=10, mass=0.95):
     p = logits.softmax(-1)
     unsure = p.topk(min(top, p.shape[-1])).values.sum(-1) < mass
     own = p.gather(-1, target[:, None])[:, 0]
-    return F.cross_entropy(logits, target, reduction="none") + weight * unsure * (own - 0.5) ** 2
+    return F.cross_entropy(logits, target, reduction="none") + weight * (own - 0.5) ** 2 * unsure
 
 
 def unlikelihood_loss(logits, target, earlier, weight=1.0):
