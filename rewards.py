@@ -28,8 +28,8 @@ from adapters import (LINEARS, PREFIX, adapter, adapter_state, add_lora, drop_lo
 from data import InputError, beside, command, read_json, write_json
 from model import read_tensors, token_logprobs
 from polylora import load_embedder
-from trainer import (Session, Tally, Visit, batch_visits, check_common, common_flags, load_model,
-                     seed_of, train)
+from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
+                     load_model, seed_of, train)
 
 class VerifierReward:
     """1 when the draft is right in the voice of this post's reader, drawn anew at every visit by
@@ -556,7 +556,9 @@ def run_train(args):
     session.reward = HeadsReward(heads, session.tokenizer, session.domain)
     session.say(f"{len(session.posts)} posts, pairs by {args.pairs}, {args.members} member(s)")
     args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
-    summary = train(session, session.params, lambda step: preference_step(session, step), LOGGED)
+    step_fn = lambda step: preference_step(session, step)
+    announce(session, step_fn)
+    summary = train(session, session.params, step_fn, LOGGED)
     if session.ranks.main:
         save_heads(heads, session.run.folder, args.model, args.revision)
     session.run.finish(summary | {"domain": session.domain.record()})
