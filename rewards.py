@@ -281,8 +281,12 @@ class Values:
         fresh = dict(session.ranks.gather(mine))
         self.known.update(fresh)
         if self.path and session.ranks.main:
-            with open(self.path, "a", encoding="utf-8") as file:  # first a line's end: see torn
-                file.write("\n" + json.dumps({"step": step, "posts": fresh}))
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:  # first the end of a torn line
+                    file.write("\n" + json.dumps({"step": step, "posts": fresh}))
+            except OSError as e:
+                raise InputError(f"{self.path} cannot be written ({e}): make room, then go on with "
+                                 "--resume") from None
 
     @torch.no_grad()
     def drift(self, visits):

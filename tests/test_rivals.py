@@ -146,7 +146,7 @@ def test_values_by_hand(parts, tmp_path):
 
 def test_a_single_draft_is_a_stream_and_no_group(parts, tmp_path):
     s = spo_session(parts, "--k", "1", "--beta", "0.1", folder=tmp_path)
-    grads, tally = gradient(s, lambda t: None), grpo.grpo_step(s, 0)
+    tally = grpo.grpo_step(s, 0)
     assert max(float(p.grad.abs().max()) for p in s.params) > 0
     means = tally.means(s.ranks, grpo.LOGGED)
     assert "zero_variance" not in means and "D" not in means and means["advantage"] > 0
