@@ -481,33 +481,25 @@ def kl_cov(covariance, seed=0, share=2e-4):
     return chosen
 
 
-class Tokens(NamedTuple):
-    """A line of TOKENS: which tokens of a step are treated otherwise, chosen from all of the
-    step's covariances and a seed."""
-    about: str
-    choose: Callable | None = None            # (covariance (N,), seed) -> bool (N,)
-
-
-TOKENS = {
-    "all": Tokens("alike"),
-    "clip-cov": Tokens("no gradient for some of high covariance (arXiv 2505.22617)", clip_cov),
-    "kl-cov": Tokens("a KL to the old policy for those of the highest, no clip (same paper)",
-                     kl_cov),
+TOKENS = {  # name -> (chooses tokens from all of a step's covariances and a seed, one line)
+    "all": (None, "alike"),
+    "clip-cov": (clip_cov, "no gradient for some of high covariance (arXiv 2505.22617)"),
+    "kl-cov": (kl_cov, "a KL to the old policy for those of the highest, no clip (same paper)"),
 }
 
 
 def chosen_tokens(session, advantages, logprobs, step):
     """By --tokens, of this rank's drafts: P k lists of bool, from the whole step's tokens in the
     order of its posts; None for `all`. advantages (P, k); logprobs: P lists of k lists."""
-    kind, share = TOKENS[session.args.tokens], session.args.token_share
-    if kind.choose is None:
+    (choose, _), share = TOKENS[session.args.tokens], session.args.token_share
+    if choose is None:
         return None
     mine = [[[(p, a) for p in draft] for draft, a in zip(*post)]
             for post in zip(logprobs, advantages.tolist())]
     every = session.ranks.gather(mine)
     logp, a = torch.tensor([t for post in every for draft in post for t in draft]).T
     seed = seed_of(session.args.seed, "tokens", step)
-    flags = iter(kind.choose(token_covariances(logp, a), seed, share).tolist())
+    flags = iter(choose(token_covariances(logp, a), seed, share).tolist())
     marked = [[[next(flags) for _ in draft] for draft in post] for post in every]
     ranks = session.ranks
     mine = marked if ranks.world == 1 else marked[ranks.rank::ranks.world]
