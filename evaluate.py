@@ -121,7 +121,8 @@ def measure_settings(session):
             "max_new_tokens": args.max_new_tokens, "reward": args.reward,
             "reward_model": args.reward_model, "embedder": args.embedder, "posts": texts,
             "model": model_hash(args.model, args.revision), "dtype": str(session.model.dtype),
-            "nf4": args.nf4, "readers": session.domain.record()}
+            "nf4": args.nf4, "readers": session.domain.record(),
+            **({"spread_penalty": args.spread_penalty} if args.reward == "model" else {})}
 
 
 def measured(run, settings):
@@ -260,7 +261,10 @@ def parser():
         help="of --bare's drafts; a run's drafts use the run's own seed")
     add("--reward", default="auto", choices=("auto", *REWARDS),
         help="what a draft earns, in domains without a verifier")
-    add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge")
+    add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge, or a folder "
+                               "of rewards.py train")
+    add("--spread-penalty", type=float, default=1.0,
+        help="how many times their spread is taken off the mean of several reward models")
     add("--domain", default="auto",
         help=f"how drafts are scored: auto, {', '.join(data.DOMAINS)}")
     allow_code_flag(m)

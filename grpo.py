@@ -33,7 +33,7 @@ from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
                       measure, pair_distances)
-from rewards import REWARDS, make_reward
+from rewards import REWARDS, Values, make_reward
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
                      seed_of, train)
 
@@ -278,6 +278,45 @@ def focal_advantages(rewards, gamma=1.0):
     return group_advantages(rewards) * (1 - rewards.mean(1, keepdim=True)) ** gamma
 
 
+def ucpo_advantages(rewards, logprobs, lengths, tau=0.2):
+    """UCPO (arXiv 2605.00365, as its code has it): what GRPO gives to the right drafts is dealt
+    anew among them, 1 - tau evenly, tau by 1/q, q proportional to exp(mean log-probability a
+    token). Its sum stays; wrong drafts keep theirs."""
+    check_binary(rewards)
+    right = rewards == 1
+    share = (-logprobs / lengths).masked_fill(~right, -math.inf).softmax(1)   # of 1/q
+    dealt = 1 - tau + tau * right.sum(1, keepdim=True) * share
+    return group_advantages(rewards) * torch.where(right, dealt, 1.0)
+
+
+def mara_advantages(rewards, reference, beta, threshold=1.0):
+    """MARA (arXiv 2510.20817) as we read it: with z the draft that the reference finds likeliest
+    among those of reward `threshold` or more, each of these earns R(z) + beta (log ref(z) - log
+    ref(y)), others their reward. Under the loss's KL of weight beta the best policy then is even
+    over all good drafts. k/(k - 1) (r - mean): the KL's gradient has the weight k."""
+    good = rewards >= threshold
+    anchor = reference.masked_fill(~good, -math.inf).argmax(1, keepdim=True)
+    lift = beta * (reference.gather(1, anchor) - reference)
+    shaped = torch.where(good, rewards.gather(1, anchor) + lift.to(rewards), rewards)
+    k = rewards.shape[1]
+    return k / (k - 1) * group_advantages(shaped, normalise=False)
+
+
+def soft_advantages(rewards, logprobs, reference, beta):
+    """Soft Policy Optimization (arXiv 2503.05453) as we read it, on policy: the residual of r -
+    beta log(pi(y) / ref(y)) = V, V the group's mean. Its gradient is that of E[r] - beta KL(pi ||
+    ref) of whole drafts, so the KL of the loss is left out."""
+    soft = rewards - beta * (logprobs - reference).to(rewards)
+    return group_advantages(soft, normalise=False)
+
+
+def stream_advantages(rewards, values):
+    """Single-stream SPO (arXiv 2509.13232, eq. 7): r - v, v (P,) the post's tracked value (Values)
+    from earlier steps. Without the paper's division by the batch's std, which would make a post's
+    advantages hang on the posts beside it."""
+    return rewards - values[:, None].to(rewards)
+
+
 @dataclasses.dataclass
 class Group:
     """What an objective or a diversity may look at: k drafts for each of P posts."""
@@ -290,9 +329,12 @@ class Group:
     logprobs: torch.Tensor | None = None      # (P, k): of the whole draft, as sampled
     lengths: torch.Tensor | None = None       # (P, k) in tokens, stop token included
     seeds: torch.Tensor | None = None         # (P,): of an objective's own random choices
+    reference: torch.Tensor | None = None     # (P, k): log-probability by the starting adapter
+    values: torch.Tensor | None = None        # (P,): single-stream SPO's, before this step
     texts: list | None = None                 # P lists of k
     set_size: int = 4
     floor: float = 0.0
+    beta: float = 0.0
 
     k = property(lambda self: self.rewards.shape[1])
     sets = property(lambda self: random_sets(self.seeds, self.k, self.set_size))
@@ -367,7 +409,22 @@ OBJECTIVES = {
     "wreinforce": Objective(wreinforce_advantages, "rewards", "W-REINFORCE (arXiv 2506.01347)",
                             lambda group: 1.1 * group.k),
     "focal": Objective(focal_advantages, "rewards", "F-GRPO (arXiv 2602.06717)"),
+    "ucpo": Objective(ucpo_advantages, "rewards logprobs lengths",
+                      "more for the rarer right drafts (UCPO, arXiv 2605.00365)"),
+    "mara": Objective(mara_advantages, "rewards reference beta",
+                      "MARA as we read it, with --beta (arXiv 2510.20817)",
+                      lambda group: group.k),
+    "soft-spo": Objective(soft_advantages, "rewards logprobs reference beta",
+                          "Soft Policy Optimization as we read it, with --beta (arXiv 2503.05453)"),
+    "single-stream-spo": Objective(stream_advantages, "rewards values",
+                                   "SPO with a tracked value a post, --k 1 too (arXiv 2509.13232)",
+                                   lambda group: group.k),
 }
+
+
+def needs(name):
+    """The fields of a Group that an objective takes."""
+    return OBJECTIVES[name].takes.split()
 
 
 def advantages_of(objective, group, diversity_weight=0.0, diversity="cosine", entropy_weight=0.0):
@@ -397,8 +454,60 @@ def draft_means(values, draft):
     return (total / count.clamp(min=1))[draft]
 
 
+def token_covariances(logp, advantages):
+    """(A - mean A) (log pi - mean log pi) of tokens, all (N,): how much each one's update lowers
+    the entropy (arXiv 2505.22617, eq. 10)."""
+    return (advantages - advantages.mean()) * (logp - logp.mean())
+
+
+def clip_cov(covariance, seed, share=2e-4, low=1.0, high=5.0):
+    """Clip-Cov (arXiv 2505.22617): `share` of all tokens, at least one, drawn among those of a
+    covariance between low and high -> bool (N,). They get no gradient."""
+    wanted = max(1, int(share * len(covariance)))
+    odds = torch.rand(len(covariance), generator=torch.Generator().manual_seed(seed))
+    odds = odds.masked_fill((covariance <= low) | (covariance >= high), -1.0)
+    best = odds.topk(min(wanted, len(odds)))
+    chosen = torch.zeros(len(odds), dtype=torch.bool)
+    chosen[best.indices[best.values >= 0]] = True
+    return chosen
+
+
+def kl_cov(covariance, seed=0, share=2e-4):
+    """KL-Cov (arXiv 2505.22617): the `share` of tokens, at least one, of the largest covariance.
+    Nothing is clipped, and these pay |log pi - log pi_old|: only felt from the second of --updates
+    on."""
+    chosen = torch.zeros(len(covariance), dtype=torch.bool)
+    chosen[covariance.topk(max(1, int(share * len(covariance)))).indices] = True
+    return chosen
+
+
+TOKENS = {  # name -> (chooses tokens from all of a step's covariances and a seed, one line)
+    "all": (None, "alike"),
+    "clip-cov": (clip_cov, "no gradient for some of high covariance (arXiv 2505.22617)"),
+    "kl-cov": (kl_cov, "a KL to the old policy for those of the highest, no clip (same paper)"),
+}
+
+
+def chosen_tokens(session, advantages, logprobs, step):
+    """By --tokens, of this rank's drafts: P k lists of bool, from the whole step's tokens in the
+    order of its posts; None for `all`. advantages (P, k); logprobs: P lists of k lists."""
+    (choose, _), share = TOKENS[session.args.tokens], session.args.token_share
+    if choose is None:
+        return None
+    mine = [[[(p, a) for p in draft] for draft, a in zip(*post)]
+            for post in zip(logprobs, advantages.tolist())]
+    every = session.ranks.gather(mine)
+    logp, a = torch.tensor([t for post in every for draft in post for t in draft]).T
+    seed = seed_of(session.args.seed, "tokens", step)
+    flags = iter(choose(token_covariances(logp, a), seed, share).tolist())
+    marked = [[[next(flags) for _ in draft] for draft in post] for post in every]
+    ranks = session.ranks
+    mine = marked if ranks.world == 1 else marked[ranks.rank::ranks.world]
+    return [draft for post in mine for draft in post]
+
+
 def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence_ratio=False,
-                clip_low=0.2, clip_high=0.2, reference=None, beta=0.0):
+                clip_low=0.2, clip_high=0.2, reference=None, beta=0.0, tokens="all", chosen=None):
     """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided
     by `denominator`, the number of tokens of the whole step over all ranks and micro-batches. All
     (N,), fp32; gradient through `logp` alone; draft (N,): which draft each token is of.
@@ -406,21 +515,27 @@ def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence
     ratio = exp(logp - old_logp). With sequence_ratio it is that of the whole draft, the geometric
     mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
     k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that of
-    KL(policy || reference) on policy, which k1's (zero) and k3's own are not. Returns (loss,
-    clipped share, KL) with the last two summed over tokens."""
+    KL(policy || reference) on policy, which k1's (zero) and k3's own are not. tokens and chosen
+    (N,): a name of TOKENS and what it chose. Returns (loss, clipped share, KL) with the last two
+    summed over tokens."""
     gap = logp - old_logp.detach()
     ratio = gap.exp()
     kl = torch.zeros_like(logp)
     penalty = kl
-    if beta:
+    if reference is not None:
         beyond = reference.detach() - logp
         kl = beyond.exp() - 1 - beyond
         penalty = beta * ratio * kl
     if sequence_ratio:
         mean = draft_means(gap.detach(), draft)
         ratio = (mean + gap - gap.detach()).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages) + penalty
+    clipped = ratio if tokens == "kl-cov" else ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if tokens == "clip-cov":
+        loss = loss.masked_fill(chosen, 0.0)
+    if tokens == "kl-cov":
+        loss = loss + gap.abs() * chosen
+    loss = loss + penalty
     outside = (clipped * advantages < ratio * advantages).float().sum()
     return loss.sum() / denominator, outside, kl.detach().sum()
 
@@ -470,6 +585,7 @@ class Batch:
     sampled: torch.Tensor                     # (N,) log-probabilities that generation had
     old: torch.Tensor | None                  # (N,) by the training path; None: on policy
     reference: torch.Tensor | None            # (N,) of the starting adapter, for the KL
+    chosen: torch.Tensor | None = None        # (N,) bool, by --tokens
 
 
 def voice_rows(domain, post, texts):
@@ -485,11 +601,15 @@ def draw(session, visits, step):
     posts = [session.posts[v.index] for v in visits]
     streams = [session.stream("reader", step, v) for v in visits]
     group = Group(torch.tensor(session.reward(posts, texts, streams)), set_size=args.set_size,
-                  floor=args.gate_floor)
+                  floor=args.gate_floor, beta=args.beta)
     group.logprobs = torch.tensor([list(map(sum, drafts)) for drafts in samples.logprobs])
     group.lengths = torch.tensor([list(map(len, drafts)) for drafts in samples.tokens])
     if args.overlong:
         group.rewards += overlong_penalty(group.lengths, args.max_new_tokens, args.overlong)
+    if "values" in needs(args.advantage):
+        session.values = getattr(session, "values", None) or Values(session, step)
+        group.values = session.values(visits, step)
+        session.values.learn(visits, group.rewards, samples, step)
     group.texts, group.seeds = texts, torch.tensor(streams)
     group.classes = answer_classes(domain, posts, texts)
     group.quality = session.gate(visits, samples, texts, streams)
@@ -517,7 +637,8 @@ def draw_batch(session, step, tally):
         rewards = drawn.group.rewards
         equal = rewards.amax(1) == rewards.amin(1)
         tally.visits = [*tally.visits, *visits]
-        tally.add("zero_variance", equal.float().sum(), len(equal))
+        if args.k > 1:
+            tally.add("zero_variance", equal.float().sum(), len(equal))
         if not args.resample:
             return drawn
         useful = ranks.gather((~equal).tolist())                          # in the order of visits
@@ -530,6 +651,12 @@ def draw_batch(session, step, tally):
     return joined(parts)
 
 
+def by_token(rows, drafts):
+    """What lists `drafts`, one a draft, say of its tokens, at the rows' tokens (N,)."""
+    order = rows.draft.unique_consecutive().tolist()
+    return torch.tensor([x for d in order for x in drafts[d]], device=rows.draft.device)
+
+
 def rollout(session, step, tally):
     """Drafts, rewards and advantages of this rank's share of a batch -> list of Batch, and the
     step's token count over all ranks."""
@@ -538,13 +665,11 @@ def rollout(session, step, tally):
     group, samples = drawn.group, drawn.samples
     if not drawn.visits:  # of the posts that --resample kept this rank drew none
         return [], session.ranks.sum([0])[0]
-    advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight,
-                               args.diversity, args.entropy_weight)
-    flat = advantages.flatten().to(device)                                     # one a draft
+    if "reference" in needs(args.advantage):
+        group.reference = torch.zeros(group.rewards.numel())
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
     for rows in session.micro_batches(list(zip(drawn.prompts, samples.tokens))):
-        drafts = rows.draft.unique_consecutive().tolist()
-        sampled = torch.tensor([p for d in drafts for p in logprobs[d]], device=device)
+        sampled = by_token(rows, logprobs)
         old = reference = None
         with torch.no_grad():
             if args.updates > 1:
@@ -552,9 +677,20 @@ def rollout(session, step, tally):
             if args.beta:
                 with adapter(session.model, session.start):
                     reference = token_logprobs(session.model, rows, args.temperature)[0]
-        batches.append(Batch(rows, flat[rows.draft], sampled, old, reference))
+        if group.reference is not None:
+            group.reference.index_add_(0, rows.draft.cpu(), reference.cpu())
+        batches.append(Batch(rows, None, sampled, old, reference))
         if old is not None:
             tally.add("mismatch", (old - sampled).abs().sum(), len(old))
+    if group.reference is not None:
+        group.reference = group.reference.view_as(group.rewards)
+    advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight,
+                               args.diversity, args.entropy_weight)
+    flat = advantages.flatten().to(device)                                     # one a draft
+    chosen = chosen_tokens(session, advantages, samples.logprobs, step)
+    for batch in batches:
+        batch.advantages = flat[batch.rows.draft]
+        batch.chosen = None if chosen is None else by_token(batch.rows, chosen)
     tally_rollout(drawn, advantages, args, tally)
     return batches, session.ranks.sum([sum(map(len, logprobs))])[0]
 
@@ -580,7 +716,7 @@ def tally_rollout(drawn, advantages, args, tally):
         if own.any():
             both = advantages_of(objective, group, args.diversity_weight, diversity)
             tally.add("D_share", (both - own).norm() / own.norm())
-    if group.embeddings is not None or not DIVERSITIES[diversity].embeds:
+    if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[diversity].embeds):
         plain = dataclasses.replace(group, quality=None)
         tally.add("D", measure(diversity, plain)[0].sum(), posts)
         if group.quality is not None:
@@ -601,7 +737,9 @@ def grpo_step(session, step):
         loss, clipped, kl = policy_loss(
             logp, old, batch.advantages, denominator=session.token_count, draft=batch.rows.draft,
             sequence_ratio=args.ratio == "sequence", clip_low=args.clip_low,
-            clip_high=args.clip_high, reference=batch.reference, beta=args.beta)
+            clip_high=args.clip_high, reference=batch.reference,
+            beta=0.0 if args.advantage == "soft-spo" else args.beta,
+            tokens=args.tokens, chosen=batch.chosen)
         loss.backward()
         tally.add("entropy", entropy.sum(), len(logp))
         tally.add("clipped", clipped, len(logp))
@@ -629,8 +767,7 @@ def run_grpo(args):
         return
     session.load()
     same_domain(Path(args.start), session.domain)
-    needs = OBJECTIVES[args.advantage].takes.split()
-    if "right" in needs and not session.domain.voices:
+    if "right" in needs(args.advantage) and not session.domain.voices:
         raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of voices")
     if start is None:                        # a dry run may come before its start
         add_lora(session.model, 16, 16)
@@ -640,7 +777,7 @@ def run_grpo(args):
     session.shard_model()
     session.start = {n: t.to(session.ranks.device) for n, t in session.start.items()}
     embeds = args.diversity_weight and DIVERSITIES[args.diversity].embeds
-    if embeds or "embeddings" in needs:
+    if embeds or "embeddings" in needs(args.advantage):
         load_embedder(session)
     session.reward = make_reward(args.reward, session)
     session.gate = Gate(session, args.gate)
@@ -684,8 +821,14 @@ def check_grpo(args):
         args.revision = args.revision or config.get("revision")
     if not args.model:
         raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
-    if args.k < 2:
+    alone = args.advantage == "single-stream-spo" and not args.diversity_weight
+    if args.k < 2 - alone or args.entropy_weight and args.k < 2:
         raise InputError(f"--k {args.k}: a group needs at least 2 drafts")
+    if "beta" in needs(args.advantage) and not args.beta:
+        raise InputError(f"--advantage {args.advantage} weighs the likelihood under the starting "
+                         "adapter by --beta: give one above 0")
+    if args.shard and "values" in needs(args.advantage):
+        raise InputError(f"--advantage {args.advantage} does not run with --shard")
     check_diversity(args)
     if " set" in OBJECTIVES[args.advantage].takes:
         check_size(args.set_size, args.k, 1 + args.advantage.startswith("poly"),
@@ -717,7 +860,10 @@ def parser():
         help=f"what a draft earns. auto: reader where replies have voices, agreement where posts "
              f"have several replies, else relevance; {listed(REWARDS)}")
     add("--reward-model", default=None,
-        help="Qwen3 folder or hub name for --reward model (scalar head) or judge (chat model)")
+        help="for --reward model a folder of rewards.py train, or a Qwen3 with a scalar head; for "
+             "judge a chat model")
+    add("--spread-penalty", type=float, default=1.0,
+        help="how many times their spread is taken off the mean of several reward models")
     add("--overlong", type=int, default=0,
         help="tokens before --max-new-tokens over which a draft loses up to 1 of its reward, "
              "DAPO's soft overlong punishment (arXiv 2503.14476)")
@@ -732,6 +878,10 @@ def parser():
         help="upper clip: ratios above 1 + this get no gradient (DAPO: 0.28)")
     add("--ratio", default="token", choices=("token", "sequence"),
         help="what is clipped: each token's ratio, or the whole draft's (GSPO)")
+    add("--tokens", default="all", choices=list(TOKENS),
+        help=f"how a step's tokens are treated. {listed(TOKENS)}")
+    add("--token-share", type=float, default=2e-4,
+        help="share of a step's tokens that --tokens chooses, at least one")
     add("--resample", type=int, default=0,
         help="times that posts with equal rewards are replaced by others (DAPO's dynamic sampling)")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of drafts")

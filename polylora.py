@@ -390,6 +390,17 @@ def entropy_loss(logits, target, weight=0.1):
     return F.nll_loss(logp, target, reduction="none") + weight * (logp.exp() * logp).sum(-1)
 
 
+def sed_loss(logits, target, weight=0.2, top=10, mass=0.95):
+    """SED-SFT (arXiv 2602.07464): cross-entropy plus weight (p_y - 1/2)^2 where the `top` likeliest
+    tokens hold less than `mass`: there the target need not have it all. (Its code sets the mass
+    from the base's sums of 10 tokens and trains on sums of 2 unless told otherwise; here it is 10,
+    and the mass is fixed.)"""
+    p = logits.softmax(-1)
+    unsure = p.topk(min(top, p.shape[-1])).values.sum(-1) < mass
+    own = p.gather(-1, target[:, None])[:, 0]
+    return F.cross_entropy(logits, target, reduction="none") + weight * (own - 0.5) ** 2 * unsure
+
+
 def unlikelihood_loss(logits, target, earlier, weight=1.0):
     """Cross-entropy less weight times the sum of log(1 - p_c) over the reply's earlier tokens c
     (N, C), padded with -1 (arXiv 1908.04319, eq. 5)."""
@@ -435,10 +446,112 @@ def ba_lora_loss(logits, target, base_hidden, draft, head, weight=1.0):
     return F.cross_entropy(logits, target, reduction="none") + weight * extra
 
 
+def ba_lora_nlu_loss(logits, target, base_hidden, draft, head, weight=1.0, heat=2.0):
+    """Cross-entropy and the first term of BA-LoRA's form for understanding: 0.15 heat^2 KL(base ||
+    model). Its other two are of states, not of logits: covariance_penalty."""
+    model = (logits / heat).log_softmax(-1)
+    teacher = (F.linear(base_hidden, head).float() / heat).log_softmax(-1)
+    drift = heat ** 2 * (teacher.exp() * (teacher - model)).sum(-1)
+    return F.cross_entropy(logits, target, reduction="none") + weight * 0.15 * drift
+
+
+def covariance_penalty(hidden, draft, weight=1.0, leading=5):
+    """The other two terms of BA-LoRA's form for understanding, on hidden states (arXiv 2408.04556),
+    of each reply's own states Z (n, D), at each of its tokens: 0.03 (1/D) sum_{i != j} C_ij^2, C
+    the covariance, and -0.03 times the share of the `leading` singular values in the sum of all.
+    hidden (N, D), draft (N,) -> (N,). A reply of one token has no covariance: 0."""
+    out = torch.zeros(len(hidden), device=hidden.device)
+    for i in draft.unique().tolist():
+        z = hidden[draft == i].float()
+        n, centred = len(z), z - z.mean(0)
+        # |C|^2 of all entries by the (n, n) products, which C's own D^2 entries would dwarf.
+        whole = (centred @ centred.mT).square().sum() - centred.square().sum(0).square().sum()
+        values = torch.linalg.eigvalsh(z @ z.mT).clamp(min=1e-12).sqrt()       # singular values
+        share = values[-leading:].sum() / values.sum()
+        mixed = whole / max(n - 1, 1) ** 2 / z.shape[1]
+        out = torch.where(draft == i, weight * 0.03 * (mixed - share), out)
+    return out
+
+
 def base_states(session, rows):
     """The base's final hidden states (N, hidden), and the token's draft (N,)."""
     with torch.no_grad(), base(session.model):
         return predicting_states(session.model, rows), rows.draft
+
+
+def repeated_tokens(ids, n=4):
+    """For each of the ids: does it lie in an n-gram that the list had before?"""
+    seen, flags = set(), [False] * len(ids)
+    for start in range(len(ids) - n + 1):
+        gram = tuple(ids[start:start + n])
+        if gram in seen:
+            flags[start:start + n] = [True] * n
+        seen.add(gram)
+    return flags
+
+
+def add_unlikely(session, visits, step, tally, weight=1.0):
+    """Adds sequence-level unlikelihood (arXiv 1908.04319, eq. 7-8): weight times the sum of -log(1
+    - p) over those tokens of k drafts that repeat an earlier 4-gram, over the drafts' tokens. (The
+    drafts are sampled, where the paper decodes greedily.)"""
+    prompts, samples, _ = session.sample_drafts(visits, step, session.args.k)
+    drafts = [d for ds in samples.tokens for d in ds]
+    count, = session.ranks.sum([sum(map(len, drafts))])
+    flags = [f for d in drafts for f in repeated_tokens(d)]
+    starts = torch.tensor([0, *map(len, drafts)]).cumsum(0)
+    for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
+        logp, _ = token_logprobs(session.model, rows, session.args.temperature)
+        order = rows.draft.unique_consecutive().tolist()
+        again = torch.tensor([f for d in order for f in flags[starts[d]:starts[d + 1]]])
+        unlikely = -torch.log1p(-logp.exp().clamp(max=1 - 1e-6)) * again.to(logp)
+        (weight * unlikely.sum() / count).backward()
+        tally.add("unlikely", unlikely.sum().detach(), len(logp))
+        tally.add("tokens", rows.tokens.numel() + len(logp))
+
+
+def bonbon_loss(best, worst, base_best, base_worst, n, alpha=0.005):
+    """BoNBoN (arXiv 2406.00832): alpha (-log pi(best)) + (1 - alpha) (h - (n - 1) H_{n-1})^2, h =
+    log [pi(best) pi_0(worst) / (pi(worst) pi_0(best))], H the harmonic number: what h is on average
+    under the best-of-n policy itself. All (P,), log-probabilities of whole drafts."""
+    gap = (best - base_best) - (worst - base_worst)
+    target = (n - 1) * sum(1 / i for i in range(1, n))
+    return alpha * -best + (1 - alpha) * (gap - target) ** 2
+
+
+def add_bonbon(session, visits, step, tally, alpha=0.005):
+    """Adds BoNBoN's loss, a mean over posts: k drafts of the base, scored by the reward, best and
+    worst. Posts whose drafts all earn the same have neither."""
+    args, posts = session.args, [session.posts[v.index] for v in visits]
+    with base(session.model):
+        prompts, samples, texts = session.sample_drafts(visits, step, args.k)
+    streams = [session.stream("reader", step, v) for v in visits]
+    rewards = torch.tensor(session.reward(posts, texts, streams))
+    tally.add("reward", rewards.sum(), rewards.numel())
+    two = torch.stack((rewards.argmax(1), rewards.argmin(1)), 1).tolist()
+    useful = (rewards.amax(1) > rewards.amin(1)).tolist()
+    count, = session.ranks.sum([sum(useful)])
+    pairs = [(p, [drafts[i] for i in chosen]) for p, drafts, chosen, good
+             in zip(prompts, samples.tokens, two, useful) if good]
+
+    def scored():
+        """(P, 2) whole log-probabilities of best and worst."""
+        total = torch.zeros(2 * len(pairs), device=session.ranks.device)
+        for rows in session.micro_batches(pairs):
+            with torch.no_grad():
+                logp, _ = token_logprobs(session.model, rows, args.temperature)
+            total.index_add_(0, rows.draft, logp)
+        return total.view(-1, 2)
+    with base(session.model):
+        first = scored()
+    # The loss couples two drafts that may lie in two micro-batches: its slope first, then theirs.
+    now = scored().requires_grad_()
+    losses = bonbon_loss(*now.unbind(1), *first.unbind(1), args.k, alpha)
+    slope, = torch.autograd.grad(losses.sum() / max(count, 1), now)
+    for rows in session.micro_batches(pairs):
+        logp, _ = token_logprobs(session.model, rows, args.temperature)
+        (slope.flatten()[rows.draft] * logp).sum().backward()
+        tally.add("tokens", 3 * rows.tokens.numel())
+    tally.add("loss", losses.sum().detach(), len(losses))
 
 
 class Loss(NamedTuple):
@@ -447,6 +560,9 @@ class Loss(NamedTuple):
     function: Callable | None = None          # None: cross-entropy, the short way
     knob: str = ""                            # the function's argument that --loss-value sets
     extra: Callable | None = None             # (session, rows) -> tensors of N rows
+    states: Callable | None = None            # (hidden (N, D), draft, value) -> losses (N,)
+    drafts: Callable | None = None            # adds the part of fresh drafts, see add_unlikely
+    replies: bool = True                      # does it learn from people's replies at all?
 
 
 SFT_LOSSES = {
@@ -459,6 +575,13 @@ SFT_LOSSES = {
                          unlikelihood_loss, "weight", earlier_tokens),
     "ba-lora": Loss("three regularizers; value: times their weights, 1 (arXiv 2408.04556)",
                     ba_lora_loss, "weight", base_states),
+    "ba-lora-nlu": Loss("its form for understanding, on hidden states; value: as ba-lora",
+                        ba_lora_nlu_loss, "weight", base_states, covariance_penalty),
+    "sed": Loss("SED-SFT; value: its weight, 0.2 (arXiv 2602.07464)", sed_loss, "weight"),
+    "unlikelihood-sequence": Loss("against 4-grams that k drafts repeat; value: weight, 1 (arXiv "
+                                  "1908.04319)", knob="weight", drafts=add_unlikely),
+    "bonbon": Loss("BoNBoN, best and worst of k drafts of the base; value: alpha, 0.005 (arXiv "
+                   "2406.00832)", knob="alpha", drafts=add_bonbon, replies=False),
 }
 
 
@@ -469,7 +592,18 @@ def reply_losses(session, rows):
     if kind.extra is base_states:
         options["head"] = session.model.head_weight()
     extra = kind.extra(session, rows) if kind.extra else ()
-    return token_losses(session.model, rows, partial(kind.function, **options), extra=extra)
+    losses = token_losses(session.model, rows, partial(kind.function, **options), extra=extra)
+    if kind.states:
+        value = 1.0 if args.loss_value is None else args.loss_value
+        losses = losses + kind.states(predicting_states(session.model, rows), rows.draft, value)
+    return losses
+
+
+def add_drafts_loss(session, visits, step, tally):
+    """Adds what --loss makes of drafts of this rank's share of the posts."""
+    args, kind = session.args, SFT_LOSSES[session.args.loss]
+    options = {} if args.loss_value is None else {kind.knob: args.loss_value}
+    kind.drafts(session, session.deal(visits), step, tally, **options)
 
 
 # ---- Phase one -----------------------------------------------------------------------------------
@@ -520,9 +654,13 @@ def sft_step(session, step):
         post, rng = session.posts[visit.index], random.Random(session.stream("reply", step, visit))
         return session.domain.reply(post, session.domain.writer(post, rng), rng)
     session.model.train()
-    losses = reply_losses if SFT_LOSSES[args.loss].function else None
-    add_cross_entropy(session, visits, reply, tally, losses)
+    kind = SFT_LOSSES[args.loss]
+    if kind.replies:
+        losses = reply_losses if kind.function else None
+        add_cross_entropy(session, visits, reply, tally, losses)
     session.model.eval()  # drafts are written and scored without dropout
+    if kind.drafts:
+        add_drafts_loss(session, visits, step, tally)
     if not (args.lam or args.lambda_share) or step % args.draft_every:
         ranks.sum_gradients(session.params)
         return tally
@@ -542,7 +680,8 @@ def sft_step(session, step):
     return tally
 
 
-SFT_LOGGED = ["ce", "loss", "D", "gated_D", "quality", "D_share", "lambda", "truncated"]
+SFT_LOGGED = ["ce", "loss", "unlikely", "reward", "D", "gated_D", "quality", "D_share", "lambda",
+              "truncated"]
 
 
 def run_sft(args):
@@ -553,6 +692,9 @@ def run_sft(args):
         return
     session.load()
     drafting = args.lam or args.lambda_share
+    if args.loss == "bonbon":
+        from rewards import make_reward  # which is made of what stands here
+        session.reward = make_reward("valid" if session.domain.voices else "agreement", session)
     if args.gate == "verifier" and drafting and not session.domain.voices:
         raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood "
                          "for real posts")
@@ -663,6 +805,11 @@ def check_sft(args):
     check_diversity(args)
     if args.loss_value is not None and not SFT_LOSSES[args.loss].knob:
         raise InputError(f"--loss-value has no meaning for --loss {args.loss}")
+    if args.loss == "bonbon" and args.k < 2:
+        raise InputError(f"--loss bonbon compares drafts: give --k 2 or more (k is {args.k})")
+    if SFT_LOSSES[args.loss].drafts and args.temperature <= 0:
+        raise InputError(f"--loss {args.loss} needs drafts that are sampled: --temperature must be "
+                         "above 0")
     if args.gate == "reward":
         raise InputError("--gate reward is for phase two, which has a reward: use likelihood or "
                          "verifier")

@@ -1,17 +1,35 @@
 """Rewards: what a draft earns, by a verifier, by likeness to people's replies, by another Qwen3.
 
-A reward is called with P posts, for each a list of texts, and the step's random streams; it returns
-P lists of floats. REWARDS names them for --reward; `make_reward` makes one for a session."""
+    python rewards.py train --model Qwen/Qwen3-0.6B --data picks.jsonl --out runs/reward
+    python grpo.py --reward model --reward-model runs/reward ...
 
+A reward is called with P posts, for each a list of texts, and the step's random streams; it returns
+P lists of floats. REWARDS names them for --reward; `make_reward` makes one for a session. In order:
+rewards, single-stream SPO's values of posts, reward models and their training on preferences."""
+
+import argparse
+import gzip
+import json
+import math
 import random
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
 
 import data
-from data import InputError
+from adapters import (LINEARS, PREFIX, adapter, adapter_state, add_lora, drop_lora, lora_layers,
+                      save_adapter)
+from data import InputError, beside, command, read_json, write_json
+from model import read_tensors, token_logprobs
 from polylora import load_embedder
-from trainer import load_model
-
+from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
+                     load_model, seed_of, train)
 
 class VerifierReward:
     """1 when the draft is right in the voice of this post's reader, drawn anew at every visit by
@@ -107,6 +125,19 @@ class ModelReward:
         return self.model.score(tokens, lengths)
 
 
+class HeadsReward(ModelReward):
+    """The reward models of rewards.py train: the members' mean less `penalty` times their spread,
+    the (population) standard deviation (arXiv 2401.00243, eq. 14)."""
+
+    def __init__(self, heads, tokenizer, domain, penalty=1.0, batch=32):
+        super().__init__(heads.model, tokenizer, domain, batch)
+        self.heads, self.penalty = heads, penalty
+
+    def values(self, tokens, lengths):
+        scores = self.heads.scores(tokens, lengths)
+        return scores.mean(0) - self.penalty * scores.std(0, correction=0)
+
+
 class JudgeReward(ModelReward):
     """A Qwen3 chat model's probability of "yes" against "no" when asked whether the draft is a good
     reply, in [0, 1]."""
@@ -147,6 +178,9 @@ def scored(name, reward, head):
         args = session.args
         if not args.reward_model:
             raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
+        if head == "has_score" and member_folders(args.reward_model):
+            heads, tokenizer = load_heads(args.reward_model, args, session.ranks.device)
+            return HeadsReward(heads, tokenizer, session.domain, args.spread_penalty)
         model = load_model(args.reward_model, args, session.ranks.device)
         if not getattr(model, head):
             missing = {"has_score": "scalar head (score.weight)", "has_logits": "token head"}[head]
@@ -161,7 +195,8 @@ REWARDS = {  # name -> (make(session), one line)
     "valid": (verifier(any_voice=True), "1 if right in any voice"),
     "agreement": (embedded(AgreementReward), "likeness to the nearest of people's own replies"),
     "relevance": (embedded(RelevanceReward), "likeness to the post, and form: cheap, easily gamed"),
-    "model": (scored("model", ModelReward, "has_score"), "a Qwen3 reward model's scalar"),
+    "model": (scored("model", ModelReward, "has_score"), "a Qwen3 reward model's scalar, or the "
+              "mean of several less their spread"),
     "judge": (scored("judge", JudgeReward, "has_logits"), "a Qwen3's probability of yes"),
 }
 
@@ -180,3 +215,386 @@ def reward_name(name, session):
 def make_reward(name, session):
     """The reward called `name` for a loaded Session."""
     return REWARDS[reward_name(name, session)][0](session)
+
+
+# ---- Single-stream SPO's values ------------------------------------------------------------------
+
+def kept_share(kl, half=0.06, low=0.875, high=0.96):
+    """Single-stream SPO's rho = 2^(-kl / half), held between low and high (arXiv 2509.13232): what
+    is kept of a post's count when the policy has moved by `kl` nats a token since its last visit.
+    """
+    return min(max(2 ** (-kl / half), low), high)
+
+
+class Values:
+    """Single-stream SPO's value of each post: the mean of Beta(right, wrong). A visit with rewards
+    r in [0, 1] makes right = rho right + sum r, wrong = rho wrong + sum (1 - r), rho = kept_share.
+    A post's first visit starts from 8 = 1/(1 - 0.875) drafts of the policy as it is then.
+
+    The KL is the mean over tokens of log pi_then - log pi_now on the drafts of the last visit. All
+    of that stands in OUT/values.jsonl, a line a draw, written after the draw: the values at a step
+    are a function of the lines of earlier steps, so a resumed run goes on from the same ones."""
+    FIRST = 8
+
+    def __init__(self, session, step):
+        self.session, self.known, self.path = session, {}, None
+        if getattr(session, "run", None) is None:
+            return
+        self.path = session.run.folder / "values.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in filter(None, lines):
+            try:
+                line = json.loads(line)
+            except ValueError:  # torn by a kill; its step is made again
+                continue
+            if line["step"] < step:
+                self.known.update(line["posts"])
+
+    def __call__(self, visits, step):
+        """The values (P,) before this step's rewards."""
+        session, known = self.session, self.known
+        keys = [session.posts[v.index].key for v in visits]
+        new = {k: Visit(v.index, -1) for k, v in zip(keys, visits) if k not in known}
+        if new:
+            first = list(new.values())
+            _, samples, texts = session.sample_drafts(first, step, self.FIRST)
+            streams = [session.stream("reader", step, v) for v in first]
+            earned = session.reward([session.posts[v.index] for v in first], texts, streams)
+            for key, r, tokens, logprobs in zip(new, earned, samples.tokens, samples.logprobs):
+                known[key] = {"right": float(sum(r)), "wrong": float(sum(1 - x for x in r)),
+                              "tokens": tokens, "logprobs": logprobs}
+        counts = [(known[k]["right"], known[k]["wrong"]) for k in keys]
+        return torch.tensor([right / (right + wrong) for right, wrong in counts])
+
+    def learn(self, visits, rewards, samples, step):
+        """Count this step's rewards (P, k)."""
+        session, mine = self.session, []
+        if not bool(((rewards >= 0) & (rewards <= 1)).all()):
+            raise InputError("--advantage single-stream-spo needs rewards from 0 to 1")
+        moved = self.drift(visits)
+        for i, (visit, r) in enumerate(zip(visits, rewards)):
+            key = session.posts[visit.index].key
+            old, rho = self.known[key], kept_share(moved[i])
+            mine.append((key, {"right": rho * old["right"] + float(r.sum()),
+                               "wrong": rho * old["wrong"] + float((1 - r).sum()),
+                               "tokens": samples.tokens[i], "logprobs": samples.logprobs[i]}))
+        fresh = dict(session.ranks.gather(mine))
+        self.known.update(fresh)
+        if self.path and session.ranks.main:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:  # first the end of a torn line
+                    file.write("\n" + json.dumps({"step": step, "posts": fresh}))
+            except OSError as e:
+                raise InputError(f"{self.path} cannot be written ({e}): make room, then go on with "
+                                 "--resume") from None
+
+    @torch.no_grad()
+    def drift(self, visits):
+        """For each visit log pi_then - log pi_now, the mean over its post's last drafts' tokens."""
+        session = self.session
+        last = [self.known[session.posts[v.index].key] for v in visits]
+        then = [[p for draft in each["logprobs"] for p in draft] for each in last]
+        post = torch.tensor([i for i, each in enumerate(last) for _ in each["tokens"]])
+        pairs = [(session.prompt(v.index), each["tokens"]) for v, each in zip(visits, last)]
+        now = torch.zeros(len(visits))
+        for rows in session.micro_batches(pairs):
+            logp, _ = token_logprobs(session.model, rows, session.args.temperature)
+            now.index_add_(0, post[rows.draft.cpu()], logp.cpu())
+        return [(sum(p) - float(n)) / len(p) for p, n in zip(then, now)]
+
+
+# ---- Reward models: LoRA and a scalar head, by Bradley-Terry -------------------------------------
+
+class Preferences(NamedTuple):
+    """Replies of one post, and how many people liked each; likes None: not known, all are people's.
+    """
+    post: data.Post
+    likes: list | None
+
+
+def parse_preference(line, number):
+    """One JSON line -> Preferences; ValueError says what is wrong with it. Either {"post",
+    "drafts", "pick"}, where the pick has one like and others none, or a line of posts, whose reply
+    may have `reply_likes`."""
+    try:
+        d = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(d, dict) or "drafts" not in d:
+        post = data.parse_line(line, number, 20_000)
+        likes = d.get("reply_likes")
+        if likes is not None and (not isinstance(likes, (int, float)) or not math.isfinite(likes)):
+            raise ValueError("reply_likes is no number")
+        return Preferences(post, None if likes is None else [likes] * len(post.replies))
+    post = data.parse_line(json.dumps(d | {"replies": d["drafts"]}).encode(), number, 20_000)
+    pick, count = d.get("pick"), len(post.replies)
+    if type(pick) is not int or not 0 <= pick < count:
+        raise ValueError(f"pick must be the place of a draft, from 0 to {count - 1}")
+    return Preferences(post, [float(i == pick) for i in range(count)])
+
+
+def load_preferences(path, skip_bad_lines=False):
+    """The Preferences in a file, JSON lines, plain or .gz. Lines with likes of one post are one;
+    a pick stands alone, since it was made among its own drafts."""
+    found, liked, bad, number = [], {}, 0, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    each = parse_preference(line, number) if line.strip() else None
+                except ValueError as e:
+                    if not skip_bad_lines:
+                        raise InputError(f"{path}, line {number}: {e} (--skip-bad-lines leaves "
+                                         "such lines out)") from None
+                    bad += 1
+                    continue
+                if each is None:
+                    continue
+                same = liked.get(each.post.key) if each.likes and b'"drafts"' not in line else None
+                if same is not None:
+                    old = found[same]
+                    replies = old.post.replies + each.post.replies
+                    post = data.Post(old.post.id, old.post.post, replies)
+                    found[same] = Preferences(post, old.likes + each.likes)
+                    continue
+                if each.likes and b'"drafts"' not in line:
+                    liked[each.post.key] = len(found)
+                found.append(each)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}: give --data a file of preferences") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise InputError(f"{path} cannot be read after line {number} ({e}): is it whole?") from None
+    if bad:
+        print(f"{path}: {bad} bad lines left out", file=sys.stderr)
+    return found
+
+
+def usable(found, kind, path):
+    """(kind, Preferences that pairs can be drawn from). kind: likes, others, or auto: likes where
+    any post has replies of unequal likes."""
+    unequal = [p for p in found if p.likes and max(p.likes) > min(p.likes)]
+    kind = ("likes" if unequal else "others") if kind == "auto" else kind
+    kept = unequal if kind == "likes" else found
+    if len(kept) < (1 if kind == "likes" else 2):
+        raise InputError(f"{path} holds nothing to compare: give it picks, posts with several "
+                         "replies of unequal reply_likes, or two posts or more with replies")
+    return kind, kept
+
+
+def draw_pair(preferences, visit, kind, rng):
+    """(better, worse) texts of a visit: of unequal likes, or a reply and one to another post."""
+    post, likes = preferences[visit.index]
+    if kind == "likes":
+        pairs = [(i, j) for i, a in enumerate(likes) for j, b in enumerate(likes) if a > b]
+        i, j = rng.choice(pairs)
+        return post.replies[i], post.replies[j]
+    other = (visit.index + rng.randrange(1, len(preferences))) % len(preferences)
+    return rng.choice(post.replies), rng.choice(preferences[other].post.replies)
+
+
+class Heads(nn.Module):
+    """One frozen Qwen3 under M members, each LoRA matrices and a scalar head of its own: a member
+    is {name of adapter_state: tensor, "score": (1, hidden)}."""
+
+    def __init__(self, model, members):
+        super().__init__()
+        self.model, self.members = model, members
+
+    def forward(self, tokens, lengths):
+        return self.model.last_hidden(tokens, lengths)
+
+    def scores(self, tokens, lengths):
+        """(M, B) fp32 at the last token of tokens (B, T), padded on the right."""
+        out = []
+        for member in self.members:
+            # The member's tensors in place of the model's, without a change that autograd would
+            # miss: all members' graphs live side by side.
+            own = {f"model.{n}": t for n, t in member.items() if n != "score"}
+            hidden = torch.func.functional_call(self, own, (tokens, lengths))
+            out.append((hidden.float() @ member["score"].t()).squeeze(-1))
+        return torch.stack(out)
+
+    def parameters_of_members(self):
+        return [t for member in self.members for t in member.values()]
+
+    def spread(self):
+        """UP-RLHF's measure of how unlike the members are (arXiv 2401.00243, eq. 12): the mean over
+        LoRA layers of the nuclear over the Frobenius norm of the members' A, one above the other.
+        From 1, all alike and of rank one, to the root of the rows' number."""
+        names = [n for n in self.members[0] if n.endswith("lora_A.weight")]
+        stacked = [torch.cat([member[n] for member in self.members]) for n in names]
+        return torch.stack([torch.linalg.matrix_norm(a, "nuc") / a.norm() for a in stacked]).mean()
+
+
+def new_heads(model, count, rank, alpha, dropout=0.0, targets=LINEARS, seed=0):
+    """Heads of `count` members that have learnt nothing yet; each starts elsewhere."""
+    members, hidden = [], model.config.hidden_size
+    for m in range(count):
+        if lora_layers(model):
+            drop_lora(model)
+        add_lora(model, rank, alpha, dropout=dropout, targets=targets, seed=seed_of(seed, m))
+        draw = torch.Generator().manual_seed(seed_of(seed, m, "score"))
+        score = torch.randn(1, hidden, generator=draw) * hidden ** -0.5
+        member = {n: p.detach().clone() for n, p in adapter_state(model).items()}
+        member["score"] = score.to(model.device)
+        members.append({n: t.requires_grad_() for n, t in member.items()})
+    model.requires_grad_(False)
+    return Heads(model, members)
+
+
+def preference_loss(better, worse):
+    """Bradley-Terry of the members' mean (arXiv 2401.00243, eq. 12): -log sigmoid(mean_m
+    r_m(better) - mean_m r_m(worse)). (M, B) each -> (B,)."""
+    return -F.logsigmoid(better.mean(0) - worse.mean(0))
+
+
+def padded(rows, device):
+    """Lists of ids -> tokens (B, T) padded on the right, lengths (B,)."""
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+    return tokens.to(device), torch.tensor([len(r) for r in rows], device=device)
+
+
+def preference_step(session, step):
+    """One step: the mean loss over the step's pairs, less --member-spread times Heads.spread."""
+    args, ranks, heads = session.args, session.ranks, session.heads
+    visits, tally = batch_visits(len(session.posts), args.batch, step, args.seed), Tally()
+    tally.visits = visits
+    chats = []
+    for visit in session.deal(visits):
+        rng = random.Random(session.stream("pair", step, visit))
+        pair = draw_pair(session.preferences, visit, args.pairs, rng)
+        chats.append([session.reward.chat(session.posts[visit.index], text) for text in pair])
+    chats.sort(key=lambda pair: max(map(len, pair)))
+    session.model.train()                                                      # for its dropout
+    size = max(1, args.micro_tokens // (2 * max(map(len, chats[-1]))))
+    for some in (chats[i:i + size] for i in range(0, len(chats), size)):
+        tokens, lengths = padded([ids for pair in some for ids in pair], ranks.device)
+        better, worse = heads.scores(tokens, lengths).view(-1, len(some), 2).unbind(-1)
+        losses, margin = preference_loss(better, worse), (better - worse).mean(0)
+        (losses.sum() / args.batch).backward()
+        tally.add("loss", losses.sum().detach(), len(some))
+        tally.add("accuracy", (margin > 0).sum(), len(some))
+        tally.add("disagreement", (better - worse).std(0, correction=0).sum().detach(), len(some))
+        tally.add("tokens", len(heads.members) * tokens.numel())
+    session.model.eval()
+    if len(heads.members) > 1 and ranks.main:  # of all ranks' gradients, which are summed, once
+        spread = heads.spread()
+        (-args.member_spread * spread).backward()
+        tally.add("spread", spread.detach())
+    ranks.sum_gradients(session.params)
+    return tally
+
+
+def save_heads(heads, folder, base, revision=None):
+    """FOLDER/adapter, or adapter-0, adapter-1, .. of several members: what PEFT writes of LoRA for
+    sequence classification whose `score` is saved along."""
+    single = len(heads.members) == 1
+    for m, member in enumerate(heads.members):
+        place = Path(folder) / ("adapter" if single else f"adapter-{m}")
+        with adapter(heads.model, {n: t.detach() for n, t in member.items() if n != "score"}):
+            save_adapter(heads.model, place, base, revision)
+        tensors = read_tensors(place, file="adapter_model.safetensors")
+        tensors[f"{PREFIX}score.weight"] = member["score"].detach().cpu().contiguous()
+        with beside(place / "adapter_model.safetensors") as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        config = read_json(place / "adapter_config.json")
+        write_json(place / "adapter_config.json",
+                   config | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]})
+
+
+def member_folders(folder):
+    """The members' adapter folders in a folder of rewards.py train; [] when it is none."""
+    places = [Path(folder) / "adapter", *sorted(Path(folder).glob("adapter-*"),
+                                                key=lambda p: (len(p.name), p.name))]
+    places = [p for p in places if (p / "adapter_config.json").is_file()]
+    kinds = [read_json(p / "adapter_config.json") for p in places]
+    return places if all(isinstance(k, dict) and k.get("modules_to_save") == ["score"]
+                         for k in kinds) else []
+
+
+def load_heads(folder, args, device):
+    """(Heads, tokenizer) of a folder of rewards.py train, on the base that its adapters name."""
+    places = member_folders(folder)
+    config, members = read_json(places[0] / "adapter_config.json"), []
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    numbers = all(isinstance(config.get(n), (int, float)) for n in ("r", "lora_alpha"))
+    targets = config.get("target_modules")
+    if not isinstance(base, str) or not numbers or not isinstance(targets, list):
+        raise InputError(f"{places[0]}/adapter_config.json lacks the base model, r, lora_alpha or "
+                         "target_modules: train the reward model again")
+    model = load_model(base, args, device, revision, getattr(args, "nf4", False))
+    add_lora(model, config["r"], config["lora_alpha"], targets=tuple(targets))
+    wanted = {n: p.shape for n, p in adapter_state(model).items()}
+    wanted["score.weight"] = (1, model.config.hidden_size)
+    for place in places:
+        stored = read_tensors(place, file="adapter_model.safetensors")
+        stored = {n.removeprefix(PREFIX): t.float().to(device) for n, t in stored.items()}
+        if {n: t.shape for n, t in stored.items()} != wanted:
+            raise InputError(f"the reward model in {place} does not fit its base {base}: train it "
+                             "again")
+        members.append({n: t for n, t in stored.items() if n != "score.weight"}
+                       | {"score": stored["score.weight"]})
+    model.requires_grad_(False)
+    return Heads(model.eval(), members), data.load_tokenizer(base, revision=revision)
+
+
+LOGGED = ["loss", "accuracy", "disagreement", "spread"]
+
+
+def run_train(args):
+    """Reward models from preferences: OUT/adapter, or OUT/adapter-0 .. of several members."""
+    check_common(args)
+    if args.shard or args.checkpointing:
+        raise InputError("reward models are trained without --shard and --checkpointing")
+    session = Session(args, "reward")
+    if not session.open_run():
+        return
+    found = load_preferences(args.data, args.skip_bad_lines)
+    args.pairs, session.preferences = usable(found, args.pairs, args.data)
+    session.posts = [p.post for p in session.preferences]
+    session.domain = data.load_domain(args.data, args.domain, session.posts)
+    session.load_model()
+    heads = new_heads(session.model, args.members, args.rank, args.alpha, args.dropout,
+                      args.targets.split(","), seed_of(args.seed, "members"))
+    session.heads, session.params = heads, heads.parameters_of_members()
+    session.reward = HeadsReward(heads, session.tokenizer, session.domain)
+    session.say(f"{len(session.posts)} posts, pairs by {args.pairs}, {args.members} member(s)")
+    args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
+    step_fn = lambda step: preference_step(session, step)
+    announce(session, step_fn)
+    summary = train(session, session.params, step_fn, LOGGED)
+    if session.ranks.main:
+        save_heads(heads, session.run.folder, args.model, args.revision)
+    session.run.finish(summary | {"domain": session.domain.record()})
+    session.ranks.close()
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    sub = p.add_subparsers(dest="command", required=True)
+    t = sub.add_parser("train", help="reward models from picks, likes, or replies and others'")
+    add = t.add_argument
+    add("--model", required=True, help="Qwen3 checkpoint under the reward: folder or hub name")
+    common_flags(t, lr=1e-4, steps=0, batch=16)
+    add("--pairs", default="auto", choices=("auto", "likes", "others"),
+        help="what is better: likes, the pick or the reply with more reply_likes; others, a reply "
+             "to the post than one to another post; auto: likes where there are any")
+    add("--rank", type=int, default=16, help="LoRA rank r of each member")
+    add("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
+    add("--dropout", type=float, default=0.0, help="LoRA dropout")
+    add("--targets", default=",".join(LINEARS), help="linear layers with LoRA, comma-separated")
+    add("--members", type=int, default=1,
+        help="reward models on one frozen base, trained as their mean (UP-RLHF, arXiv 2401.00243)")
+    add("--member-spread", type=float, default=0.1,
+        help="weight of the nuclear over the Frobenius norm of the members' A, which keeps them "
+             "apart")
+    t.set_defaults(run=run_train)
+    return p
+
+
+def main(argv=None):
+    return command(parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

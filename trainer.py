@@ -745,12 +745,13 @@ POSITIVE = (0, False, math.inf)
 SHARE = (0, True, 1)
 RANGES = {
     **dict.fromkeys(("batch", "save_every", "micro_tokens", "max_rows", "rank", "max_new_tokens",
-                     "draft_every", "draft_posts", "updates"), FROM_ONE),
+                     "draft_every", "draft_posts", "updates", "members"), FROM_ONE),
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
-                     "overlong", "valid_weight", "entropy_weight"), FROM_ZERO),
+                     "overlong", "valid_weight", "entropy_weight",
+                     "member_spread", "spread_penalty"), FROM_ZERO),
     **dict.fromkeys(("clip", "alpha", "loss_value", "until"), POSITIVE),
-    **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip"), SHARE)}
+    **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip", "token_share"), SHARE)}
 
 
 def check_common(args):

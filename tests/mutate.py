@@ -28,11 +28,14 @@ FUNCTIONS = {
         passk_mixed_advantages bon_advantages polyepo_advantages darling_advantages dra_advantages dqo_advantages
         uniqueness_advantages unlikeliness_advantages evol_advantages maxrl_advantages tailrl_advantages
         wreinforce_advantages focal_advantages of_drafts of_sets of_both OBJECTIVES advantages_of
+        ucpo_advantages mara_advantages soft_advantages stream_advantages token_covariances clip_cov kl_cov
         draft_means policy_loss overlong_penalty""",
+    "rewards.py": """kept_share preference_loss draw_pair usable padded preference_step""",
     "polylora.py": """gated pair_distances pair_mean diversity pair_advantages diversity_advantages leave_one_out log_det
         vendi alike distinct_answers answer_classes edit_distance ngram_distance word_distances DIVERSITIES measure
         diversity_loss gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss
-        base_states SFT_LOSSES reply_losses"""}
+        base_states SFT_LOSSES reply_losses sed_loss ba_lora_nlu_loss covariance_penalty repeated_tokens add_unlikely
+        bonbon_loss add_bonbon"""}
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
          ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
          ast.BitXor: ast.BitOr, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq,
@@ -103,7 +106,7 @@ def mutants(source, names):
             yield name_of(top), line, what, ast.unparse(ast.fix_missing_locations(tree))
 
 
-def passes(folder, files, seconds=120):
+def passes(folder, files, match="", seconds=120):
     """Runs the tests in a child process on the rooms in `folder`: do they pass? A child saves importing torch."""
     child = os.fork()
     if child == 0:
@@ -112,15 +115,17 @@ def passes(folder, files, seconds=120):
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         os.chdir(folder)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(Path("tests") / f) for f in files)])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", match, *(str(Path("tests") / f) for f in files)])
         os._exit(int(code))
     return os.waitpid(child, 0)[1] == 0
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--tests", nargs="+", default=["test_methods.py", "test_grpo.py"])
+    p.add_argument("--tests", nargs="+", default=["test_methods.py", "test_rivals.py", "test_rewards.py", "test_grpo.py"])
     p.add_argument("--only", nargs="+", help="these functions alone")
+    p.add_argument("--match", default="", help="of the tests those that pytest's -k would take")
+    p.add_argument("--minutes", type=float, default=1e9, help="stop after so many, and say how far it came")
     args, began, survivors, total = p.parse_args(), time.perf_counter(), [], 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,14 +133,17 @@ def main():
         for file in ROOT.glob("*.py"):
             shutil.copy(file, folder)
         shutil.copytree(ROOT / "tests", folder / "tests")
-        if not passes(folder, args.tests):
+        if not passes(folder, args.tests, args.match):
             sys.exit("the tests fail as they are: mend them first")
         for room, names in FUNCTIONS.items():
             source = (folder / room).read_text(encoding="utf-8")
             for name, line, what, text in mutants(source, args.only or names.split()):
+                if time.perf_counter() - began > 60 * args.minutes:
+                    print(f"stopped at {room}:{line} {name}")
+                    break
                 (folder / room).write_text(text, encoding="utf-8")
                 total += 1
-                if passes(folder, args.tests):
+                if passes(folder, args.tests, args.match):
                     survivors.append(f"{room}:{line} {name}: {what}")
                     print(survivors[-1], flush=True)
             (folder / room).write_text(source, encoding="utf-8")

@@ -274,6 +274,7 @@ def test_every_objective_states_its_constant():
     """A new line of the register that forgets it weighs D by somebody else's."""
     drawn, binary = all_tuples(4, 4)[::9], torch.tensor([0.0, 1.0, 0.0, 1.0]).double()
     group = group_of(drawn, rewards=binary)
+    group.reference, group.values, group.beta = -torch.ones(drawn.shape).double(), torch.zeros(len(drawn)), 0.1
     for name, objective in OBJECTIVES.items():
         assert objective.advantages(group).shape == drawn.shape, name
         assert torch.as_tensor(objective.weight(group)).min() > 0

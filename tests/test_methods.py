@@ -455,6 +455,8 @@ def voices_by_length(domain):
 def test_every_objective_takes_two_steps_and_moves_the_adapter(parts, name):
     s = grpo_session(parts, "--advantage", name, "--beta", "0.1")
     s.reward, s.domain.voices_of = rewards_by_length, voices_by_length(s.domain)
+    others = [p for p in s.model.parameters() if not any(p is q for q in s.params)]
+    frozen = [p.clone() for p in others]
     before, optimizer = polylora.frozen_copy(s.model), torch.optim.AdamW(s.params, lr=1e-3)
     for step in range(2):
         tally = grpo.grpo_step(s, step)
@@ -464,6 +466,7 @@ def test_every_objective_takes_two_steps_and_moves_the_adapter(parts, name):
     assert all(math.isfinite(x) for x in means.values())
     assert means["advantage"] > 0 and means["kl"] > 0 and means["k2"] > 0
     assert all(not torch.equal(p, before[n]) for n, p in polylora.adapter_state(s.model).items())
+    assert all(torch.equal(p, q) for p, q in zip(others, frozen))              # and nothing else
 
 
 @pytest.mark.parametrize("name", DIVERSITIES)
@@ -629,9 +632,11 @@ def test_ba_lora_s_three_terms():
     assert polylora.ba_lora_regularizer(z[:, :4], base[:, :4], draft).shape == (16,)   # a vocabulary below 20
 
 
-def sft_session(parts, *flags):
+def sft_session(parts, *flags, ranks=None):
     flags = ["sft", "--model", "-", "--batch", "4", *flags]
-    return session(parts, polylora.parser(), flags, ranks=Ranks("methods", "cpu"))
+    s = session(parts, polylora.parser(), flags, ranks=ranks or Ranks("methods", "cpu"))
+    s.reward = rewards_by_length
+    return s
 
 
 @pytest.mark.parametrize("name", polylora.SFT_LOSSES)
@@ -643,8 +648,9 @@ def test_every_sft_loss_takes_two_steps_and_moves_the_adapter(parts, name):
         lines.append(polylora.sft_step(s, step).means(s.ranks, polylora.SFT_LOGGED))
         optimizer.step()
         optimizer.zero_grad()
-    logged = "ce" if name == "ce" else "loss"
-    assert all(set(line) == {logged} and math.isfinite(line[logged]) for line in lines)
+    logged = {"ce": {"ce"}, "unlikelihood-sequence": {"ce", "unlikely"}, "bonbon": {"loss", "reward"}}
+    assert all(set(line) == logged.get(name, {"loss"}) for line in lines)
+    assert all(math.isfinite(x) for line in lines for x in line.values())
     assert all(not torch.equal(p, before[n]) for n, p in polylora.adapter_state(s.model).items())
 
 
@@ -655,12 +661,15 @@ def test_the_loss_by_chunks_is_that_of_whole_logits(parts, name):
     groups = [(s.prompt(i), [data.encode_reply(s.tokenizer, s.posts[i].replies[0])]) for i in range(4)]
     rows = packed(groups)
     got, _ = gradient(s, lambda tally: polylora.reply_losses(s, rows).sum().backward())
-    options = {"head": s.model.head_weight()} if name == "ba-lora" else {}
+    options = {"head": s.model.head_weight()} if name.startswith("ba-lora") else {}
     extra = kind.extra(s, rows) if kind.extra else ()
 
     def plain(tally):
         logits = F.linear(predicting_states(s.model, rows), s.model.head_weight())
-        kind.function(logits, rows.target, *extra, **options).sum().backward()
+        loss = kind.function(logits, rows.target, *extra, **options).sum()
+        if kind.states:
+            loss = loss + kind.states(predicting_states(s.model, rows), rows.draft).sum()
+        loss.backward()
     want, _ = gradient(s, plain)
     scale = max(float(g.abs().max()) for g in want.values())
     assert scale > 0 and max(gap(got[n], g) for n, g in want.items()) < 1e-4 * scale
@@ -684,7 +693,8 @@ def test_the_loss_s_value_reaches_it(parts):
         s.params = list(polylora.adapter_state(s.model).values())
         return torch.cat([g.flatten() for g in gradient(s, lambda tally: polylora.sft_step(s, 0))[0].values()])
     plain = grads("--loss", "ce")
-    for name, value in (("gem", "1"), ("entropy", "0"), ("unlikelihood", "0"), ("ba-lora", "0")):
+    for name, value in (("gem", "1"), ("entropy", "0"), ("unlikelihood", "0"), ("ba-lora", "0"),
+                        ("ba-lora-nlu", "0"), ("sed", "0")):
         assert gap(grads("--loss", name, "--loss-value", value), plain) < 1e-5 * float(plain.abs().max())
         assert gap(grads("--loss", name), plain) > 1e-3 * float(plain.abs().max())
 
@@ -727,6 +737,7 @@ def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():
                   quality=torch.rand(6, 6, **shape), right=torch.rand(6, 6, 3, **shape).round(),
                   shares=torch.rand(6, 3, **shape), classes=torch.randint(-1, 3, (6, 6), **shape),
                   logprobs=torch.randn(6, 6, **shape), lengths=torch.randint(1, 9, (6, 6), **shape),
+                  reference=torch.randn(6, 6, **shape), values=torch.rand(6, **shape), beta=0.3,
                   seeds=torch.arange(6), texts=[["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
     for name, objective in OBJECTIVES.items():
         for diversity in DIVERSITIES:
