@@ -167,7 +167,7 @@ def majority(session, visits, prompts, tokens, texts, helper):
     are compared as texts, letter case, punctuation and spacing aside; an empty one is none."""
     out = []
     for group in texts:
-        answers = [data.normalise(text) for text in group]
+        answers = [data.normalise(text) or "".join(text.split()) for text in group]
         counts = Counter(a for a in answers if a)
         out.append([counts[a] for a in answers])
     return out

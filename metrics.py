@@ -112,8 +112,8 @@ def expectation_adjusted_distinct(texts, vocabulary):
 
 def duplicate_rate(texts):
     """The share of drafts that say what an earlier one said, letter case, punctuation and spacing
-    aside; in [0, 1 - 1/n]. Empty drafts are alike."""
-    return 1 - len({normalise(text) for text in texts}) / len(texts)
+    aside (of drafts without a letter spacing alone); in [0, 1 - 1/n]. Empty drafts are alike."""
+    return 1 - len({normalise(text) or "".join(text.split()) for text in texts}) / len(texts)
 
 
 def self_bleu(texts, max_n=4):
