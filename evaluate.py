@@ -81,9 +81,10 @@ def measure(args):
 def rehearse(session, some=8):
     """--dry-run: the time that drafts for a few posts take, for all posts of one run."""
     visits = [Visit(i, 0) for i in range(min(some, len(session.posts)))]
-    session.sample_drafts(visits[:1], 0, session.args.n)
+    decode, helper = DECODERS[session.args.decoder].function, decoding_helper(session)
+    decode(session, visits[:1], session.args.n, None, helper)
     began = time.perf_counter()
-    session.sample_drafts(visits, 0, session.args.n)
+    decode(session, visits, session.args.n, None, helper)
     seconds = (time.perf_counter() - began) / len(visits) * len(session.posts) / session.ranks.world
     session.say(f"plan measure: {len(session.posts)} posts with {session.args.n} drafts, a run: "
                 f"about {seconds:.0f} s")
