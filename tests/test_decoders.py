@@ -1,6 +1,7 @@
 """Decoders: beams and contrastive drafts against a search written out here, the others by hand."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,9 @@ import torch
 from test_generate import PROMPTS, STOPS, build, next_logits
 
 import data
-import decoders
-from contextlib import nullcontext
 from decoders import (DECODERS, best_of, check_decoder, contrastive_drafts, diverse_beams, draft_scores,
                       informative, majority, read_list, read_verbalized)
-from generate import Samples, generate, sample, uniforms
-from model import pack, token_logprobs
+from generate import Samples, generate, uniforms
 
 
 def logp_after(model, prompt, ids):
