@@ -7,6 +7,7 @@ reward draws; how far that can go at all is known where the readers' shares are 
 number that cannot be computed is an error, or is left out and counted, never a zero.
 
     python evaluate.py measure runs/lora-1 runs/poly-1 --data eval.jsonl --bare runs/base-1
+    python evaluate.py measure runs/lora-1 --data eval.jsonl --decoder beams  # runs/lora-1@beams
     python evaluate.py report runs/base-1 runs/lora-1 runs/poly-1 --out results --against lora
     python evaluate.py drafts runs/poly-1 "Just adopted a kitten!"
 
@@ -16,24 +17,28 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import data
-from adapters import drop_lora, load_adapter, read_adapter_config
+from adapters import base, drop_lora, load_adapter, read_adapter_config
 from data import InputError, command, printable, read_json, write_text
+from decoders import DECODERS, check_decoder, draft_scores
 from grpo import same_domain
 from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
-    distinct_n, pareto_front, pass_at_k, self_bleu, vendi_score)
-from polylora import diversity, held_out, load_embedder
+    KS, distinct_n, pareto_front, pass_at_k, self_bleu, vendi_score)
+from polylora import diversity, held_out, listed, load_embedder
 from report import read_object, report
-from rewards import REWARDS, make_reward
-from trainer import Session, Visit, allow_code_flag, file_hash, model_flags, model_hash, peak_bytes
+from rewards import REWARDS, AgreementReward, JudgeReward, make_reward
+from trainer import (Session, Visit, allow_code_flag, file_hash, load_model, model_flags,
+                     model_hash, peak_bytes)
 
 # ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
 
@@ -43,6 +48,7 @@ def measure(args):
     if args.n < 10:
         raise InputError(f"--n {args.n}: Pass@10 needs at least 10 drafts a post (twice as many "
                          "are better)")
+    check_decoder(args, args.n)
     runs = [finished(run) for run in args.runs]
     if runs:
         name_model(args, runs[0])
@@ -56,22 +62,10 @@ def measure(args):
     if args.dry_run:
         rehearse(session)
         return
-    settings = measure_settings(session)
-    jobs = [(run, read_json(run / "config.json")["seed"]) for run in runs]
-    if args.bare:
-        jobs.insert(0, (Path(args.bare), args.seed))
-    adapter = lambda run: file_hash(run / "adapter" / "adapter_model.safetensors")
-    jobs = [(run, seed, settings | {"seed": seed, "adapter": adapter(run)}) for run, seed in jobs]
-    jobs = [job for job in jobs if not measured(job[0], job[2])]
+    jobs = [job for job in jobs_of(session, runs) if not measured(job[1], job[2])]
     session.ranks.barrier()
-    scale = None
-    if jobs:
-        session.shard_model()
-        load_embedder(session)
-        if not session.domain.voices:
-            session.reward = make_reward(args.reward, session)
-            session.threshold, scale = passing(session)
-    for run, seed, own in jobs:
+    scale = load_measures(session) if jobs else None
+    for run, to, own, config in jobs:
         if args.shard:  # modules of a sharded model cannot be exchanged
             session.load_model()
             if args.embedder == "base":
@@ -80,21 +74,61 @@ def measure(args):
         if own["adapter"]:
             load_adapter(session.model, run / "adapter", dropout=0.0)
         session.shard_model()
-        args.seed = seed  # a run's drafts are drawn from its own seed, the same in every arm
-        measure_run(session, run, own, scale)
+        args.seed = own["seed"]  # a run's drafts are drawn from its own seed, the same in every arm
+        measure_run(session, to, own, scale, config)
     session.ranks.close()
 
 
 def rehearse(session, some=8):
     """--dry-run: the time that drafts for a few posts take, for all posts of one run."""
     visits = [Visit(i, 0) for i in range(min(some, len(session.posts)))]
-    session.sample_drafts(visits[:1], 0, session.args.n)
+    decode, helper = DECODERS[session.args.decoder].function, decoding_helper(session)
+    decode(session, visits[:1], session.args.n, None, helper)
     began = time.perf_counter()
-    session.sample_drafts(visits, 0, session.args.n)
+    decode(session, visits, session.args.n, None, helper)
     seconds = (time.perf_counter() - began) / len(visits) * len(session.posts) / session.ranks.world
     session.say(f"plan measure: {len(session.posts)} posts with {session.args.n} drafts, a run: "
                 f"about {seconds:.0f} s")
     session.ranks.close()
+
+
+def jobs_of(session, runs):
+    """(run, folder to write to, settings, its config.json or None) of all that is to be measured.
+    With another decoder, or --name, a run is measured into a folder of its own, RUN@NAME, which is
+    an arm of its own in a report."""
+    args, settings = session.args, measure_settings(session)
+    name = args.name or ("" if args.decoder == "sampling" else args.decoder)
+    if not re.fullmatch(r"[\w.+-]*", name):
+        raise InputError(f"--name {name}: letters, digits, and . + - _ alone")
+    tail, jobs = f"@{name}" if name else "", []
+    for run in ([Path(args.bare)] if args.bare else []) + runs:
+        config = {"seed": args.seed, "arm": "base"} if run not in runs else \
+            read_json(run / "config.json")
+        hashed = file_hash(run / "adapter" / "adapter_model.safetensors")
+        own = settings | {"seed": config["seed"], "adapter": hashed}
+        arm = (config.get("arm") or run.resolve().name) + tail
+        about = {"seed": config["seed"], "arm": arm, "model": args.model}
+        about |= {"embedder": config["embedder"]} if "embedder" in config else {}
+        to = run.with_name(run.name + tail)
+        jobs.append((run, to, own, about if tail or run not in runs else None))
+    return jobs
+
+
+def load_measures(session):
+    """Load what scores drafts: embedder, reward, judge, and what the decoder needs. -> the scale of
+    a reward without a verifier."""
+    args, scale = session.args, None
+    session.shard_model()
+    load_embedder(session)
+    session.agreement = None                 # a draft agrees with a reply of a larger cosine
+    if not session.domain.voices:
+        session.reward = make_reward(args.reward, session)
+        session.threshold, scale = passing(session, session.reward)
+        if any(len(post.replies) > 1 for post in session.posts):
+            session.agreement, _ = passing(session, AgreementReward(session.embedder))
+    session.judge = Asked.load(session) if args.judge else None
+    session.helper = decoding_helper(session)
+    return scale
 
 
 def finished(folder):
@@ -121,8 +155,34 @@ def measure_settings(session):
             "max_new_tokens": args.max_new_tokens, "reward": args.reward,
             "reward_model": args.reward_model, "embedder": args.embedder, "posts": texts,
             "model": model_hash(args.model, args.revision), "dtype": str(session.model.dtype),
-            "nf4": args.nf4, "readers": session.domain.record(),
-            **({"spread_penalty": args.spread_penalty} if args.reward == "model" else {})}
+            "nf4": args.nf4, "readers": session.domain.record()} | optional_settings(args)
+
+
+def optional_settings(args):
+    """What is left out where it is as it always was: evaluations from before it stay valid."""
+    way, out = DECODERS[args.decoder], {}
+    if args.decoder != "sampling" or args.top_k or args.min_p:
+        knobs = {name: getattr(args, name) for name in way.knobs}
+        out["decoding"] = {"name": args.decoder, "independent": not way.joint} | knobs
+    if args.reward == "model":
+        out["spread_penalty"] = args.spread_penalty
+    if args.judge:
+        out["judge"] = [model_hash(args.judge, None), args.judge_drafts]
+    return out
+
+
+def decoding_helper(session):
+    """What the decoder needs beside the policy: an amateur model, a reward, or nothing."""
+    args = session.args
+    if args.decoder == "best-of-n":
+        return make_reward(args.best_by, session)
+    if args.decoder != "contrastive":
+        return None
+    if args.amateur == "base":
+        return session.model, base
+    amateur = load_model(args.amateur, args, session.ranks.device)
+    amateur.vocab = min(amateur.vocab, data.load_tokenizer(args.amateur).get_vocab_size())
+    return amateur, nullcontext
 
 
 def measured(run, settings):
@@ -130,13 +190,12 @@ def measured(run, settings):
     return path.exists() and read_object(path).get("settings") == settings
 
 
-def passing(session):
+def passing(session, reward):
     """(threshold, scale) of a reward without a verifier: a draft passes when it earns more than 19
     of 20 human replies that were written to another post, compared with as many replies as a draft
     is. The scale says what share of people's held-out replies, of shuffled and of truncated ones
-    (their first half) passes by it. Without
-    people's replies a judge's draft passes when "yes" is likelier than "no", and there is no
-    scale."""
+    (their first half) passes by it. Without people's replies a judge's draft passes when "yes" is
+    likelier than "no", and there is no scale."""
     if not all(post.replies for post in session.posts):
         if session.args.reward != "judge":
             raise InputError("some of these posts have no replies, whose reward would say what "
@@ -149,7 +208,7 @@ def passing(session):
     half = len(own) // 2
 
     def earn(posts, texts):
-        return np.array(session.reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
+        return np.array(reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
     shuffled = earn(whole, own[half:] + own[:half])
     people = earn(posts, own)
     truncated = earn(posts, [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own])
@@ -159,17 +218,18 @@ def passing(session):
                        "truncated": share(truncated), "threshold": threshold}
 
 
-def measure_run(session, run, settings, scale):
-    """evaluation.json, config.json of a bare run, and a line in metrics.jsonl for the model as it
-    stands; posts are dealt to the ranks."""
+def measure_run(session, run, settings, scale, config):
+    """evaluation.json, config.json of what is no run of training (config, else None), and a line in
+    metrics.jsonl for the model as it stands; posts are dealt to the ranks."""
     began, args = time.perf_counter(), session.args
     ranks = session.ranks
     mine = session.deal(list(range(len(session.posts))))
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
         visits = [Visit(i, 0) for i in mine]
-        _, samples, texts = session.sample_drafts(visits, 0, args.n, progress=bar.update)
-    records = ranks.gather(make_records(session, [session.posts[i] for i in mine], samples, texts))
+        samples, texts = DECODERS[args.decoder].function(session, visits, args.n, bar.update,
+                                                         session.helper)
+    records = ranks.gather(make_records(session, mine, samples, texts))
     written, = ranks.sum([sum(len(d) for drafts in samples.tokens for d in drafts)])
     seconds = time.perf_counter() - began
     if not ranks.main:
@@ -180,8 +240,7 @@ def measure_run(session, run, settings, scale):
            "tokens_per_second": written / seconds, "peak_bytes": peak_bytes(ranks.device),
            "ranks": ranks.world, "device": ranks.device.type}
     files = {"evaluation.json": json.dumps(result, ensure_ascii=False) + "\n"}
-    if not settings["adapter"]:
-        config = {"seed": settings["seed"], "arm": "base", "model": args.model}
+    if config:
         files = {"config.json": json.dumps(config, indent=2) + "\n"} | files
     for name, text in files.items():
         write_text(run / name, text)
@@ -189,16 +248,22 @@ def measure_run(session, run, settings, scale):
         log.write(json.dumps(end) + "\n")
 
 
-def make_records(session, posts, samples, texts):
-    """One record a post (fields: top of this file)."""
-    domain, embeddings = session.domain, session.embedder(texts)
-    spread, vectors = diversity(embeddings).tolist(), embeddings.cpu().numpy()
-    records = []
+def make_records(session, mine, samples, texts):
+    """One record for each of the posts of indices `mine` (fields: report.py)."""
+    domain, posts = session.domain, [session.posts[i] for i in mine]
+    joint = DECODERS[session.args.decoder].joint
+    embeddings = session.embedder(texts)
+    size = session.args.set_size if joint else embeddings.shape[1]
+    sets = embeddings.unflatten(1, (-1, size))                       # (P, sets, size, dim)
+    spread = diversity(sets.flatten(0, 1)).view(len(posts), -1).mean(1).tolist()
+    vendi = [[vendi_score(s) for s in some] for some in sets.cpu().numpy()]
     rewards = None if domain.voices else session.reward(posts, texts, range(len(posts)))
+    records = []
     for i, post in enumerate(posts):
         record = {"id": post.id, "post": post.post, "intent": post.intent, "drafts": texts[i],
                   "finished": samples.finished[i], "semantic": spread[i],
-                  "vendi": vendi_score(vectors[i])}
+                  "vendi": sum(vendi[i]) / len(vendi[i])}
+        record |= {"set": size} if joint else {}
         if domain.voices:  # the reward is the exact mean over readers
             readers = domain.popularity_of(post)
             right = [list(domain.voices_of(post, t)) for t in texts[i]]
@@ -208,7 +273,77 @@ def make_records(session, posts, samples, texts):
             passed = [r > session.threshold for r in rewards[i]]
             record |= {"rewards": rewards[i], "passed": passed}
         records.append(record)
+    add_likelihoods(session, records, list(zip(map(session.prompt, mine), samples.tokens)))
+    if session.agreement is not None:
+        add_agreement(session, records, posts, embeddings)
+    if session.judge:
+        add_judgement(session, records, posts)
     return records
+
+
+def add_likelihoods(session, records, pairs):
+    """How likely the drafts are, and how open the policy was as it wrote them: sums over each
+    draft's tokens at temperature 1. pairs: (prompt ids, drafts' ids)."""
+    sums = dict(zip(("logprobs", "entropies"), draft_scores(session, pairs)))
+    with base(session.model):
+        sums["base_logprobs"], _ = draft_scores(session, pairs)
+    for i, (record, (_, drafts)) in enumerate(zip(records, pairs)):
+        record["tokens"] = [len(draft) for draft in drafts]
+        record |= {name: [round(x, 4) for x in rows[i]] for name, rows in sums.items()}
+
+
+def add_agreement(session, records, posts, embeddings):
+    """Which of people's replies each draft agrees with, on posts that have several: a cosine above
+    what 19 of 20 replies to other posts reach."""
+    for record, post, drafts in zip(records, posts, embeddings):
+        if len(post.replies) > 1:
+            close = drafts @ session.embedder([list(post.replies)])[0].T > session.agreement
+            record["agrees"] = [row.nonzero()[:, 0].tolist() for row in close]
+            record["people"] = len(post.replies)
+
+
+# ---- A judge -------------------------------------------------------------------------------------
+
+RUBRICS = {
+    "helpfulness": "Does the reply help the person, or give them what they hoped to get?",
+    "coherence": "Is the reply whole and well formed, and does it make sense?",
+    "relevance": "Is the reply about what the post says?"}
+PAIR = "Is reply A a better reply to the post than reply B?"
+
+
+class Asked(JudgeReward):
+    """A Qwen3 chat model's probability of "yes" against "no" to whole questions: called with P
+    posts and P lists of questions."""
+
+    def chat(self, post, text):
+        turns = [{"role": "user", "content": f"{text} Answer yes or no."}]
+        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=True)
+
+    @classmethod
+    def load(cls, session):
+        folder = session.args.judge
+        model = load_model(folder, session.args, session.ranks.device)
+        if not model.has_logits:
+            raise InputError(f"--judge {folder} has no token head: give a Qwen3 chat model")
+        return cls(model, data.load_tokenizer(folder), session.domain)
+
+
+def add_judgement(session, records, posts):
+    """The judge on the first --judge-drafts drafts of each post: three rubrics; and each draft
+    beside the person's (the post's first) reply, once as A and once as B, since judges prefer
+    a place."""
+    for record, post in zip(records, posts):
+        drafts = record["drafts"][:session.args.judge_drafts]
+        said, judge = f"Somebody posted:\n\n{post.post}\n\n", {}
+        for name, question in RUBRICS.items():
+            asked = [f"{said}A reply:\n\n{draft}\n\n{question}" for draft in drafts]
+            judge[name], = session.judge([post], [asked])
+        both = lambda a, b: f"{said}Reply A:\n\n{a}\n\nReply B:\n\n{b}\n\n{PAIR}"
+        if post.replies:
+            first, = session.judge([post], [[both(draft, post.replies[0]) for draft in drafts]])
+            second, = session.judge([post], [[both(post.replies[0], draft) for draft in drafts]])
+            judge["pairs"] = [[a, 1 - b] for a, b in zip(first, second)]
+        record["judge"] = judge
 
 
 def alike(domain, post):
@@ -226,20 +361,44 @@ def show_drafts(args):
     if not args.post.strip():
         raise InputError("the post is empty: give its text in quotes")
     name_model(args, run)
-    args.out = args.folder
+    args.out, args.set_size = args.folder, args.k
+    check_decoder(args, args.k)
     session = Session(args, "drafts")
     session.load_model()
     load_adapter(session.model, run / "adapter", dropout=0.0)
     session.shard_model()
     session.posts = [data.Post("drafts", args.post, ())]
     session.domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]](session.posts)
-    _, samples, (texts,) = session.sample_drafts([Visit(0, 0)], 0, args.k)
+    way = DECODERS[args.decoder]
+    _, (texts,) = way.function(session, [Visit(0, 0)], args.k, None, decoding_helper(session))
     for number, (text, times) in enumerate(Counter(texts).items(), 1):
         print(f"{number}. {printable(text)}" + (f"   (x{times})" if times > 1 else ""))
     session.ranks.close()
 
 
 # ---- Commands ------------------------------------------------------------------------------------
+
+def decoder_flags(p):
+    add = p.add_argument
+    add("--top-k", type=int, default=0, help="sample from the likeliest tokens alone; 0: from all")
+    add("--min-p", type=float, default=0.0,
+        help="sample from tokens of at least this share of the likeliest one's probability")
+    papers = {name: (f"{way.about} ({way.paper})",) for name, way in DECODERS.items()}
+    add("--decoder", default="sampling", choices=DECODERS, help=listed(papers))
+    add("--pool", type=int, default=8,
+        help="candidates for each draft (self-consistency, best-of-n, mmi), or to ask for "
+             "(verbalized)")
+    add("--best-by", default="auto", choices=("auto", *REWARDS), help="reward of best-of-n")
+    add("--mmi", type=float, default=0.5, help="weight of log p(y) in mmi")
+    add("--amateur", default="base",
+        help="of contrastive: base, or the folder or hub name of a Qwen3 with the same tokenizer")
+    add("--plausible", type=float, default=0.1,
+        help="contrastive: least share of the expert's largest probability")
+    add("--beam-groups", type=int, default=0,
+        help="groups of beams, which divide the set; 0: each beam is one, 1: plain beam search")
+    add("--beam-penalty", type=float, default=0.5,
+        help="off a token's log-probability for each beam of an earlier group that took it")
+
 
 def parser():
     """Three commands; each sets `run`, what to do with its arguments."""
@@ -270,6 +429,16 @@ def parser():
     allow_code_flag(m)
     add("--embedder", default="base",
         help="what embeds drafts: base, or the folder or hub name of an embedding model")
+    add("--judge", metavar="FOLDER",
+        help="a Qwen3 chat model that judges helpfulness, coherence and relevance, and drafts "
+             "against a person's reply")
+    add("--judge-drafts", type=int, default=4, help="drafts of a post that the judge reads")
+    add("--set-size", type=int, default=5,
+        help="drafts in a set of a decoder whose drafts hang together (beams, list, verbalized): "
+             "their Pass@k is of whole sets, so for this k alone; beams write one set, others as "
+             "many as fit into --n")
+    add("--name", help="measure into RUN@NAME, an arm of its own; default: the decoder's name, and "
+                       "RUN itself for sampling")
     add("--skip-bad-lines", action="store_true",
         help="skip, count and report unreadable lines of --data")
     add("--dry-run", action="store_true",
@@ -282,6 +451,8 @@ def parser():
     d.add_argument("--k", type=int, default=5, help="drafts to write")
     d.add_argument("--seed", type=int, default=1,
                    help="of the sampling: another seed, other drafts")
+    d.add_argument("--reward-model", help="Qwen3 folder or hub name for --best-by model or judge")
+    d.add_argument("--embedder", default="base", help="what embeds drafts for --best-by")
     d.set_defaults(run=show_drafts)
     for q in (m, d):
         q.add_argument("--model",
@@ -292,6 +463,7 @@ def parser():
                        help="of sampling; 0 is greedy, so that all drafts are equal")
         q.add_argument("--top-p", type=float, default=1.0,
                        help="smallest share of probability to sample from")
+        decoder_flags(q)
         model_flags(q)
     r = sub.add_parser("report", help="compare measured runs: tables and pictures", **form)
     add = r.add_argument
@@ -302,9 +474,18 @@ def parser():
     add("--primary", nargs=2, metavar=("ARM", "RIVAL"),
         help="test the primary endpoint: Pass@5 superior, then Pass@1 not inferior, then Pass@10 "
              "superior")
-    r.set_defaults(run=lambda args: report(args.runs, args.out, args.against,
+    add("--ks", type=numbers, default=KS, metavar="K,K", help="the k of Pass@k")
+    r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
                                            endpoint=args.primary))
     return p
+
+
+def numbers(text):
+    """"1,5,10" -> (1, 5, 10): whole numbers from 1 up, each once, for --ks."""
+    ks = tuple(sorted({int(word) for word in text.split(",")}))
+    if ks[0] < 1:
+        raise ValueError
+    return ks
 
 
 def main(argv=None):

@@ -1,5 +1,6 @@
 """k drafts for each post. First the plain cached loop, the page to read; then samplers; then the
-fast engine, which is tested against the plain loop token for token.
+fast engine, which is tested against the plain loop token for token. Other ways to k drafts, such as
+beams, are in decoders.py.
 
 What the fast engine does otherwise, all of it for speed: a post is read once for its k drafts and
 its keys and values are stored once (DraftBatch); blocks have fewer and larger products (Fused); a
@@ -32,6 +33,42 @@ class Samples:
 
 # ---- The plain loop ------------------------------------------------------------------------------
 
+class Reader:
+    """A prompt (a list of ids) that `rows` drafts go on from, over a plain cache of keys and values
+    that grows: `logits()` (rows, V) in fp32 of each row's next token, `read` gives the rows their
+    tokens. Every decoder that goes token by token is built on it."""
+
+    def __init__(self, model, prompt, rows):
+        self.model, self.cache = model, {}   # layer -> (k, v), each (rows, T, KV, D)
+        self.length = len(prompt)
+        tokens = torch.tensor([prompt], device=model.device)
+        self.hidden = model.hidden(tokens, attend=self.attend)[:, -1].expand(rows, -1)
+        for layer, (k, v) in self.cache.items():  # one prefill, then a row for each draft
+            self.cache[layer] = k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
+
+    def attend(self, layer, q, k, v, visible=full_attention()):  # q (rows, 1 or T, H, D)
+        if layer in self.cache:
+            k, v = (torch.cat((old, new), 1) for old, new in zip(self.cache[layer], (k, v)))
+        self.cache[layer] = k, v
+        if q.shape[1] == k.shape[1]:         # the prompt: causal
+            return visible(layer, q, k, v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        # One query sees all keys: is_causal would align it to the top left and show it the first
+        # alone.
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+    def logits(self):
+        return F.linear(self.hidden, self.model.head_weight()).float()
+
+    def read(self, tokens, parents=None):
+        """One more token a row, tokens (rows,); parents (rows,): the row that each goes on from."""
+        if parents is not None:
+            self.cache = {layer: (k[parents], v[parents]) for layer, (k, v) in self.cache.items()}
+        positions = torch.full((len(tokens), 1), self.length, device=tokens.device)
+        self.hidden = self.model.hidden(tokens[:, None], positions, self.attend)[:, 0]
+        self.length += 1
+
+
 @torch.no_grad()
 def plain_loop(model, prompt, rows, max_new_tokens, choose):
     """Write `rows` continuations of one prompt (a list of ids), the plain way: read the prompt
@@ -41,38 +78,17 @@ def plain_loop(model, prompt, rows, max_new_tokens, choose):
     choose(logits, step) -> (tokens (rows,), parents (rows,) or None) decides: logits (rows, V) fp32
     of the next token. parents says which row each new row goes on from, so that beams can be built
     on this; None is each its own. A token of -1 ends its row. The first call has equal rows."""
-    cache = {}                               # layer -> (k, v), each (rows, T, KV, D)
-    visible = full_attention()
-
-    def attend(layer, q, k, v):              # q (rows, 1 or T, H, D)
-        if layer in cache:
-            k, v = (torch.cat((old, new), 1) for old, new in zip(cache[layer], (k, v)))
-        cache[layer] = k, v
-        if q.shape[1] == k.shape[1]:         # the prompt: causal
-            return visible(layer, q, k, v)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        # One query sees all keys: is_causal would align it to the top left and show it the first
-        # alone.
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
-
-    tokens = torch.tensor([prompt], device=model.device)
-    hidden = model.hidden(tokens, attend=attend)[:, -1].expand(rows, -1)       # (rows, hidden)
-    for layer, (k, v) in cache.items():      # one prefill, then a row for each draft
-        cache[layer] = k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
-    written = [[] for _ in range(rows)]
+    reader, written = Reader(model, prompt, rows), [[] for _ in range(rows)]
     for step in range(max_new_tokens):
-        logits = F.linear(hidden, model.head_weight()).float()                 # (rows, V)
-        chosen, parents = choose(logits, step)
+        chosen, parents = choose(reader.logits(), step)
         if parents is not None:
-            cache = {layer: (k[parents], v[parents]) for layer, (k, v) in cache.items()}
             written = [list(written[p]) for p in parents.tolist()]
         for row, token in zip(written, chosen.tolist()):
             if token >= 0:
                 row.append(token)
         if bool((chosen < 0).all()):
             break
-        positions = torch.full((rows, 1), len(prompt) + step, device=model.device)
-        hidden = model.hidden(chosen.clamp(min=0)[:, None], positions, attend)[:, 0]
+        reader.read(chosen.clamp(min=0), parents)
     return written
 
 
@@ -635,3 +651,11 @@ def check_generation(model, prompts, k, max_new_tokens, temperature, top_k, top_
             (ids_known, "a prompt holds a token id that the model lacks")):
         if not good:
             raise InputError(f"generate: {what}")
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+def sampling_of(args):
+    """The flags of sampling that a command has, as arguments of `generate`."""
+    return {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}

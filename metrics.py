@@ -49,6 +49,25 @@ def max_at_k(rewards, k):
                      for i, reward in enumerate(sorted(rewards)))
 
 
+def pick_at_k(passed, scores, k):
+    """What the draft with the highest score of k is worth, on average over the k-subsets of n
+    drafts: best-of-k by a selector that sees `scores` alone. passed (n,): what each draft is worth.
+    Among equal scores each is as likely to be picked, so equal scores throughout are a random
+    reader, pass_at_k(n, c, 1). ValueError for k outside 1..n or a score that is not finite."""
+    n = len(passed)
+    if not n >= k >= 1 or len(scores) != n or not all(map(math.isfinite, scores)):
+        raise ValueError(f"a pick of {k} needs at least {k} drafts, each with a finite score")
+    ranked = sorted(zip(scores, passed), reverse=True)
+    every, total, i = math.comb(n, k), 0.0, 0
+    for _, tied in itertools.groupby(ranked, key=lambda pair: pair[0]):
+        worth = [value for _, value in tied]
+        # The (i+1)-th best is the best of C(n-1-i, k-1) subsets.
+        subsets = sum(math.comb(n - 1 - j, k - 1) for j in range(i, i + len(worth)))
+        total += subsets / every * math.fsum(worth) / len(worth)
+        i += len(worth)
+    return total
+
+
 # Scripts without spaces between words: Thai, Lao, Khmer, Japanese, Chinese. There a character
 # counts.
 UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
@@ -93,8 +112,8 @@ def expectation_adjusted_distinct(texts, vocabulary):
 
 def duplicate_rate(texts):
     """The share of drafts that say what an earlier one said, letter case, punctuation and spacing
-    aside; in [0, 1 - 1/n]. Empty drafts are alike."""
-    return 1 - len({normalise(text) for text in texts}) / len(texts)
+    aside (of drafts without a letter spacing alone); in [0, 1 - 1/n]. Empty drafts are alike."""
+    return 1 - len({normalise(text) or "".join(text.split()) for text in texts}) / len(texts)
 
 
 def self_bleu(texts, max_n=4):
@@ -168,36 +187,34 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     right in voice v: the exact mean over readers drawn by their shares and over k of the n drafts,
     so no reader is simulated; coverage@k is the same under even tastes. `valid` is the share of
     right drafts, `stances` the number of voices among them. Without voices c is the number of
-    passed drafts. longest@k is how often the longest of k drafts passes: a reader who picks by
-    length. `words` is the mean length in tokens, `truncated` the share cut off. distinct-n, ead and
-    self-bleu are absent where no draft is long enough. ValueError says which field is wrong."""
+    passed drafts, and recall@k, where a post has several people's replies, the share of them that
+    some of k drafts agrees with. longest@k and pick_X@k are how often the draft passes that a
+    reader takes of k who picks by length or by X: reward, likelihood, random, the record's own
+    "scores". `words` is the mean length in tokens, `truncated` the share cut off. Of a record with
+    "set", whose drafts hang together in sets of that size, each metric is the mean over the sets
+    that have it, and k is that size alone. distinct-n, ead and self-bleu are absent where no draft
+    is long enough. ValueError says which field is wrong."""
     drafts, n = record["drafts"], len(record["drafts"])
-    voiced = "voices" in record
-    for name in ("rewards", "finished", "voices" if voiced else "passed"):
-        if len(record[name]) != n or not n:
-            raise ValueError(f'"{name}" has {len(record[name])} entries for {n} drafts')
-    if voiced:
-        readers = record.get("readers")
-        if not readers or min(readers.values()) < 0 or abs(math.fsum(readers.values()) - 1) > 1e-6:
-            raise ValueError('drafts judged by voice need "readers", shares by voice that sum to 1')
-        counts = Counter(voice for right in record["voices"] for voice in set(right))
-        if set(counts) - set(readers):
-            raise ValueError(f"no reader likes the voice {sorted(set(counts) - set(readers))[0]!r}")
-        chances = {k: {v: pass_at_k(n, counts[v], k) for v in readers} for k in ks}
-        out = {f"pass@{k}": math.fsum(readers[v] * p[v] for v in p) for k, p in chances.items()}
-        out |= {f"coverage@{k}": math.fsum(p.values()) / len(p) for k, p in chances.items()}
-        passed = [math.fsum(readers[v] for v in set(right)) for right in record["voices"]]
-        out |= {"valid": sum(map(bool, record["voices"])) / n, "stances": float(len(counts))}
+    check_record(record)
+    if "set" in record:
+        return of_sets(record, record["set"], vocabulary)
+    if "voices" in record:
+        out, passed = pleasing(record, ks)
     else:
         passed = [float(p) for p in record["passed"]]
         out = {f"pass@{k}": pass_at_k(n, int(sum(passed)), k) for k in ks}
         out["valid"] = sum(passed) / n
+    if "agrees" in record:
+        counts = Counter(reply for some in record["agrees"] for reply in set(some))
+        chances = {k: [pass_at_k(n, counts[r], k) for r in range(record["people"])] for k in ks}
+        out |= {f"recall@{k}": math.fsum(p) / len(p) for k, p in chances.items()}
     lengths = [len(words(draft)) for draft in drafts]
     # The longest first: of k drafts the i-th longest is the longest of C(n-1-i, k-1) subsets.
     by_length = [passed[i] for i in sorted(range(n), key=lambda i: (-len(drafts[i]), i))]
     picks = {k: math.fsum(math.comb(n - 1 - i, k - 1) * p for i, p in enumerate(by_length))
              for k in ks if k > 1}
     out |= {f"longest@{k}": total / math.comb(n, k) for k, total in picks.items()}
+    out |= picked(record, passed, [k for k in ks if k == PICK])
     if max(lengths) >= 1:  # where every draft is too short there is nothing to count
         out["ead"] = expectation_adjusted_distinct(drafts, vocabulary)
         if n > 1:
@@ -207,9 +224,102 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
             "vendi": record["vendi"], "reward": math.fsum(record["rewards"]) / n,
             f"max@{max(ks)}": max_at_k(record["rewards"], max(ks)), "words": sum(lengths) / n,
             "truncated": sum(not done for done in record["finished"]) / n}
+    out |= likelihoods(record) | judged(record)
     for name, value in out.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}, not a finite number")
+    return out
+
+
+# Fields of a record with an entry a draft: those that every record has, and those that some have.
+ALWAYS, SOMETIMES = ("rewards", "finished"), ("agrees", "logprobs", "entropies", "base_logprobs",
+                                              "tokens")
+
+
+def check_record(record):
+    """ValueError for a field that lacks an entry a draft, or sets that do not divide the drafts."""
+    n = len(record["drafts"])
+    names = [*ALWAYS, "voices" if "voices" in record else "passed"]
+    names += [name for name in SOMETIMES if name in record]
+    fields = {name: record[name] for name in names} | record.get("scores", {})
+    for name, values in fields.items():
+        if len(values) != n or not n:
+            raise ValueError(f'"{name}" has {len(values)} entries for {n} drafts')
+    size = record.get("set", 1)
+    if type(size) is not int or size < 1 or n % size:
+        raise ValueError(f'{n} drafts are not made of sets of {size!r} ("set")')
+
+
+def of_sets(record, size, vocabulary):
+    """post_metrics of drafts that are not independent: each set a record of its own, k its size."""
+    each = [name for name in (*ALWAYS, *SOMETIMES, "drafts", "voices", "passed") if name in record]
+    rows = []
+    for start in range(0, len(record["drafts"]), size):
+        some = slice(start, start + size)
+        part = {k: v for k, v in record.items() if k != "set"} | {k: record[k][some] for k in each}
+        if "scores" in record:
+            part["scores"] = {name: v[some] for name, v in record["scores"].items()}
+        if "judge" in record and start:      # the judge reads the first drafts of a post
+            del part["judge"]
+        rows.append(post_metrics(part, (size,), vocabulary))
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+
+
+def pleasing(record, ks):
+    """({pass@k, coverage@k, valid, stances}, what each draft is worth) of drafts by voice."""
+    readers, n = record.get("readers"), len(record["drafts"])
+    if not readers or min(readers.values()) < 0 or abs(math.fsum(readers.values()) - 1) > 1e-6:
+        raise ValueError('drafts judged by voice need "readers", shares by voice that sum to 1')
+    counts = Counter(voice for right in record["voices"] for voice in set(right))
+    if set(counts) - set(readers):
+        raise ValueError(f"no reader likes the voice {sorted(set(counts) - set(readers))[0]!r}")
+    chances = {k: {v: pass_at_k(n, counts[v], k) for v in readers} for k in ks}
+    out = {f"pass@{k}": math.fsum(readers[v] * p[v] for v in p) for k, p in chances.items()}
+    out |= {f"coverage@{k}": math.fsum(p.values()) / len(p) for k, p in chances.items()}
+    out |= {"valid": sum(map(bool, record["voices"])) / n, "stances": float(len(counts))}
+    return out, [math.fsum(readers[v] for v in set(right)) for right in record["voices"]]
+
+
+PICK = 5  # what a reader picks one of
+
+
+def picked(record, passed, ks):
+    """{pick_X@k} for the selectors X whose scores the record has."""
+    scores = {"reward": record["rewards"], "random": [0.0] * len(passed)}
+    if "logprobs" in record:
+        scores["likelihood"] = record["logprobs"]
+    scores |= record.get("scores", {})
+    return {f"pick_{name}@{k}": pick_at_k(passed, values, k)
+            for k in ks for name, values in scores.items()}
+
+
+def likelihoods(record):
+    """What the policy and the base say about the drafts, per token and at temperature 1: the
+    policy's entropy and mean log-probability in nats, and the base's perplexity,
+    exp(- sum log p_base / tokens) of all the post's drafts together. Absent where not measured."""
+    if "tokens" not in record:
+        return {}
+    tokens = sum(record["tokens"])
+    mean = {name: math.fsum(record[name]) / tokens
+            for name in ("logprobs", "entropies", "base_logprobs")}
+    return {"entropy": mean["entropies"], "logprob": mean["logprobs"],
+            "perplexity": math.exp(-mean["base_logprobs"])}
+
+
+def judged(record):
+    """A judge's mean probability of yes by rubric; and, of drafts against a person's reply, in both
+    orders: `wins`, a tie counting half, and `ties`, when the two orders do not agree."""
+    if "judge" not in record:
+        return {}
+    verdicts = dict(record["judge"])
+    pairs = verdicts.pop("pairs", None)      # chances that the draft is better, shown (1st, 2nd)
+    out = {f"judge-{name}": math.fsum(values) / len(values) for name, values in verdicts.items()}
+    if pairs:
+        point = lambda p: (p > 0.5) + (p == 0.5) / 2
+        won = [point(a) + point(b) for a, b in pairs]          # 2: in both orders, 1: a tie
+        out |= {"judge-wins": sum(won) / 2 / len(won), "judge-ties": won.count(1) / len(won)}
     return out
 
 

@@ -3,7 +3,8 @@
 `report` is the command of evaluate.py. A run folder holds config.json ("seed", perhaps "arm"),
 evaluation.json (one record a post, written by evaluate.py measure) and metrics.jsonl (the training
 log). A record is {"id", "post", "intent", "drafts": n texts, "rewards": n floats, "finished": n
-bools, "semantic", "vendi"} with "voices": n lists (the voices in which that draft is right, [] =
+bools, "semantic", "vendi"}, of a joint decoder with "set", how many of the drafts, one after the
+other, make a set; with "voices": n lists (the voices in which that draft is right, [] =
 wrong) and "readers": {voice: share of this post's readers}, or else "passed": n bools."""
 
 import itertools
@@ -72,7 +73,7 @@ def read_run(folder, ks=KS):
     values = {name: np.array([metrics[i].get(name, math.nan) for i in order]) for name in names}
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     events = [read_object(f"{log}, line {number}", line) for number, line in enumerate(lines, 1)]
-    own = ("adapter", "posts", "seed", "model")       # what a run has for itself
+    own = ("adapter", "posts", "seed", "model", "judge")  # what a run has for itself
     shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
     readers = Counter(reader_shares(r) for r in records if "readers" in r)
     ends = [event for event in events if event.get("event") == "end"]
@@ -95,7 +96,8 @@ def group_runs(run_folders, ks=KS):
         other = by_seed.setdefault(run["seed"], run)
         for name in first["shared"] | run["shared"]:
             a, b = first["shared"].get(name), run["shared"].get(name)
-            if a != b and not (name == "temperature" and "@" in run["arm"] + first["arm"]):
+            free = name in ("temperature", "top_p", "decoding")
+            if a != b and not (free and "@" in run["arm"] + first["arm"]):
                 values = "" if isinstance(a, dict) else f" ({a} and {b})"
                 raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
                                  "measure both on the same posts with the same settings")
@@ -182,6 +184,7 @@ def summarise(arms, against=None, ks=KS):
                             "metrics": {name: metric_row(runs, name) for name in names}}
         out["stages"] += stage_rows(arm, runs)
         out["notes"] += sorted({f"{arm}: {w}" for run in runs for w in run["warnings"]})
+        out["notes"] += joint_note(arm, runs[0]["shared"].get("decoding"))
     out["notes"] += equal_adapters(every)
     readers = sum((run["readers"] for run in every), Counter())
     if readers:
@@ -201,6 +204,16 @@ def summarise(arms, against=None, ks=KS):
     places = [[a["metrics"][name]["mean"] for name in ("valid", "semantic")]
               for a in out["arms"].values()]
     return out | {"pareto": [list(arms)[i] for i in pareto_front(places)]}
+
+
+def joint_note(arm, decoding):
+    """A sentence on an arm whose drafts hang together, if they do."""
+    if not decoding or decoding["independent"]:
+        return []
+    k = decoding["set_size"]
+    return [f"{arm}: drafts are written in joint sets of {k}: Pass@{k} is of whole sets and may "
+            "pass the limit of independent drafts, other k are left out, and its diversity is "
+            "within a set."]
 
 
 def stage_rows(arm, runs):
@@ -223,9 +236,10 @@ def equal_adapters(runs):
     by_hash = {}
     for run in runs:
         if run["adapter"]:
-            by_hash.setdefault(run["adapter"], []).append(f"{run['arm']} (seed {run['seed']})")
-    return [f"The adapters of {', '.join(names)} are equal, bit for bit: something trained nothing."
-            for names in by_hash.values() if len(names) > 1]
+            arms = by_hash.setdefault(run["adapter"], {})
+            arms.setdefault(run["arm"].partition("@")[0], f"{run['arm']} (seed {run['seed']})")
+    return [f"The adapters of {', '.join(arms.values())} are equal, bit for bit: something trained "
+            "nothing." for arms in by_hash.values() if len(arms) > 1]
 
 
 def add_limits(out, readers):
@@ -236,7 +250,7 @@ def add_limits(out, readers):
     for arm in out["arms"].values():
         valid = arm["metrics"]["valid"]["mean"]
         arm["limits"] = {str(k): mean_limit(readers, k, max(valid, 1e-6)) for k in out["ks"]}
-    if 5 in out["ks"]:
+    if {1, 5} <= set(out["ks"]):
         out["front"] = front(readers)
 
 
@@ -314,7 +328,10 @@ def tables(summary):
                           "{:.3f} ±{half:.3f}"))
     out.append(by_arm("Diversity and the rest: mean", [
         "distinct-1", "distinct-2", "ead", "self-bleu", "semantic", "vendi", "duplicates", "reward",
-        f"max@{ks[-1]}", "longest@5", "words", "truncated"], "{:.3f}"))
+        f"max@{ks[-1]}", "words", "truncated", "entropy", "logprob", "perplexity"], "{:.3f}"))
+    picks = ["longest@5", *(name for name in known if name.startswith(("pick_", "judge-")))]
+    out.append(by_arm("What a reader picks of 5 who goes by this, and a judge's mean verdicts", [
+        *picks, *(f"recall@{k}" for k in ks)], "{:.3f}"))
     if any(len(a["seeds"]) > 1 for a in arms.values()):
         names = [*passes, "valid", "semantic", "reward"]
         out.append(by_arm("Standard deviation over seeds", names, "{:.3f}", "sd_over_seeds"))
@@ -342,6 +359,9 @@ def limit_cells(arm, row, summary):
     for k in (k for k in (5, 10) if k in summary["ks"]):
         top, own = summary["limits"][str(k)]["independent"], row["limits"][str(k)]
         reached = row["metrics"][f"pass@{k}"]["mean"]
+        if reached is None:                  # a joint decoder's other k
+            out += ["-"] * 3
+            continue
         out += [f"{top - own:.3f}", f"{own - reached:+.3f}", f"{reached / top:.2f}"]
     return out
 
@@ -381,9 +401,10 @@ def notes_of(summary):
                    f"{max(smallest):.3f}.")
     short = [f"{name} in {row['posts_left_out']} posts of {arm}"
              for arm, a in summary["arms"].items() for name, row in a["metrics"].items()
-             if row["posts_left_out"]]
+             if row["posts_left_out"] and "@" not in name]
     if short:
-        out.append(f"Left out, because no draft of the post is long enough: {', '.join(short)}.")
+        out.append("Left out, because no draft of the post is long enough or it was not measured: "
+                   f"{', '.join(short)}.")
     return out + summary["notes"]
 
 
@@ -492,26 +513,33 @@ def draw_pass_at_k(summary):
     limits = summary["limits"]
     if summary["refused"]:
         return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [])
-    lines = {arm: [a["metrics"][f"pass@{k}"] for k in ks] for arm, a in summary["arms"].items()}
-    ends = [end for line in lines.values() for row in line for end in (row["low"], row["high"])]
+    lines = {}                               # arm -> [(k, row)]: a joint decoder has one k alone
+    for arm, a in summary["arms"].items():
+        line = [(k, a["metrics"][f"pass@{k}"]) for k in ks]
+        line = [(k, row) for k, row in line if row["mean"] is not None]
+        lines |= {arm: line} if line else {}
+    if not lines:
+        return svg_page("Pass@k", "No arm has it.", "", "", [], [], right, [])
+    ends = [end for line in lines.values() for _, row in line for end in (row["low"], row["high"])]
     ends += [limits[str(k)]["independent"] for k in ks if limits]
     at_y, y_grid = scale(ends, BOTTOM, TOP)
-    at_x = [LEFT + 24 + (right - LEFT - 48) * math.log(k) / math.log(max(ks[-1], 2)) for k in ks]
-    order = sorted(lines, key=lambda arm: -lines[arm][-1]["mean"])
+    widest = math.log(max(ks[-1], 2))
+    at_x = {k: LEFT + 24 + (right - LEFT - 48) * math.log(k) / widest for k in ks}
+    order = sorted(lines, key=lambda arm: -lines[arm][-1][1]["mean"])
     gap, places = min(17, (BOTTOM - TOP) / len(order)), {}
     # Names in the order of the line ends, a line apart: pushed down, then back up into the frame.
     for i, arm in enumerate(order):
-        places[arm] = max(at_y(lines[arm][-1]["mean"]), places[order[i - 1]] + gap if i else TOP)
+        places[arm] = max(at_y(lines[arm][-1][1]["mean"]), places[order[i - 1]] + gap if i else TOP)
     for i, arm in enumerate(reversed(order)):
         places[arm] = min(places[arm], BOTTOM - i * gap)
     marks = []
     for i, (arm, line) in enumerate(lines.items()):
         colour, shift = COLOURS[i % 7], min(4, 40 / len(lines)) * (i - (len(lines) - 1) / 2)
         # Shifted, so that whiskers stand abreast.
-        points = [(x + shift, at_y(row["mean"])) for x, row in zip(at_x, line)]
+        points = [(at_x[k] + shift, at_y(row["mean"])) for k, row in line]
         end, faint = points[-1][1], 'stroke-width="1.5" opacity="0.55"'
         marks += [svg_line([(x, at_y(row["low"])), (x, at_y(row["high"]))], colour, faint)
-                  for (x, _), row in zip(points, line)]
+                  for (x, _), (_, row) in zip(points, line)]
         lead = [(points[-1][0] + 7, end), (right + 2, end), (right + 16, places[arm])]
         marks += [svg_line(points, colour, 'stroke-width="2"'),
                   *(svg_marker(i, *point) for point in points),
@@ -519,11 +547,11 @@ def draw_pass_at_k(summary):
                   svg_marker(i, right + 22, places[arm]),
                   svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
     if limits:
-        line = [(x, at_y(limits[str(k)]["independent"])) for x, k in zip(at_x, ks)]
+        line = [(at_x[k], at_y(limits[str(k)]["independent"])) for k in ks]
         marks += [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"'),
                   svg_text(line[0][0] + 8, line[0][1] - 10, "the limit of independent drafts")]
     note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
-    x_grid = [(x, str(k)) for x, k in zip(at_x, ks)]
+    x_grid = [(x, str(k)) for k, x in at_x.items()]
     return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
                     "Pass@k", x_grid, y_grid, right, marks)
 
@@ -559,9 +587,10 @@ def draw_pass1_pass5(summary):
     dots their seeds; arms named BASE@KNOB are joined to a curve, a method over its own knob."""
     rows = {arm: (a["metrics"]["pass@1"], a["metrics"]["pass@5"])
             for arm, a in summary["arms"].items()}
+    rows = {arm: both for arm, both in rows.items() if None not in [x["mean"] for x in both]}
     limit = summary["front"]
-    xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
-              for axis in zip(*rows.values()))
+    xs, ys = ([value for both in rows.values() for value in (
+        both[axis]["low"], both[axis]["high"], *both[axis]["per_seed"])] for axis in (0, 1))
     at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, 700)
     at_y, y_grid = scale(ys + [y for _, y in limit], BOTTOM, TOP)
     line = [(at_x(x), at_y(y)) for x, y in limit]

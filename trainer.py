@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import InputError, beside, fetch, read_json, write_json, write_text
-from generate import generate
+from generate import generate, sampling_of
 from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
 from ranks import Ranks, shard
 
@@ -657,9 +657,8 @@ class Session:
         args, prompts = self.args, [self.prompt(v.index) for v in visits]
         seeds = [self.stream(self.stage, step, v) for v in visits]
         samples = generate(self.model, prompts, k=k, max_new_tokens=args.max_new_tokens,
-                           temperature=args.temperature, top_p=getattr(args, "top_p", 1.0),
                            stop_ids=self.stops, seed=seeds, max_rows=args.max_rows,
-                           progress=progress)
+                           progress=progress, **sampling_of(args))
         texts = [[data.decode(self.tokenizer, d) for d in drafts] for drafts in samples.tokens]
         return prompts, samples, texts
 

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,7 @@ from data import Post  # noqa: E402
 from evaluate import InputError  # noqa: E402
 from metrics import (  # noqa: E402
     attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
-    interval, max_at_k, mean_limit, pareto_front, pass_at_k, pleased, post_metrics, reader_shares,
+    interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
     self_bleu, sign_flip, t_quantile, vendi_score, words)
 
 GOLDEN = Path(__file__).parent / "golden" / "self_bleu.json"
@@ -113,6 +114,23 @@ def test_max_at_k_is_the_mean_maximum_over_all_subsets():
     for wrong in (([1.0, 2.0], 3), ([1.0], 0), ([1.0, math.nan], 1)):
         with pytest.raises(ValueError):
             max_at_k(*wrong)
+
+
+def test_a_pick_is_the_mean_over_subsets_and_over_ties():
+    """The best of each subset by score; among equals every one in turn."""
+    passed, scores = [1.0, 0.0, 0.5, 0.0, 1.0], [2.0, 3.0, 2.0, -1.0, 2.0]
+    for k in range(1, 6):
+        worth = []
+        for subset in itertools.combinations(range(5), k):
+            top = [i for i in subset if scores[i] == max(scores[j] for j in subset)]
+            worth.append(sum(passed[i] for i in top) / len(top))
+        assert pick_at_k(passed, scores, k) == pytest.approx(sum(worth) / len(worth), abs=1e-12)
+        assert pick_at_k(passed, [0.0] * 5, k) == pytest.approx(sum(passed) / 5)
+        binary = [float(p == 1) for p in passed]
+        assert pick_at_k(binary, binary, k) == pytest.approx(pass_at_k(5, 2, k))               # an oracle
+    for wrong in (([1.0], [1.0], 2), ([1.0], [math.nan], 1), ([1.0, 0.0], [1.0], 1), ([1.0], [1.0], 0)):
+        with pytest.raises(ValueError):
+            pick_at_k(*wrong)
 
 
 # Diversity
@@ -363,7 +381,108 @@ def test_ead_and_duplicates_by_hand():
     assert duplicate_rate(["", ""]) == 0.5
 
 
+ODD = {"empty": ["", "", ""], "one word": ["yes", "no", "yes"], "all equal": ["well done, you"] * 3,
+       "emoji": ["🎉🎉 👍", "👍", "👩‍👩‍👧 🎉"], "right to left": ["مرحبا بك", "שלום לך", "مرحبا"],
+       "no spaces": ["今天很好", "今天不好", "สวัสดี"], "one draft": ["hello there"],
+       "a very long word": ["x" * 5000, "y" * 5000]}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_metric_of_odd_drafts_is_brute_force_or_absent(name):
+    """Never 0 for what has no value: each n-gram counted again here, self-BLEU by its definition."""
+    drafts = ODD[name]
+    n, tokens = len(drafts), [words(d) for d in drafts]
+    got = post_metrics(record([["warm"]] * n, n=n, drafts=drafts, logprobs=[-1.0] * n), ks=(1,))
+    for size in (1, 2):
+        grams = [tuple(t[i:i + size]) for t in tokens for i in range(len(t) - size + 1)]
+        assert got.get(f"distinct-{size}") == (len(set(grams)) / len(grams) if grams else None)
+    if n > 1 and any(tokens):
+        assert got["self-bleu"] == pytest.approx(slow_self_bleu(drafts), abs=1e-12)
+    else:
+        assert "self-bleu" not in got
+    assert ("ead" in got) == any(tokens)
+    assert got["words"] == sum(map(len, tokens)) / n and got["pass@1"] == got["valid"] * 0.5 == 0.5
+    assert got["duplicates"] == pytest.approx(
+        {"empty": 2 / 3, "one word": 1 / 3, "all equal": 2 / 3}.get(name, 0))
+
+
+def test_recall_is_the_share_of_people_s_replies_that_some_of_k_drafts_agrees_with():
+    agrees = [[0], [], [0, 2], [1, 1]]
+    got = post_metrics(record(agrees=agrees, people=4), ks=(1, 2, 4))
+    for k in (1, 2, 4):
+        shares = [len({r for some in subset for r in some}) / 4 for subset in itertools.combinations(agrees, k)]
+        assert got[f"recall@{k}"] == pytest.approx(sum(shares) / len(shares), abs=1e-12)
+
+
+def test_likelihoods_picks_and_verdicts_by_hand():
+    n, voices = 5, [["warm"], [], ["dry"], [], ["warm"]]
+    changed = dict(logprobs=[-4, -2, -6, -8, -10], entropies=[2, 2, 2, 2, 2], base_logprobs=[-8, -4, -6, -12, -10],
+                   tokens=[2, 1, 3, 4, 10], scores={"model": [0, 0, 9, 0, 0]},
+                   judge={"relevance": [0.25, 0.75], "pairs": [[0.9, 0.8], [0.9, 0.2], [0.1, 0.3], [0.5, 0.5]]})
+    got = post_metrics(record(voices, n=n, **changed), ks=(1, 5))
+    assert (got["entropy"], got["logprob"], got["perplexity"]) == pytest.approx((0.5, -1.5, math.exp(2)))
+    assert got["pick_likelihood@5"] == 0 and got["pick_model@5"] == 0.3
+    assert got["pick_random@5"] == pytest.approx(got["pass@1"]) and got["pick_reward@5"] == pytest.approx(1.3 / 3)
+    assert (got["judge-relevance"], got["judge-wins"], got["judge-ties"]) == (0.5, 0.5, 0.5)
+    assert not {"pick_likelihood@5", "entropy", "judge-wins"} & set(post_metrics(record(n=4), ks=(1,)))
+    for wrong in (dict(logprobs=[0.0]), dict(scores={"model": [1.0]}), dict(tokens=[])):
+        with pytest.raises(ValueError, match="entries"):
+            post_metrics(record(voices, n=n, **changed | wrong), ks=(1,))
+
+
+def test_joint_drafts_are_judged_by_whole_sets():
+    """Two sets of three: Pass@3 is the mean of two yes or no; over all subsets of the six it would be
+    another number, and other k have none. Diversity is within a set."""
+    voices = [["warm"], [], ["warm"], [], [], ["dry"]]
+    drafts = ["a b", "c d", "e f", "a b", "a b", "a b"]
+    joint = record(voices, n=6, drafts=drafts, **{"set": 3})
+    got, apart = post_metrics(joint, ks=(1, 3, 5)), post_metrics(record(voices, n=6, drafts=drafts), ks=(3,))
+    assert got["pass@3"] == pytest.approx((0.5 + 0.3) / 2) != pytest.approx(apart["pass@3"])
+    assert not {"pass@1", "pass@5", "coverage@1", "longest@5"} & set(got)
+    assert got["coverage@3"] == pytest.approx(1 / 3) and got["stances"] == 1.0 and got["valid"] == 0.5
+    assert got["distinct-1"] == pytest.approx((1 + 1 / 3) / 2)
+    assert (got["duplicates"], got["truncated"]) == pytest.approx(((0 + 2 / 3) / 2, 1 / 6))
+    for size in (4, 0, 2.0, None):
+        with pytest.raises(ValueError, match="sets of"):
+            post_metrics(joint | {"set": size}, ks=(3,))
+
+
+def test_many_drafts_are_measured_quickly():
+    """1,000 drafts of 12 words, 20 posts of 50: a tenth of what must take less than a minute."""
+    rng, vocabulary = random.Random(0), [f"word{i}" for i in range(300)]
+    texts = [[" ".join(rng.choices(vocabulary, k=12)) for _ in range(50)] for _ in range(20)]
+    vectors = np.random.default_rng(0).normal(size=(20, 50, 64))
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    began = time.process_time()
+    for drafts, rows in zip(texts, vectors):
+        post_metrics(record([["warm"]] * 50, n=50, drafts=drafts, vendi=vendi_score(rows)))
+    assert time.process_time() - began < 6
+
+
 # The report
+
+def test_a_joint_arm_stands_beside_the_others(runs, tmp_path):
+    """Its Pass@3 alone; everything else of Pass@k is a dash, and a note says why."""
+    decoding = {"name": "list", "independent": False, "set_size": 3}
+    joint = write_run(tmp_path / "x0", 0, "poly <&> |@list", lambda i: 6, settings={"decoding": decoding, "adapter": "x"},
+                      **{"set": 3})
+    path = tmp_path / "b0" / "evaluation.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"settings": data["settings"] | {"adapter": "x"}}))
+    summary = evaluate.report([*runs, joint], tmp_path / "out", "lora-grpo")
+    arm = summary["arms"]["poly <&> |@list"]["metrics"]
+    assert arm["pass@3"]["mean"] == pytest.approx(0.25) and arm["pass@5"]["mean"] is None
+    text = (tmp_path / "out" / "report.txt").read_text()
+    assert "joint sets of 3: Pass@3 is of whole sets" in text and "equal, bit for bit" not in text
+    assert "pass@5 in" not in text
+    for name in ("pass_at_k.svg", "pass1_pass5.svg"):
+        ElementTree.parse(tmp_path / "out" / name)
+    assert evaluate.main(["report", *runs, "--out", str(tmp_path / "few"), "--ks", "10,2"]) == 0
+    assert json.loads((tmp_path / "few" / "report.json").read_text())["ks"] == [2, 10]
+    assert not (tmp_path / "few" / "pass1_pass5.svg").exists()
+    with pytest.raises(SystemExit):
+        evaluate.main(["report", *runs, "--out", str(tmp_path / "few"), "--ks", "0,2"])
+
 
 def write_run(folder, seed, arm, right, *, posts=6, end=True, settings=None, **changed):
     """A run of 12 drafts a post in which right(post number) of them please the warm reader."""
@@ -600,8 +719,8 @@ def test_a_draft_passes_above_19_of_20_replies_to_another_post():
     def reward(posts, drafts, streams):      # a likeness to the nearest reply; to its own post's a higher one
         one = lambda text, reply: likeness.setdefault((text, reply), rng.random() + (text.split()[0] == reply.split()[0]))
         return [[max(one(text, reply) for reply in post.replies) for text in texts] for post, texts in zip(posts, drafts)]
-    session = SimpleNamespace(posts=posts, reward=reward, args=SimpleNamespace(reward="auto"))
-    threshold, scale = evaluate.passing(session)
+    session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto"))
+    threshold, scale = evaluate.passing(session, reward)
     others = [posts[(i + 30) % 60].replies[0] for i in range(60)]
     earned = [row[0] for row in reward(posts, [[text] for text in others], None)]
     assert sorted(earned)[57] == threshold and scale["shuffled"] == 2 / 60

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data
+import decoders
 import evaluate
 import grpo
 import polylora
@@ -504,6 +505,44 @@ def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path, monkeypat
     assert measured("--model", str(model))[1]["settings"]["model"] != first[1]["settings"]["model"]
     monkeypatch.setattr(trainer, "fetch", lambda name, revision: Path(world["model"] if revision else model))
     assert trainer.model_hash("a/b", None) != trainer.model_hash("a/b", "abc123")
+
+
+def test_every_decoder_is_measured_and_reported_as_an_arm_of_its_own(world, tmp_path, capsys):
+    """Each writes RUN@NAME and leaves RUN alone; joint ones hold whole sets; the report sets them side by
+    side. The judge's and the agreement's columns come with it."""
+    run = tmp_path / "run"
+    shutil.copytree(world["lora"], run)
+    common = ["measure", str(run), "--data", world["eval"], "--n", "10", "--max-new-tokens", "4", "--pool", "5"]
+    assert evaluate.main([*common, "--judge", world["model"], "--judge-drafts", "2"]) == 0
+    before = (run / "evaluation.json").read_bytes()
+    assert evaluate.main([*common, "--top-k", "5", "--name", "top5"]) == 0
+    names = [name for name in decoders.DECODERS if name != "sampling"]
+    for name in names:
+        assert evaluate.main([*common, "--decoder", name]) == 0, capsys.readouterr().err
+        written = json.loads((tmp_path / f"run@{name}" / "evaluation.json").read_text())
+        joint = decoders.DECODERS[name].joint
+        assert written["settings"]["decoding"]["independent"] is not joint
+        for r in written["records"]:
+            assert len(r["drafts"]) == (5 if name == "beams" else 10) and r.get("set") == (5 if joint else None)
+            assert len(r["agrees"]) == len(r["tokens"]) == len(r["base_logprobs"]) == len(r["drafts"])
+    assert (run / "evaluation.json").read_bytes() == before
+    runs = [str(run), *(f"{run}@{name}" for name in ["top5", *names])]
+    assert evaluate.main(["report", *runs, "--out", str(tmp_path / "report"), "--ks", "1,5"]) == 0
+    arms = json.loads((tmp_path / "report" / "report.json").read_text())["arms"]
+    assert list(arms) == ["run", "run@top5", *(f"run@{name}" for name in names)]
+    for name, arm in arms.items():
+        assert arm["metrics"]["recall@5"]["mean"] is not None and arm["metrics"]["perplexity"]["mean"] > 1
+        joint = name.partition("@")[2] in ("beams", "list", "verbalized")
+        assert (arm["metrics"]["recall@1"]["mean"] is None) == joint
+    verdicts = arms["run"]["metrics"]
+    assert all(0 <= verdicts[f"judge-{x}"]["mean"] <= 1 for x in [*evaluate.RUBRICS, "wins", "ties"])
+    assert arms["run@mmi"]["metrics"]["judge-wins"]["mean"] is None
+    capsys.readouterr()
+    for name in ("beams", "list", "mmi"):
+        assert evaluate.main(["drafts", str(run), "My kettle sings", "--k", "3", "--max-new-tokens", "4", "--decoder", name]) == 0
+    assert capsys.readouterr().out.count("1. ") == 3
+    assert evaluate.main([*common, "--decoder", "list", "--set-size", "11"]) == 2
+    assert evaluate.main([*common, "--name", "a/b"]) == 2
 
 
 def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):

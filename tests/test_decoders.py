@@ -1,0 +1,207 @@
+"""Decoders: beams and contrastive drafts against a search written out here, the others by hand."""
+
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_generate import PROMPTS, STOPS, build, next_logits
+
+import data
+from decoders import (DECODERS, best_of, check_decoder, contrastive_drafts, diverse_beams, draft_scores,
+                      informative, majority, read_list, read_verbalized)
+from generate import Samples, generate, uniforms
+
+
+def logp_after(model, prompt, ids):
+    return next_logits(model, prompt, ids + [0])[-1].log_softmax(-1)
+
+
+def slow_beams(model, prompt, k, groups, penalty, length, stops=()):
+    """The same search over whole texts: every candidate of every group, each scored by a plain forward."""
+    width = k // groups
+    beams = [[([], 0.0, False)] for _ in range(groups)]
+    for _ in range(length):
+        if all(done for group in beams for *_, done in group):
+            break
+        taken = [0] * model.vocab
+        for g, group in enumerate(beams):
+            grown = []
+            for ids, score, done in group:
+                if done:
+                    grown.append((ids, score, True, None))
+                    continue
+                logp = logp_after(model, prompt, ids)
+                grown += [(ids + [t], score + float(logp[t]) - penalty * taken[t], t in stops, t)
+                          for t in range(model.vocab)]
+            best = sorted(grown, key=lambda beam: -beam[1])[:width]
+            for *_, token in best:
+                if token is not None:
+                    taken[token] += 1
+            beams[g] = [beam[:3] for beam in best]
+    return [ids for group in beams for ids, *_ in group]
+
+
+@pytest.mark.parametrize("k, groups, penalty", [(4, 2, 0.7), (4, 4, 3.0), (3, 1, 0.5), (4, 2, 0.0), (1, 1, 1.0)])
+@pytest.mark.parametrize("stops", [(), tuple(STOPS)])
+def test_diverse_beams_are_those_of_a_plain_search(k, groups, penalty, stops):
+    model = build()
+    for prompt in PROMPTS[:2]:
+        got, logprobs, finished = diverse_beams(model, prompt, k, groups=groups, penalty=penalty, max_new_tokens=4,
+                                                stop_ids=stops)
+        assert got == slow_beams(model, prompt, k, groups, penalty, 4, stops)
+        for ids, logs, done in zip(got, logprobs, finished):
+            assert done == (ids[-1] in stops)
+            want = next_logits(model, prompt, ids).log_softmax(-1)[range(len(ids)), ids]
+            assert logs == pytest.approx(want.tolist(), abs=1e-4)
+
+
+def test_the_penalty_drives_groups_apart():
+    """Without one, groups of one beam are all the greedy text; with a huge one they begin apart."""
+    model = build()
+    same, *_ = diverse_beams(model, PROMPTS[0], 3, groups=0, penalty=0.0, max_new_tokens=4)
+    apart, *_ = diverse_beams(model, PROMPTS[0], 3, groups=0, penalty=1e3, max_new_tokens=4)
+    assert same == generate(model, PROMPTS[:1], k=3, max_new_tokens=4, temperature=0.0).tokens[0]
+    assert all(len({ids[step] for ids in apart}) == 3 for step in range(4))
+    with pytest.raises(data.InputError, match="5 beams"):
+        diverse_beams(model, PROMPTS[0], 5, groups=2, penalty=1.0, max_new_tokens=4)
+
+
+def test_beams_are_transformers(tmp_path):
+    """Without a stop id, where both rank by the sum of what the search counts."""
+    transformers = pytest.importorskip("transformers")
+    model = build()
+    model.save_pretrained(tmp_path)
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    old = hasattr(transformers, "HammingDiversityLogitsProcessor")
+    for k, groups, penalty in ((3, 1, 0.0), *([(4, 2, 0.7), (4, 4, 3.0)] if old else [])):
+        more = dict(num_beam_groups=groups, diversity_penalty=penalty) if groups > 1 else {}
+        want = theirs.generate(torch.tensor([PROMPTS[0]]), num_beams=k, num_return_sequences=k, max_new_tokens=5,
+                               do_sample=False, length_penalty=0.0, eos_token_id=None, **more)
+        got, *_ = diverse_beams(model, PROMPTS[0], k, groups=groups, penalty=penalty, max_new_tokens=5)
+        assert sorted(got) == sorted(want[:, len(PROMPTS[0]):].tolist())
+
+
+# Contrastive
+
+@pytest.mark.parametrize("temperature, plausible", [(0.0, 0.1), (1.0, 0.1), (0.7, 0.0), (1.0, 1.0)])
+def test_contrastive_drafts_are_those_of_a_plain_loop(temperature, plausible):
+    expert, amateur = build(), build(seed=4)
+    prompt, length = PROMPTS[0], 5
+    noise = uniforms([7], 3, length)[0]
+    got, logprobs, finished = contrastive_drafts(expert, (amateur, nullcontext), prompt, noise, plausible=plausible,
+                                                 max_new_tokens=length, stop_ids=STOPS, temperature=temperature)
+    for row in range(3):
+        ids, logs = [], []
+        while len(ids) < length and not (ids and ids[-1] in STOPS):
+            logp, weak = logp_after(expert, prompt, ids), logp_after(amateur, prompt, ids)
+            scores = torch.tensor([float(a - b) if float(a.exp()) >= plausible * float(logp.exp().max()) else -math.inf
+                                   for a, b in zip(logp, weak)])
+            if temperature == 0:
+                ids.append(int(scores.argmax()))
+            else:
+                p = (scores / temperature).softmax(-1)
+                ids.append(int((p.double().cumsum(-1) <= noise[row, len(ids)]).sum()))
+                logs.append(float(p[ids[-1]].log()))
+        assert got[row] == ids and finished[row] == (ids[-1] in STOPS)
+        assert temperature == 0 or logprobs[row] == pytest.approx(logs, abs=1e-4)
+    if temperature == 0:
+        assert got[0] == got[1] == got[2]
+    if plausible == 1:                       # only the expert's best is left
+        assert got[:1] == generate(expert, [prompt], max_new_tokens=length, temperature=0.0, stop_ids=STOPS).tokens[0]
+    with pytest.raises(data.InputError, match="tokens"):
+        contrastive_drafts(expert, (build(vocab_size=43), nullcontext), prompt, noise, plausible=0.1, max_new_tokens=2,
+                           temperature=1.0)
+
+
+# The best of several
+
+class Chosen:
+    """A session that writes what it is told to."""
+
+    def __init__(self, drafts, pool, **flags):
+        self.args = SimpleNamespace(pool=pool, **flags)
+        self.drafts = drafts                 # P lists of k pool texts
+
+    def sample_drafts(self, visits, step, k, progress=None):
+        tokens = [[[i] for i in range(k)] for _ in self.drafts]
+        return ["prompt"] * len(self.drafts), Samples(tokens, tokens, [[True] * k for _ in self.drafts]), self.drafts
+
+
+def test_the_best_of_each_pool_is_kept_with_its_tokens():
+    """Two posts, two drafts each from pools of three: a draft comes from its own pool alone."""
+    session = Chosen([["a", "bbb", "cc", "d", "e", "ff"], ["x", "x", "x", "yy", "z", "yy"]], 3)
+    score = lambda session, visits, prompts, tokens, texts, helper: [[len(t) for t in row] for row in texts]
+    samples, texts = best_of(score)(session, ["v", "w"], 2)
+    assert texts == [["bbb", "ff"], ["x", "yy"]] and samples.tokens == [[[1], [5]], [[0], [3]]]
+    assert samples.finished == [[True, True]] * 2
+
+
+def test_self_consistency_takes_the_majority():
+    texts = [["Yes!", "no", "yes"], ["", "", "so"], ["a", "b", "c"]]
+    assert majority(None, None, None, None, texts, None) == [[2, 1, 2], [0, 0, 1], [1, 1, 1]]
+    samples, kept = DECODERS["self-consistency"].function(Chosen([["no", "Yes!", "yes", "", "", "so"]], 3), ["v"], 2)
+    assert kept == [["Yes!", "so"]]
+
+
+class Scored:
+    """As much of a session as scoring needs, around a random model."""
+
+    def __init__(self, weight):
+        self.model, self.args, self.chat = build(), SimpleNamespace(mmi=weight), None
+        self.passes = lambda batches: batches
+
+
+def test_draft_scores_are_sums_over_the_tokens_of_each_draft():
+    session, pairs = Scored(0.5), [([3, 9, 4], [[1, 2], [5]]), ([7], [[8, 9, 10], [11, 12]])]
+    logprobs, entropies = draft_scores(session, pairs)
+    for (prompt, drafts), logs, entropy in zip(pairs, logprobs, entropies):
+        for ids, a, b in zip(drafts, logs, entropy):
+            logp = next_logits(session.model, prompt, ids).log_softmax(-1)
+            assert a == pytest.approx(float(logp[range(len(ids)), ids].sum()), abs=1e-4)
+            assert b == pytest.approx(float(-(logp.exp() * logp).sum()), abs=1e-4)
+
+
+def test_mmi_by_hand(monkeypatch):
+    session = Scored(0.5)
+    session.tokenizer = session.domain = SimpleNamespace(messages=lambda post: [post.post])
+    monkeypatch.setattr(data, "encode_prompt", lambda tokenizer, messages, chat: [6] if messages == [""] else None)
+    (got,) = informative(session, None, [[3, 9, 4]], [[[1, 2], [5]]], None, None)
+    (given,), _ = draft_scores(session, [([3, 9, 4], [[1, 2], [5]])])
+    (alone,), _ = draft_scores(session, [([6], [[1, 2], [5]])])
+    assert got == pytest.approx([a - 0.5 * b for a, b in zip(given, alone)])
+
+
+# A set in one prompt
+
+def test_a_numbered_list_is_read_line_by_line():
+    assert read_list("Sure:\n1. Great!\n 2) Oh no...\n(3) 3. is odd\nby the way") == ["Great!", "Oh no...", "3. is odd"]
+    assert read_list("") == read_list("no list at all") == read_list("1.\n2. ") == []
+    assert read_list("1. مرحبا بك\n2. 今天很好\n3. 👍") == ["مرحبا بك", "今天很好", "👍"]
+
+
+def test_verbalized_replies_are_drawn_by_their_probabilities():
+    """Exponential clocks: the first to ring is each reply with its own probability."""
+    text = "0.6 | a\n30% | b\n 0.1|c\n| d\n1.2.3 | e\nx | f"
+    first, noise = {"a": 0, "b": 0, "c": 0}, uniforms([3], 2000, 6)[0]
+    for row in noise:
+        drawn = read_verbalized(text, row)
+        assert sorted(drawn) == ["a", "b", "c", "d", "e"] and drawn[3:] == ["d", "e"]
+        first[drawn[0]] += 1
+    for reply, p in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+        assert abs(first[reply] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
+    assert read_verbalized("", noise[0]) == []
+
+
+def test_every_decoder_names_its_paper_and_bad_flags_are_refused():
+    flags = dict(pool=8, plausible=0.1, mmi=0.5, beam_penalty=0.5, beam_groups=0, set_size=5)
+    assert {n for n, way in DECODERS.items() if way.joint} == {"beams", "list", "verbalized"}
+    for name, way in DECODERS.items():
+        assert "arXiv" in way.paper and way.about
+        check_decoder(SimpleNamespace(decoder=name, **flags), 10)
+    for name, wrong in (("mmi", dict(pool=0)), ("sampling", dict(plausible=2)), ("beams", dict(beam_groups=2)),
+                        ("list", dict(set_size=11)), ("verbalized", dict(pool=4)), ("mmi", dict(mmi=-1))):
+        with pytest.raises(data.InputError, match="--"):
+            check_decoder(SimpleNamespace(decoder=name, **flags | wrong), 10)
