@@ -262,8 +262,7 @@ class LoRILinear(LoRALinear):
     def __init__(self, linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
         self.lora_A.weight.requires_grad_(False)
-        mask = torch.ones_like(self.lora_B.weight, dtype=torch.bool)
-        self.register_buffer("lora_mask", mask)
+        self.register_buffer("lora_mask", torch.ones_like(self.lora_B.weight).detach())
 
     def factors(self):
         return self.lora_A.weight, self.lora_B.weight * self.lora_mask
@@ -560,7 +559,7 @@ class Budget:
     def choose_entries(self):
         sizes = torch.cat([layer.lora_B.weight.abs().flatten() for layer in self.layers])
         best = sizes.topk(max(1, int(self.KEPT * len(sizes)))).indices
-        mask = torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, best, True)
+        mask = torch.zeros_like(sizes).index_fill_(0, best, 1)
         parts = mask.split([layer.lora_mask.numel() for layer in self.layers])
         for layer, part in zip(self.layers, parts):
             layer.lora_mask.copy_(part.view_as(layer.lora_mask))
