@@ -1,13 +1,14 @@
-"""Adapters: LoRA layers beside frozen weights, and their files in PEFT's layout.
+"""Adapters: what trains beside, or instead of, frozen weights, and their files in PEFT's layout.
 
 An adapter says what trains and nothing else: the model's code does not know that it is there. "The
 base model" is a thing of its own (`with base(model)`): what training started from, whatever the
-adapter did to the weights. In order: the layer, putting it on a model, the base and copies, files,
-merging."""
+adapter did to the weights. In order: the layers, the register, putting one on a model, the base and
+copies, what some ask for in each step, files, merging."""
 
 import math
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,44 +26,365 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # x ──> W (frozen, any dtype) ─────────────> + ──> y      A (r, in): random; B (out, r): zero, so
 # └──> A ──> (.., r) ──> B ──> * alpha/r ────┘            that the first forward is the base's own
 
-class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x. W, a tensor or an NF4, keeps its name and dtype; A and B are
-    fp32 (Adam's steps on a bf16 A round to nothing at small learning rates) and are cast to the
-    input's dtype for the product."""
+def kaiming(weight, generator):
+    """Fills a (rows, in) weight as PEFT draws A (Kaiming uniform, a = sqrt(5)), on the CPU."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
-    def __init__(self, linear, rank, alpha, dropout=0.0):
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x (arXiv 2106.09685). W, a tensor or an NF4, keeps its name and
+    dtype; A and B are fp32 (Adam's steps on a bf16 A round to nothing at small learning rates) and
+    are cast to the input's dtype for the product.
+
+    The other kinds say by `factors` what stands for A and B. All of theirs is named lora_*:
+    parameters in `trains` train, other parameters and buffers are kept, and what state_dict holds
+    goes into the adapter's file. `width`: the rows of A."""
+    kind, trains = "lora", ("lora_A.weight", "lora_B.weight")
+
+    def __init__(self, linear, rank, alpha, dropout=0.0, width=None):
         super().__init__()
-        self.weight, self.scale = linear.weight, alpha / rank
+        self.weight, self.rank, self.width = linear.weight, rank, width or rank
+        self.set_alpha(alpha)
         self.dropout, self.enabled = dropout, True
         self.in_features, self.out_features = linear.in_features, linear.out_features
         make = dict(bias=False, dtype=torch.float32, device=linear.weight.device)
-        self.lora_A = nn.Linear(linear.in_features, rank, **make)
-        self.lora_B = nn.Linear(rank, linear.out_features, **make)
+        self.lora_A = nn.Linear(linear.in_features, self.width, **make)
+        self.lora_B = nn.Linear(self.width, linear.out_features, **make)
+
+    @staticmethod
+    def width_of(rank, members):
+        return rank
+
+    def set_alpha(self, alpha):
+        self.alpha, self.scale = float(alpha), alpha / self.rank
+
+    def start(self, generator):
+        """The values before the first step."""
+        kaiming(self.lora_A.weight, generator)
+        self.lora_B.weight.zero_()
+
+    def factors(self):
+        """(A, B): the update of W is scale B A."""
+        return self.lora_A.weight, self.lora_B.weight
+
+    def gated(self, low, x):
+        """low (.., width) = A x, for kinds that weigh it by x."""
+        return low
 
     def forward(self, x):
         nf4 = isinstance(self.weight, NF4)
         y = self.weight(x) if nf4 else F.linear(x, self.weight)                          # (.., out)
         if not self.enabled:
             return y
+        A, B = self.factors()
         dropped = F.dropout(x, self.dropout, self.training)
-        low = F.linear(dropped, self.lora_A.weight.to(x.dtype))                          # (.., r)
+        low = self.gated(F.linear(dropped, A.to(x.dtype)), x)                            # (.., r)
         # In place: the frozen product needs nothing of y for its backward, so the sum takes no
         # second (.., out) tensor.
-        B = self.lora_B.weight.t().to(x.dtype)
-        y.flatten(0, -2).addmm_(low.flatten(0, -2), B, alpha=self.scale)
+        y.flatten(0, -2).addmm_(low.flatten(0, -2), B.t().to(x.dtype), alpha=self.scale)
         return y
 
     def decoding_parts(self, dtype):
         """What generation joins into one product with other layers' (model.Parts)."""
         if not self.enabled:
             return Parts(self.weight)
-        A, B = (part.weight.detach().to(dtype) for part in (self.lora_A, self.lora_B))
+        A, B = (part.detach().to(dtype) for part in self.factors())
         return Parts(self.weight, A, B, self.scale)
 
     def merged_weight(self):
         """W + (alpha / r) B A in fp32. Rounded to bf16 most of a small update would be lost."""
         weight = self.weight.dense() if isinstance(self.weight, NF4) else self.weight.float()
-        return torch.addmm(weight, self.lora_B.weight, self.lora_A.weight, alpha=self.scale)
+        A, B = self.factors()
+        return torch.addmm(weight, B, A, alpha=self.scale)
+
+    def stored(self):
+        """name -> tensor of the adapter's file."""
+        return {n: t for n, t in self.state_dict().items() if n.startswith("lora_")}
+
+    def take(self, tensors):
+        """The inverse of stored."""
+        for name, own in self.stored().items():
+            own.copy_(tensors[name])
+
+
+class RsLoRALinear(LoRALinear):
+    """y = W x + (alpha / sqrt(r)) B A x: the update's size does not shrink with the rank
+    (arXiv 2312.03732)."""
+    kind = "rslora"
+
+    def set_alpha(self, alpha):
+        self.alpha, self.scale = float(alpha), alpha / math.sqrt(self.rank)
+
+
+class DoRALinear(LoRALinear):
+    """y = (m / |V|) V x with V = W + (alpha / r) B A, |V| (out,) the norms of its rows, which pass
+    no gradient, and m = |W| at first: direction and magnitude train apart (arXiv 2402.09353; the
+    detached norm: its section 4.3). Dropout is A's alone, where PEFT's also reaches W x."""
+    kind, trains = "dora", (*LoRALinear.trains, "lora_magnitude_vector")
+
+    def __init__(self, linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        empty = torch.empty(self.out_features, device=linear.weight.device)
+        self.lora_magnitude_vector = nn.Parameter(empty)
+
+    def start(self, generator):
+        super().start(generator)
+        self.lora_magnitude_vector.copy_(self.norms())
+
+    @torch.no_grad()
+    def norms(self):
+        return super().merged_weight().norm(dim=1).clamp_min(1e-12)
+
+    def gain(self):
+        return self.lora_magnitude_vector / self.norms()
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * self.gain().to(x.dtype) if self.enabled else y
+
+    def decoding_parts(self, dtype):
+        parts = super().decoding_parts(dtype)
+        parts.gain = self.gain().detach().to(dtype) if self.enabled else None
+        return parts
+
+    def merged_weight(self):
+        return self.gain()[:, None] * super().merged_weight()
+
+
+class PiSSALinear(LoRALinear):
+    """y = (W - s B0 A0) x + s B A x, s = alpha / r: A = A0 and B = B0 start as the r largest
+    singular directions of W = U S V^T, A0 = sqrt(S_r / s) V_r^T and B0 = U_r sqrt(S_r / s), and the
+    residue is frozen (arXiv 2404.02948).
+
+    W itself stays, as the base model; B A - B0 A0 is added as (B - B0) A + B0 (A - A0), which is
+    exactly zero at first, where the difference of two large products would be rounding."""
+    kind = "pissa"
+
+    def __init__(self, linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        for name, part in (("lora_A0", self.lora_A), ("lora_B0", self.lora_B)):
+            self.register_buffer(name, torch.zeros_like(part.weight))
+
+    def start(self, generator):
+        weight = self.weight.dense() if isinstance(self.weight, NF4) else self.weight.float()
+        U, S, V = torch.linalg.svd(weight, full_matrices=False)
+        if self.rank > len(S):
+            raise InputError(f"PiSSA of rank {self.rank}: a layer has {len(S)} singular values: "
+                             "lower --rank")
+        root = (S[:self.rank] / self.scale).sqrt()
+        self.lora_A0.copy_(root[:, None] * V[:self.rank])
+        self.lora_B0.copy_(U[:, :self.rank] * root)
+        self.lora_A.weight.copy_(self.lora_A0)
+        self.lora_B.weight.copy_(self.lora_B0)
+
+    def factors(self):
+        A, B = self.lora_A.weight, self.lora_B.weight
+        return torch.cat((A, A - self.lora_A0)), torch.cat((B - self.lora_B0, self.lora_B0), 1)
+
+    def stored(self):
+        """As the plain LoRA of rank 2r that it is, which any reader of PEFT's files adds to W."""
+        A, B = self.lora_A.weight.detach(), self.lora_B.weight.detach()
+        return {"lora_A.weight": torch.cat((A, self.lora_A0)),
+                "lora_B.weight": torch.cat((B, -self.lora_B0), 1)}
+
+    def take(self, tensors):
+        A, A0 = tensors["lora_A.weight"].chunk(2)
+        B, B0 = tensors["lora_B.weight"].chunk(2, 1)
+        for own, new in ((self.lora_A.weight, A), (self.lora_B.weight, B), (self.lora_A0, A0),
+                         (self.lora_B0, -B0)):
+            own.copy_(new)
+
+
+class AdaLoRALinear(LoRALinear):
+    """y = W x + (alpha / width) P diag(E) Q x, P = lora_B, Q = lora_A, E zero at first: the least
+    important triplets are cut, over all layers, from width = 1.5 r a layer to r (arXiv 2303.10512;
+    see Budget). P and Q are kept near orthogonal (see orthogonality)."""
+    kind, trains = "adalora", (*LoRALinear.trains, "lora_E")
+
+    def __init__(self, linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        empty = self.lora_A.weight.new_empty
+        self.lora_E = nn.Parameter(empty(self.width, 1))
+        # Not of the adapter's file, but of a checkpoint: which triplets are kept, and for each
+        # tensor the moving averages of importance and of its uncertainty.
+        self.register_buffer("lora_mask", torch.ones_like(self.lora_E), persistent=False)
+        for name in ("A", "B", "E"):
+            shape = self.get_parameter(dict(zip("ABE", self.trains))[name]).shape
+            for average in ("mean", "spread"):
+                zero = torch.zeros(shape, device=self.lora_E.device)
+                self.register_buffer(f"lora_{average}_{name}", zero, persistent=False)
+
+    @staticmethod
+    def width_of(rank, members):
+        return math.ceil(1.5 * rank)
+
+    def set_alpha(self, alpha):
+        self.alpha, self.scale = float(alpha), alpha / self.width
+
+    def start(self, generator):
+        for part in (self.lora_A.weight, self.lora_B.weight):
+            part.copy_(0.02 * torch.randn(part.shape, generator=generator))
+        self.lora_E.zero_()
+
+    def factors(self):
+        return self.lora_A.weight * self.lora_E, self.lora_B.weight
+
+    def orthogonality(self):
+        """|P^T P - I|^2 + |Q Q^T - I|^2 (equation 4)."""
+        A, B = self.lora_A.weight, self.lora_B.weight
+        one = torch.eye(self.width, device=A.device)
+        return ((A @ A.t() - one) ** 2).sum() + ((B.t() @ B - one) ** 2).sum()
+
+    def importance(self, decay=0.85):
+        """(width,), after a step: of each triplet, s(E) + mean s(P) + mean s(Q), where s is the
+        moving average of I = |w dL/dw| times that of |I - its average| (equations 8 to 11)."""
+        s = {}
+        for name, path in zip("ABE", self.trains):
+            p = self.get_parameter(path)
+            mean, spread = (self.get_buffer(f"lora_{x}_{name}") for x in ("mean", "spread"))
+            now = (p * p.grad).abs()
+            mean.lerp_(now, 1 - decay)
+            spread.lerp_((now - mean).abs(), 1 - decay)
+            s[name] = mean * spread
+        return s["E"].squeeze(1) + s["A"].mean(1) + s["B"].mean(0)
+
+    def stored(self):
+        """In PEFT's names: its A, B and E are bare parameters."""
+        return {n.removesuffix(".weight"): t for n, t in super().stored().items()}
+
+
+class LoRILinear(LoRALinear):
+    """y = W x + (alpha / r) (B * M) A x: A stays as it was drawn, and of B only the tenth trains
+    that is largest, over all layers, after a calibration (arXiv 2504.07448; see Budget)."""
+    kind, trains = "lori", ("lora_B.weight",)
+
+    def __init__(self, linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        self.lora_A.weight.requires_grad_(False)
+        self.register_buffer("lora_mask", torch.ones_like(self.lora_B.weight).detach())
+
+    def factors(self):
+        return self.lora_A.weight, self.lora_B.weight * self.lora_mask
+
+
+# ---- Several adapters side by side ---------------------------------------------------------------
+
+class ParallelLinear(LoRALinear):
+    """M adapters of rank r each, stacked to one of rank M r: y = W x + (alpha / r) times the sum of
+    g_i B_i A_i x. The kinds differ in what weighs the members."""
+
+    members = property(lambda self: self.width // self.rank)
+
+    @staticmethod
+    def width_of(rank, members):
+        return rank * members
+
+    def spread(self, gates):
+        """(.., M) -> (.., M r)."""
+        return gates.repeat_interleave(self.rank, -1)
+
+
+class MultiLoRALinear(ParallelLinear):
+    """g_i is a learned number, zero at first, so that the first forward is the base's although B is
+    random as A is (arXiv 2311.11501)."""
+    kind, trains = "multilora", (*LoRALinear.trains, "lora_gates")
+
+    def __init__(self, linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        self.lora_gates = nn.Parameter(torch.zeros(self.members, device=linear.weight.device))
+
+    def start(self, generator):
+        for part in (self.lora_A.weight, self.lora_B.weight):
+            kaiming(part, generator)
+        self.lora_gates.zero_()
+
+    def factors(self):
+        return self.lora_A.weight, self.lora_B.weight * self.spread(self.lora_gates)
+
+
+class MoALinear(ParallelLinear):
+    """g = softmax(R x), of each token: a mixture of adapters with a router (R zero at first), as in
+    LoRAMoE (arXiv 2312.09979) without its balancing loss."""
+    kind, trains = "moa", (*LoRALinear.trains, "lora_router")
+
+    def __init__(self, linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        zeros = torch.zeros(self.members, self.in_features, device=linear.weight.device)
+        self.lora_router = nn.Parameter(zeros)
+
+    def start(self, generator):
+        super().start(generator)
+        self.lora_router.zero_()
+
+    def gated(self, low, x):
+        logits = F.linear(x, self.lora_router.to(x.dtype))                               # (.., M)
+        return low * self.spread(logits.float().softmax(-1).to(x.dtype))
+
+    def decoding_parts(self, dtype):
+        return None if self.enabled else Parts(self.weight)
+
+    def merged_weight(self):
+        raise InputError("a mixture of adapters has a weight for each token: it cannot be merged")
+
+
+class Deal:
+    """Which member of an ensemble computes: one for all (a number), or one a row, (B,)."""
+
+    def __init__(self, members):
+        self.members, self.of = members, 0
+
+
+class EnsembleLinear(ParallelLinear):
+    """M LoRA members over one base in one pass (LoRA-Ensemble, arXiv 2405.14438): g_i is 1 for the
+    row's own member and 0 for others. They see the same replies and differ by their random A; the k
+    drafts of a post are dealt over them, draft d to member d mod M. `deal` is the model's, set by
+    add_lora."""
+    kind, deal = "ensemble", None
+
+    def own(self):
+        return slice(self.deal.of * self.rank, (self.deal.of + 1) * self.rank)
+
+    def factors(self):
+        if isinstance(self.deal.of, torch.Tensor):
+            return super().factors()
+        return self.lora_A.weight[self.own()], self.lora_B.weight[:, self.own()]
+
+    def gated(self, low, x):
+        of = self.deal.of
+        if not isinstance(of, torch.Tensor):
+            return low
+        own = self.spread(F.one_hot(of, self.members).to(x.dtype))                       # (B, M r)
+        return low * own[:, None]
+
+    def merged_weight(self):
+        raise InputError("an ensemble is several models: it cannot be merged into one")
+
+
+# ---- The register --------------------------------------------------------------------------------
+
+class Adapter(NamedTuple):
+    layer: object    # a LoRALinear, or None: all weights train
+    peft_type: str   # in adapter_config.json
+    about: str
+
+
+ADAPTERS = {
+    "lora": Adapter(LoRALinear, "LORA", "W + alpha/r B A (arXiv 2106.09685)"),
+    "rslora": Adapter(RsLoRALinear, "LORA", "LoRA scaled by alpha/sqrt(r) (arXiv 2312.03732)"),
+    "dora": Adapter(DoRALinear, "LORA", "direction and magnitude apart (arXiv 2402.09353)"),
+    "pissa": Adapter(PiSSALinear, "LORA", "starts as W's largest singular directions (arXiv "
+                                          "2404.02948)"),
+    "adalora": Adapter(AdaLoRALinear, "ADALORA", "ranks dealt by importance, from 1.5 r to r on "
+                                                 "average (arXiv 2303.10512)"),
+    "lori": Adapter(LoRILinear, "LORI", "A frozen, a tenth of B trains (arXiv 2504.07448)"),
+    "multilora": Adapter(MultiLoRALinear, "MULTILORA", "--members LoRAs with learned scales (arXiv "
+                                                       "2311.11501)"),
+    "moa": Adapter(MoALinear, "MOA", "--members LoRAs mixed by a router of tokens (arXiv "
+                                     "2312.09979)"),
+    "ensemble": Adapter(EnsembleLinear, "ENSEMBLE", "--members LoRAs that share out the k drafts "
+                                                    "(arXiv 2405.14438)"),
+    "full": Adapter(None, "FULL", "no adapter: all weights train, beside a copy of the base")}
 
 
 def lora_layers(model):
@@ -70,42 +392,73 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0):
-    """Put LoRA on every linear layer whose last name is in `targets`; the rest of the model is
-    frozen. Returns model.
+def add_adapter(model, kind, rank, alpha, **options):
+    """Any of ADAPTERS on a model; returns it."""
+    if ADAPTERS[kind].layer is None:
+        return train_in_full(model)
+    return add_lora(model, rank, alpha, kind=kind, **options)
 
-    A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) from a generator of its own on the
-    CPU: the same on every rank and device. The token head and the embedding are never wrapped:
-    tied, one would corrupt the other."""
+
+def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0, kind="lora", members=4,
+             width=None):
+    """Put LoRA, or another of ADAPTERS' layers, on every linear layer whose last name is in
+    `targets`; the rest of the model is frozen. Returns model.
+
+    A is drawn from a generator of its own on the CPU: the same on every rank and device (seed None:
+    nothing is drawn, a file follows). The token head and the embedding are never wrapped: tied, one
+    would corrupt the other."""
     unknown = set(targets) - set(LINEARS)
     if unknown or not targets:
         raise InputError(f"LoRA target {min(unknown, default='')!r} is no linear layer of Qwen3: "
                          f"choose from {', '.join(LINEARS)}")
     if rank < 1:
         raise InputError(f"the LoRA rank is {rank}: it must be at least 1")
-    if lora_layers(model):
+    if adapter_state(model):
         raise InputError("the model has LoRA layers already: merge them or load into them")
+    make = ADAPTERS[kind].layer
+    width = width or make.width_of(rank, members)
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     wanted = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in targets]
+    if kind == "ensemble":
+        model.deal = Deal(width // rank)
     for name, linear in wanted:
-        layer = LoRALinear(linear, rank, alpha, dropout)
-        bound = 1 / math.sqrt(linear.in_features)
-        start = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(start)
-            layer.lora_B.weight.zero_()
+        layer = make(linear, rank, alpha, dropout, width)
+        layer.deal = model.deal
+        if generator:
+            with torch.no_grad():
+                layer.start(generator)
         layer.train(linear.training)  # a new module trains: dropout would then make answers noisy
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model
 
 
+def train_in_full(model):
+    """All weights train; the base model is kept beside them. Returns model."""
+    if adapter_state(model) or any(isinstance(m, NF4) for m in model.modules()):
+        raise InputError("--adapter full trains the weights themselves: they cannot be in 4 bits, "
+                         "or under an adapter")
+    model.original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return model.requires_grad_(True)
+
+
 def adapter_state(model):
-    """name -> parameter of A and B, named as in the model:
+    """name -> parameter of all that trains, named as in the model:
     model.layers.0.self_attn.q_proj.lora_A.weight and so on."""
-    return {f"{name}.{part}.weight": getattr(layer, part).weight
-            for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+    if model.original is not None:
+        return dict(model.named_parameters())
+    return {f"{name}.{path}": layer.get_parameter(path)
+            for name, layer in lora_layers(model).items() for path in layer.trains}
+
+
+def trained(model):
+    """The list of all that trains; InputError where its dtype would lose the steps."""
+    params = list(adapter_state(model).values())
+    if any(p.dtype != torch.float32 for p in params):
+        raise InputError("all weights train, and in bfloat16 most of Adam's steps would round to "
+                         "nothing: give --dtype float32")
+    return params
 
 
 @contextmanager
@@ -113,6 +466,10 @@ def base(model):
     """Within: the base model, the one that training started from. Everything that compares with it
     goes through here (embedder, gate, measuring), since "the adapter off" is only how plain LoRA
     does it."""
+    if model.original is not None:
+        with adapter(model, model.original):
+            yield model
+        return
     layers = lora_layers(model).values()
     before = [layer.enabled for layer in layers]
     try:
@@ -143,58 +500,184 @@ def adapter(model, state):
             p.data = own[name]
 
 
+# ---- What some adapters ask for in each step -----------------------------------------------------
+
+class Budget:
+    """What AdaLoRA and LoRI do beside the gradient step, for trainer.train; nothing for the others.
+    `kept`: tensors that a checkpoint needs beside what trains.
+
+    `steps`: of the phase that decides what is kept; None: an earlier phase has decided.
+    AdaLoRA: triplets kept, over all layers: width each in the first tenth of the steps, r each in
+    the last three tenths, in between r + (width - r)(1 - share)^3 (equation 12). LoRI: after a
+    tenth of the steps the mask is set and B begins again at zero; Adam's averages go on."""
+    KEPT = 0.1               # LoRI: of B
+    ORTHOGONAL = 0.5         # AdaLoRA: weight of orthogonality, mean over the matrices P and Q
+
+    def __init__(self, model, steps=None):
+        self.layers, self.steps = list(lora_layers(model).values()), steps
+        self.kept = [b for n, b in model.named_buffers() if ".lora_" in n]
+        self.kinds = {layer.kind for layer in self.layers}
+        if "adalora" in self.kinds and steps is None:
+            for layer in self.layers:
+                layer.lora_mask.copy_(layer.lora_E != 0)
+
+    def before(self):
+        """Adds the regulariser's gradient, once the step's is summed over ranks: it is the same on
+        each of them."""
+        if "adalora" in self.kinds:
+            total = sum(layer.orthogonality() for layer in self.layers)
+            (self.ORTHOGONAL * total / (2 * len(self.layers))).backward()
+
+    @torch.no_grad()
+    def after(self, step):
+        """After optimizer step `step`, with its gradient still there."""
+        if "adalora" in self.kinds:
+            self.cut_triplets(step)
+        if "lori" in self.kinds:
+            if self.steps and step + 1 == max(1, self.steps // 10):
+                self.choose_entries()
+            for layer in self.layers:
+                layer.lora_B.weight.mul_(layer.lora_mask)
+
+    def triplets(self, step):
+        """How many AdaLoRA keeps after step `step`."""
+        rank, width = self.layers[0].rank, self.layers[0].width
+        first, last = self.steps // 10, self.steps - 3 * self.steps // 10
+        share = min(max((step + 1 - first) / max(1, last - first), 0), 1)
+        return round(len(self.layers) * (rank + (width - rank) * (1 - share) ** 3))
+
+    def cut_triplets(self, step):
+        if self.steps:
+            scores = torch.cat([layer.importance() for layer in self.layers])
+            best = scores.topk(min(self.triplets(step), len(scores))).indices
+            mask = torch.zeros_like(scores).index_fill_(0, best, 1).split(self.layers[0].width)
+            for layer, part in zip(self.layers, mask):
+                layer.lora_mask.copy_(part[:, None])
+        for layer in self.layers:
+            layer.lora_E.mul_(layer.lora_mask)
+
+    def choose_entries(self):
+        sizes = torch.cat([layer.lora_B.weight.abs().flatten() for layer in self.layers])
+        best = sizes.topk(max(1, int(self.KEPT * len(sizes)))).indices
+        mask = torch.zeros_like(sizes).index_fill_(0, best, 1)
+        parts = mask.split([layer.lora_mask.numel() for layer in self.layers])
+        for layer, part in zip(self.layers, parts):
+            layer.lora_mask.copy_(part.view_as(layer.lora_mask))
+            layer.lora_B.weight.zero_()
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
 PREFIX = "base_model.model."  # PEFT's, before the model's own names
+MARKS = {"rslora": "use_rslora", "dora": "use_dora"}  # of PEFT's configuration
 
 
 def save_adapter(model, folder, base="", revision=None):
-    """adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them."""
-    layers = lora_layers(model)
-    if not layers:
+    """adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them for lora,
+    rslora, dora, adalora, and pissa as a plain LoRA of rank 2r; the others' are of the same
+    make, under names of their own."""
+    layers, folder = lora_layers(model), Path(folder)
+    if not adapter_state(model):
         raise InputError("save_adapter: the model has no LoRA layers")
-    first, folder = next(iter(layers.values())), Path(folder)
+    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "revision": revision}
+    if layers:
+        config |= layer_config(next(iter(layers.values())))
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
+        stored = {f"{n}.{part}": t for n, layer in layers.items()
+                  for part, t in layer.stored().items()}
+    else:
+        config["peft_type"], stored = "FULL", adapter_state(model)
     folder.mkdir(parents=True, exist_ok=True)
-    rank = first.lora_A.out_features
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-              "revision": revision, "r": rank, "lora_alpha": first.scale * rank,
-              "lora_dropout": first.dropout, "bias": "none", "fan_in_fan_out": False,
-              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-              "modules_to_save": None, "use_rslora": False, "use_dora": False,
-              "init_lora_weights": True, "inference_mode": True}
-    tensors = {PREFIX + n: p.detach().cpu().contiguous() for n, p in adapter_state(model).items()}
+    tensors = {PREFIX + n: t.detach().cpu().contiguous() for n, t in stored.items()}
     with beside(folder / "adapter_model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
 
 
+def layer_config(layer):
+    """A layer's part of adapter_config.json."""
+    kind = layer.kind
+    config = {"peft_type": ADAPTERS[kind].peft_type, "r": layer.rank, "lora_alpha": layer.alpha,
+              "lora_dropout": layer.dropout, "bias": "none", "fan_in_fan_out": False,
+              "modules_to_save": None, "use_rslora": kind == "rslora", "use_dora": kind == "dora",
+              "init_lora_weights": True, "inference_mode": True}
+    if kind == "pissa":
+        config |= {"r": 2 * layer.rank, "lora_alpha": 2 * layer.alpha, "pissa_rank": layer.rank}
+    if kind == "adalora":
+        config |= {"r": layer.width, "init_r": layer.width, "target_r": layer.rank,
+                   "total_step": 1, "tinit": 0, "tfinal": 0}
+    if isinstance(layer, ParallelLinear):
+        config["members"] = layer.members
+    return config
+
+
+def kind_of(config):
+    """The name in ADAPTERS of a configuration's adapter; None for one that is not here."""
+    kinds = [kind for kind, row in ADAPTERS.items() if row.peft_type == config.get("peft_type")]
+    if kinds[:1] != ["lora"]:
+        return kinds[0] if kinds else None
+    marks = [kind for kind, mark in MARKS.items() if config.get(mark)]
+    if config.get("init_lora_weights") == "pissa" or config.get("pissa_rank"):
+        marks.append("pissa")
+    return None if len(marks) > 1 else [*marks, "lora"][0]
+
+
 def read_adapter_config(folder):
-    """adapter_config.json of a plain LoRA adapter, checked before anything is built from it."""
+    """adapter_config.json, checked before anything is built from it."""
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object: it is no adapter's configuration")
-    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern",
-                "fan_in_fan_out"):
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if config.get(key):
-            raise InputError(f"{path} sets {key}: only plain LoRA is implemented")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise InputError(f"{path} is not a plain LoRA adapter's")
+            raise InputError(f"{path} sets {key}: only LoRA without it is implemented")
+    kind, start = kind_of(config), config.get("init_lora_weights")
+    if kind is None or config.get("bias", "none") != "none":
+        raise InputError(f"{path} is of no LoRA adapter that is implemented: "
+                         f"{', '.join(ADAPTERS)} are, one at a time")
+    if isinstance(start, str) and start not in ("pissa", "gaussian", "eva", "orthogonal"):
+        raise InputError(f"{path}: init_lora_weights is {start[:40]!r}, which changes the weights "
+                         "under LoRA in a way that is not implemented: save it converted to LoRA")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), (str, type(None))):
+            raise InputError(f"{path}: {key} must be a text")
+    if kind != "full":
+        check_layer_config(path, config)
+    return config
+
+
+def check_layer_config(path, config):
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         raise InputError(f"{path} lacks r, lora_alpha or target_modules: the adapter is incomplete")
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-    rank, alpha = config["r"], config["lora_alpha"]
-    dropout = config.get("lora_dropout") or 0.0
+    alpha, dropout = config["lora_alpha"], config.get("lora_dropout") or 0.0
     targets = config["target_modules"]
-    if type(rank) is not int or not 1 <= rank <= 2 ** 16:
-        raise InputError(f"{path}: r is {str(rank)[:40]}: a rank is a whole number from 1 to 65,536"
-                         f"")
+    for key in ("r", "init_r", "target_r", "pissa_rank", "members"):
+        if key in config and (type(config[key]) is not int or not 1 <= config[key] <= 2 ** 16):
+            raise InputError(f"{path}: {key} is {str(config[key])[:40]}: a rank is a whole number "
+                             "from 1 to 65,536")
     if not number(alpha) or not 0 < abs(alpha) < 1e9 or not number(dropout) or not 0 <= dropout < 1:
         raise InputError(f"{path}: lora_alpha or lora_dropout is no number that can be worked with")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise InputError(f"{path}: target_modules must be a list of names")
-    for key in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(key), (str, type(None))):
-            raise InputError(f"{path}: {key} must be a text")
-    return config
+    kind = kind_of(config)
+    wants = {"adalora": ("init_r", "target_r")}.get(kind, ())
+    wants = ("members",) if issubclass(ADAPTERS[kind].layer, ParallelLinear) else wants
+    lacking = [key for key in wants if key not in config]
+    if lacking or "pissa_rank" in config and config["r"] != 2 * config["pissa_rank"]:
+        raise InputError(f"{path} lacks {lacking[0]}: the adapter is incomplete" if lacking else
+                         f"{path}: r must be twice pissa_rank")
+
+
+def shape_of(config):
+    """add_lora's rank, alpha and width for a checked configuration; the rows of the file's A."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    width = rank * config.get("members", 1)
+    if "pissa_rank" in config:
+        return dict(rank=rank // 2, alpha=alpha / 2, width=rank // 2), rank
+    if kind_of(config) == "adalora":
+        rank, width = config["target_r"], config["init_r"]
+    return dict(rank=rank, alpha=alpha, width=width), width
 
 
 def load_adapter(model, folder, *, dropout=None):
@@ -205,50 +688,135 @@ def load_adapter(model, folder, *, dropout=None):
     another model."""
     folder = Path(folder)
     config = read_adapter_config(folder)
+    kind = kind_of(config)
     tensors = read_tensors(folder, file="adapter_model.safetensors")
     stored = {n.removeprefix(PREFIX): t for n, t in tensors.items()}
+    if kind == "full":
+        own = adapter_state(model if model.original is not None else train_in_full(model))
+        check_fit(folder, own, stored)
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(stored[name])
+        return model
+    shape, rows = shape_of(config)
+    check_rows(folder, config, stored, rows)
+    if not lora_layers(model):
+        computed = config.get("init_lora_weights") == "pissa"  # what it departs from is not stored
+        add_lora(model, **shape, targets=tuple(config["target_modules"]), kind=kind,
+                 seed=0 if computed else None)
+    layers = lora_layers(model)
+    if {layer.kind for layer in layers.values()} != {kind}:
+        raise InputError(f"the adapter in {folder} is {kind}'s, the model has another's layers")
+    if config.get("init_lora_weights") == "pissa":
+        stored = beside_start(layers, stored)
+    own = {f"{name}.{part}": t for name, layer in layers.items()
+           for part, t in layer.stored().items()}
+    check_fit(folder, own, stored)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.take({part: stored[f"{name}.{part}"] for part in layer.stored()})
+            layer.set_alpha(shape["alpha"])
+            layer.dropout = (config.get("lora_dropout") or 0.0) if dropout is None else dropout
+    return model
+
+
+def beside_start(layers, stored):
+    """PEFT's file of a PiSSA adapter holds A and B alone, to be added to a residue that it makes
+    anew from W: with A0 and B0, made anew as well, it is PiSSALinear.stored."""
+    whole = dict(stored)
+    for name, layer in layers.items():
+        names, start = [f"{name}.{part}" for part in layer.trains], (layer.lora_A0, -layer.lora_B0)
+        for axis, (full, part) in enumerate(zip(names, start)):
+            if full in stored and stored[full].shape == part.shape:
+                whole[full] = torch.cat((stored[full].to(part), part), axis)
+    return whole
+
+
+def check_rows(folder, config, stored, rows):
+    """A file against its configuration, before anything of that size is built."""
     held = {n.rpartition(".lora_")[0].rpartition(".")[2] for n in stored}
-    if not set(config["target_modules"]) <= held or any(t.dim() != 2 for t in stored.values()):
+    matrices = {n: t for n, t in stored.items() if ".lora_A" in n or ".lora_B" in n}
+    if not set(config["target_modules"]) <= held or any(t.dim() != 2 for t in matrices.values()):
         raise InputError(f"{folder}/adapter_model.safetensors lacks matrices of a target module "
                          "that its configuration names: the adapter is incomplete")
-    ranks = {t.shape[0] for n, t in stored.items() if n.endswith("lora_A.weight")}
-    if ranks != {config["r"]}:  # before anything of that size is built
+    if {t.shape[0] for n, t in matrices.items() if ".lora_A" in n} != {rows}:
         raise InputError(f"{folder}/adapter_config.json says r = {config['r']}, its tensors have "
                          "another rank: the adapter does not fit itself")
-    if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], targets=tuple(config["target_modules"]))
-    own = adapter_state(model)
+
+
+def check_fit(folder, own, stored):
+    """InputError unless both have the same names and shapes."""
     odd = sorted(own.keys() ^ stored.keys())
     odd = odd or sorted(n for n in own if own[n].shape != stored[n].shape)
     if odd:
         raise InputError(f"the adapter in {folder} does not fit this model (first difference: "
                          f"{odd[0]!r}): it was trained on another one, or on other layers")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(stored[name])
-    for layer in lora_layers(model).values():
-        layer.scale = config["lora_alpha"] / config["r"]
-        layer.dropout = (config.get("lora_dropout") or 0.0) if dropout is None else dropout
-    return model
 
+
+# ---- Taking off, merging, interpolating ----------------------------------------------------------
 
 def drop_lora(model, weight_of=lambda layer: layer.weight):
     """Replace every LoRA layer by a plain linear: with its frozen weight, so the base model is
     back. Returns model."""
+    if model.original is not None:
+        for name, p in model.named_parameters():
+            p.data = model.original[name]
+        model.original = None
+        return model.requires_grad_(False)
     for name, layer in lora_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         weight = weight_of(layer)
         if isinstance(weight, NF4):
             linear = weight
         else:
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
+    model.deal = None
     return model
 
 
 def merge_lora(model, dtype=torch.float32):
-    """Replace every LoRA layer by a plain linear with W + (alpha / r) B A, added in fp32.
-    Returns the model in `dtype`: fp32 by default, since rounding the sum to bf16 drops most of a
-    small update."""
-    return drop_lora(model, LoRALinear.merged_weight).to(dtype)
+    """Replace every LoRA layer by a plain linear with W + (alpha / r) B A, or what its kind makes
+    of that, in fp32. Returns the model in `dtype`: fp32 by default, since rounding the sum to bf16
+    drops most of a small update."""
+    if model.original is not None:
+        model.original = None
+        return model.requires_grad_(False).to(dtype)
+    return drop_lora(model, lambda layer: layer.merged_weight()).to(dtype)
+
+
+def interpolate_adapters(folder_a, folder_b, weight, out, scale=1.0):
+    """The adapter whose update is scale ((1 - weight) that of a + weight that of b), in `out`: of
+    two LoRAs one of rank r_a + r_b, A = [A_a; A_b], B = [(1 - weight) s_a B_a, weight s_b B_b]
+    (WiSE-FT, arXiv 2109.01903; for Pass@k arXiv 2504.10478)."""
+    folders = [Path(folder_a), Path(folder_b)]
+    configs = [read_adapter_config(folder) for folder in folders]
+    a, b = (read_tensors(folder, file="adapter_model.safetensors") for folder in folders)
+    kinds = {kind_of(config) for config in configs}
+    if len({config.get("base_model_name_or_path") for config in configs}) > 1:
+        raise InputError(f"{folders[0]} and {folders[1]} are adapters of different base models")
+    if not kinds <= {"lora", "rslora", "pissa"} or a.keys() != b.keys():
+        raise InputError(f"{folders[0]} and {folders[1]} cannot be interpolated: both must be of "
+                         "lora, rslora or pissa, on the same layers")
+    if any(config.get("init_lora_weights") == "pissa" for config in configs):
+        raise InputError("a PiSSA adapter that leaves its start to be computed cannot be "
+                         "interpolated: save it converted to LoRA")
+    shares = [share * config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora")
+                                              else config["r"])
+              for share, config in zip((1 - weight, weight), configs)]
+    tensors = {}
+    for name in a:
+        both = (a[name].float(), b[name].float())
+        if "lora_A" in name:
+            tensors[name] = torch.cat(both)
+        else:
+            tensors[name] = torch.cat([share * part for share, part in zip(shares, both)], 1)
+    rank = configs[0]["r"] + configs[1]["r"]
+    config = {k: v for k, v in configs[1].items() if k != "pissa_rank"}
+    config |= {"r": rank, "lora_alpha": scale * rank, "use_rslora": False, "lora_dropout": 0.0}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with beside(out / "adapter_model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_json(out / "adapter_config.json", config)

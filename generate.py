@@ -11,7 +11,7 @@ it does not depend on what else is in the batch, nor on which of the two loops w
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 import torch
@@ -29,6 +29,28 @@ class Samples:
     tokens: list
     logprobs: list
     finished: list
+
+
+def dealt(write):
+    """`write` (generate or generate_plain) for ensembles too: of each prompt's k drafts, draft d is
+    member d mod M's, which writes its share as a model of its own; its seeds have one more part."""
+    @wraps(write)
+    def whole(model, prompts, *, k=1, seed=0, progress=None, **settings):
+        seeds = list(seed) if hasattr(seed, "__len__") else [(seed, p) for p in range(len(prompts))]
+        if model.deal is None or k < 1:
+            return write(model, prompts, k=k, seed=seeds, progress=progress, **settings)
+        out = Samples(*([[None] * k for _ in prompts] for _ in range(3)))
+        for member in range(min(model.deal.members, k)):
+            model.deal.of, own = member, range(member, k, model.deal.members)
+            parts = [(*s, member) if isinstance(s, tuple) else (s, member) for s in seeds]
+            part = write(model, prompts, k=len(own), seed=parts, **settings,
+                         progress=None if member else progress)
+            for field in ("tokens", "logprobs", "finished"):
+                for row, drafts in zip(getattr(out, field), getattr(part, field)):
+                    row[member::model.deal.members] = drafts
+        model.deal.of = 0
+        return out
+    return whole
 
 
 # ---- The plain loop ------------------------------------------------------------------------------
@@ -92,11 +114,13 @@ def plain_loop(model, prompt, rows, max_new_tokens, choose):
     return written
 
 
-def generate_plain(model, prompts, *, k=1, max_new_tokens, stop_ids=(), seed=0, **sampling):
+@dealt
+def generate_plain(model, prompts, *, k=1, max_new_tokens, stop_ids=(), seed, progress=None,
+                   **sampling):
     """What `generate` returns, by the plain loop: the reference, post by post."""
     out, sampling = Samples([], [], []), {"temperature": 1.0} | sampling
     for p, prompt in enumerate(prompts):
-        noise = uniforms([(seed, p)], k, max_new_tokens)[0].to(model.device)   # (k, length)
+        noise = uniforms([seed[p]], k, max_new_tokens)[0].to(model.device)     # (k, length)
         logprobs, done = [[] for _ in range(k)], torch.zeros(k, dtype=torch.bool)
 
         def choose(logits, step):
@@ -600,6 +624,7 @@ def batch_for(model, places, k, prompt_length, length, sampling, stop_ids):
     return batch
 
 
+@dealt
 @torch.no_grad()
 def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
              stop_ids=(), seed=0, max_rows=256, look_every=None, progress=None):
@@ -615,11 +640,10 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     check_generation(model, prompts, k, max_new_tokens, **sampling)
     if not prompts:
         return Samples([], [], [])
-    seeds = list(seed) if hasattr(seed, "__len__") else [(seed, p) for p in range(len(prompts))]
     look_every = look_every or (16 if model.device.type == "cuda" else 1)
     places = max(1, min(len(prompts), max_rows // k))
     batch = batch_for(model, places, k, max(map(len, prompts)), max_new_tokens, sampling, stop_ids)
-    decoder, writing = Decoder(batch, prompts, k, max_new_tokens, seeds), True
+    decoder, writing = Decoder(batch, prompts, k, max_new_tokens, seed), True
     step = 0
     # Operations cost less in inference mode; FSDP does not work in it.
     with nullcontext() if model.lockstep else torch.inference_mode():

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from adapters import (adapter, adapter_state, add_lora, frozen_copy, load_adapter,
-                      read_adapter_config)
+from adapters import (Budget, adapter, add_lora, frozen_copy, load_adapter, read_adapter_config,
+                      trained)
 from data import InputError, command
 from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
@@ -785,10 +785,10 @@ def run_grpo(args):
     args.steps = args.steps or posts_steps
     # Drafts are not part of a checkpoint, so one is written between rollouts.
     args.save_every = math.ceil(args.save_every / args.updates) * args.updates
-    session.params = list(adapter_state(session.model).values())
+    session.params = trained(session.model)
     step_fn = lambda step: grpo_step(session, step)
     announce(session, step_fn)
-    summary = train(session, session.params, step_fn, LOGGED)
+    summary = train(session, session.params, step_fn, LOGGED, Budget(session.model))
     finish_adapter(session, summary)
 
 

@@ -236,9 +236,12 @@ class Qwen3(nn.Module):
         self.lockstep = None                 # ranks.Lockstep, when ranks share the weights
         self.graphs = None                   # decode by CUDA graphs; None: on a GPU
         self.kept_batch = None               # what the next rollout takes again (generate.py)
+        self.original = None                 # name -> weight before all of them train (adapters.py)
+        self.deal = None                     # of an ensemble: who computes which row (adapters.py)
 
     device = property(lambda self: self.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.model.norm.weight.dtype)
+    members = property(lambda self: self.deal.members if self.deal else 1)  # of an ensemble
 
     def head_weight(self, rows=None):
         """(vocab, hidden): the rows of the output matrix that stand for real tokens, or its
@@ -682,7 +685,9 @@ class Rows:
     A token sees the post and its own draft up to itself. The N reply tokens to be predicted are
     listed flat: `predict`, where in the flattened (B T) rows the state stands that predicts it (for
     a first token the post's last, for all drafts); `target`, its id; `draft`, which draft it is of,
-    counted over all groups in the order given to pack."""
+    counted over all groups in the order given to pack. `member` (B,): of an ensemble of LoRAs, the
+    one that a row is computed by, None without: a row holds drafts of one member, since a post's
+    states are its member's own."""
     tokens: torch.Tensor
     positions: torch.Tensor
     owner: torch.Tensor
@@ -690,6 +695,7 @@ class Rows:
     target: torch.Tensor
     draft: torch.Tensor
     shared: bool
+    member: torch.Tensor | None = None
 
     def mask(self):
         """(B, 1, T, T) bool, True where row i may look at column j; None when no row holds two
@@ -701,40 +707,42 @@ class Rows:
         return (seen & torch.ones(t, t, dtype=torch.bool, device=owner.device).tril())[:, None]
 
 
-def pack(groups, tokens_per_batch, device="cpu"):
+def pack(groups, tokens_per_batch, device="cpu", members=1):
     """Groups (prompt ids, [draft ids, ...]) -> list of Rows, each of at most `tokens_per_batch`
     padded tokens.
 
     Groups are sorted by length so that rows of a batch are alike; one too long for the budget is
-    split between its drafts (each part reads the post again). A draft's last token is only
-    predicted, so it is not part of the row."""
+    split between its drafts (each part reads the post again), as one is whose drafts are dealt over
+    the members of an ensemble, draft d to member d mod M. A draft's last token is only predicted,
+    so it is not part of the row."""
     parts, first = [], 0
     for prompt, drafts in groups:
-        part, size = [], len(prompt)
-        for i, draft in enumerate(drafts):
-            if part and size + len(draft) - 1 > tokens_per_batch:
-                parts.append((prompt, part, size))
-                part, size = [], len(prompt)
-            part.append((first + i, draft))
-            size += len(draft) - 1
-        parts.append((prompt, part, size))
+        for member in range(min(members, len(drafts))):
+            part, size = [], len(prompt)
+            for i in range(member, len(drafts), members):
+                if part and size + len(drafts[i]) - 1 > tokens_per_batch:
+                    parts.append((prompt, part, size, member))
+                    part, size = [], len(prompt)
+                part.append((first + i, drafts[i]))
+                size += len(drafts[i]) - 1
+            parts.append((prompt, part, size, member))
         first += len(drafts)
     parts.sort(key=lambda p: -p[2])
     batches, start = [], 0
     while start < len(parts):
         count = max(1, tokens_per_batch // parts[start][2])
-        batches.append(_rows(parts[start:start + count], device))
+        batches.append(_rows(parts[start:start + count], device, members))
         start += count
     return batches
 
 
-def _rows(parts, device):
+def _rows(parts, device, members):
     width = parts[0][2]  # the longest comes first
     tokens, positions = np.zeros((2, len(parts), width), dtype=np.int64)
     owner = np.full((len(parts), width), -2)
     predict, target = [], []
     which = []
-    for b, (prompt, drafts, _) in enumerate(parts):
+    for b, (prompt, drafts, *_) in enumerate(parts):
         p = at = len(prompt)
         tokens[b, :p], positions[b, :p] = prompt, np.arange(p)
         owner[b, :p] = -1
@@ -749,7 +757,8 @@ def _rows(parts, device):
             at += n
     put = lambda x: torch.as_tensor(x, dtype=torch.long).to(device, non_blocking=True)
     return Rows(put(tokens), put(positions), put(owner), put(predict), put(target), put(which),
-                shared=any(len(drafts) > 1 for _, drafts, _ in parts))
+                shared=any(len(drafts) > 1 for _, drafts, *_ in parts),
+                member=put([p[3] for p in parts]) if members > 1 else None)
 
 
 # ---- Scoring: log-probabilities of given tokens --------------------------------------------------
@@ -854,6 +863,8 @@ def logprob_and_entropy(logits, target):
 
 def predicting_states(model, rows):
     """Final hidden states (N, hidden) from which the N reply tokens of `rows` are predicted."""
+    if model.deal is not None:
+        model.deal.of = 0 if rows.member is None else rows.member
     hidden = model.hidden(rows.tokens, rows.positions, full_attention(rows.mask()))
     return hidden.flatten(0, 1)[rows.predict]
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,9 @@ from torch import nn
 
 import data
 from adapters import (  # noqa: F401  (LoRA by the door through which it is looked for)
-    LINEARS, LoRALinear, adapter, adapter_state, add_lora, base, drop_lora, frozen_copy,
-    load_adapter, lora_layers, merge_lora, read_adapter_config, save_adapter)
+    ADAPTERS, LINEARS, Budget, LoRALinear, adapter, adapter_state, add_adapter, add_lora, base,
+    drop_lora, frozen_copy, interpolate_adapters, load_adapter, lora_layers, merge_lora,
+    read_adapter_config, save_adapter, trained)
 from data import InputError, command
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
@@ -698,8 +700,9 @@ def run_sft(args):
     if args.gate == "verifier" and drafting and not session.domain.voices:
         raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood "
                          "for real posts")
-    add_lora(session.model, args.rank, args.alpha, dropout=args.dropout,
-             targets=args.targets.split(","), seed=seed_of(args.seed, "lora"))
+    add_adapter(session.model, args.adapter, args.rank, args.alpha, dropout=args.dropout,
+                targets=args.targets.split(","), seed=seed_of(args.seed, "lora"),
+                members=args.members)
     session.shard_model()
     if drafting:
         if args.shard and min(args.draft_posts, args.batch) < session.ranks.world:
@@ -709,10 +712,11 @@ def run_sft(args):
             load_embedder(session)
         session.gate = Gate(session, args.gate)
     args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
-    session.params = list(adapter_state(session.model).values())
+    session.params = trained(session.model)
     step_fn = lambda step: sft_step(session, step)
     announce(session, step_fn)
-    summary = train(session, session.params, step_fn, SFT_LOGGED)
+    summary = train(session, session.params, step_fn, SFT_LOGGED,
+                    Budget(session.model, args.steps))
     finish_adapter(session, summary)
 
 
@@ -770,6 +774,10 @@ def parser():
     add = f.add_argument
     add("--model", required=True, help="Qwen3 checkpoint: folder or hub name")
     common_flags(f, lr=2e-4, steps=0, batch=16)
+    add("--adapter", default="lora", choices=list(ADAPTERS),
+        help=f"what trains. {listed(ADAPTERS)}")
+    add("--members", type=int, default=4,
+        help="LoRAs of rank r side by side, for the adapters that have several")
     add("--rank", type=int, default=16, help="LoRA rank r")
     add("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
     add("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
@@ -788,7 +796,34 @@ def parser():
     add("--draft-posts", type=int, default=8,
         help="posts of such a step that get k drafts, over all ranks")
     f.set_defaults(run=run_sft)
+    wise_command(sub)
     return p
+
+
+def wise_command(sub):
+    """`wise`: what lies between two adapters (WiSE-FT)."""
+    w = sub.add_parser("wise", help="an adapter between two others, as a run to measure")
+    add = w.add_argument
+    add("folders", nargs=2, metavar=("A", "B"), help="finished runs, or their adapter folders")
+    add("--weight", type=float, default=0.5, help="of B's update; A's has 1 - weight")
+    add("--scale", type=float, default=1.0, help="of the sum: 0.5 halves the adapter's alpha")
+    add("--out", required=True, help="folder to make: a run's if B is a run")
+    w.set_defaults(run=run_wise)
+
+
+def run_wise(args):
+    runs, out = [Path(f) for f in args.folders], Path(args.out)
+    inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
+    if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
+        raise InputError("--weight is from 0 to 1, and --scale above 0")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} exists: choose another --out")
+    is_run = inside[1] != runs[1]
+    interpolate_adapters(*inside, args.weight, out / "adapter" if is_run else out, args.scale)
+    if is_run:  # what `evaluate.py measure` reads of a run
+        mark = {"wise": [str(run) for run in runs], "weight": args.weight, "scale": args.scale}
+        for name in ("config.json", "done.json"):
+            data.write_json(out / name, data.read_json(runs[1] / name) | mark)
 
 
 def check_sft(args):

@@ -234,6 +234,8 @@ def shard(model, ranks):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     whole = {p for n, p in model.named_parameters() if ".layers." not in n or "lora_" in n}
+    if any(p.requires_grad for p in set(model.parameters()) - whole):
+        raise InputError("--shard spreads a frozen base: with all weights training, leave it out")
     for p in whole:
         p.data = p.data.to(ranks.device)
     for module in (*model.model.layers, model):

@@ -392,17 +392,19 @@ class Signals:
             signal.signal(number, handler)
 
 
-def train(session, params, step_fn, names):
+def train(session, params, step_fn, names, shaping=None):
     """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over
     ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient
     is not finite is skipped and counted; five in a row stop the run. A base ends earlier, once it
-    has learnt as much as --until asks (learnt_enough). Returns the line that ends the log."""
+    has learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before
+    and after each update (adapters.Budget). Returns the line that ends the log."""
     args, ranks = session.args, session.ranks
     run = session.run
+    kept = [*params, *(shaping.kept if shaping else ())]
     with run, Signals() as signals, ranks.together():
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2),
                                       weight_decay=args.weight_decay, fused=True)
-        first, began = run.restore(params, optimizer), time.perf_counter()
+        first, began = run.restore(kept, optimizer), time.perf_counter()
         if set(ranks.gather([first])) != {first}:
             raise InputError(f"the ranks find different checkpoints in {run.folder}: it must be "
                              "one folder that all machines share")
@@ -417,10 +419,14 @@ def train(session, params, step_fn, names):
                 group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
             torch.manual_seed(seed_of(args.seed, "dropout", step, ranks.rank))
             tally = step_fn(step)
+            if shaping:
+                shaping.before()
             norm = float(torch.nn.utils.clip_grad_norm_(params, args.clip))
             finite = math.isfinite(norm)
             if finite:
                 optimizer.step()
+                if shaping:
+                    shaping.after(step)
             optimizer.zero_grad(set_to_none=True)
             in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
             worked, stop = ranks.sum([tally.sums.get("tokens", (0, 0))[0], signals.seen])
@@ -441,7 +447,7 @@ def train(session, params, step_fn, names):
                                  "use --dtype float32")
             last = step + 1 == args.steps or learnt_enough(run, getattr(args, "until", None))
             if not last and (stop or (step + 1) % args.save_every == 0):
-                run.save(step + 1, params, optimizer)
+                run.save(step + 1, kept, optimizer)
             if stop and not last:
                 leave(session, bar, step + 1, signals.seen or signal.SIGTERM)
             if step - first == 2 and not last:
@@ -633,7 +639,8 @@ class Session:
 
     def micro_batches(self, pairs):
         """(prompt ids, [draft ids, ..]) pairs as Rows of at most --micro-tokens each."""
-        return self.passes(pack(pairs, self.args.micro_tokens, self.ranks.device))
+        size, members = self.args.micro_tokens, self.model.members
+        return self.passes(pack(pairs, size, self.ranks.device, members))
 
     def deal(self, items):
         """This rank's share. Each rank needs at least one, since all take part in every step."""
@@ -797,8 +804,9 @@ def add_cross_entropy(session, visits, reply, tally, losses=None):
     Every rank works out the whole batch's token count, which is the one denominator of all ranks'
     and micro-batches' sums."""
     replies = [data.encode_reply(session.tokenizer, reply(v)) for v in visits]
-    pairs = [(session.prompt(v.index), [ids]) for v, ids in zip(visits, replies)]
-    count = sum(map(len, replies))
+    each = session.model.members  # all members of an ensemble learn from every reply
+    pairs = [(session.prompt(v.index), [ids] * each) for v, ids in zip(visits, replies)]
+    count = each * sum(map(len, replies))
     for rows in session.micro_batches(pairs[session.ranks.rank::session.ranks.world]):
         loss = losses(session, rows) if losses else -token_logprobs(session.model, rows)[0]
         (loss.sum() / count).backward()

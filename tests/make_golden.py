@@ -20,7 +20,7 @@ import transformers
 from peft import PeftModel
 from transformers import BertModel, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
-from tiny import (fingerprint, nf4_weight, sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark,
+from tiny import (PEFT_KINDS, fingerprint, nf4_weight, sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark,
                   write_adapter, write_checkpoint)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -124,6 +124,18 @@ def bert(folder):
     return {"versions": VERSIONS, "sequences": sequences, "means": [rounded(m) for m in means]}
 
 
+def adapters(folder):
+    """What PEFT's other kinds of LoRA make of one adapter each."""
+    config, tokens = tiny_config(True), sequence(20 + LENGTHS[0], LENGTHS[0])
+    base = write_checkpoint(folder / "adapted", config, tiny_weights(config, SEED))
+    golden = {"versions": VERSIONS, "rank": RANK, "alpha": ALPHA, "seed": SEED + 1, "tokens": tokens, "last_two": {}}
+    for kind, changes in PEFT_KINDS.items():
+        place = write_adapter(folder / kind, tiny_adapter(config, RANK, SEED + 1, kind), RANK, ALPHA, **changes)
+        model = PeftModel.from_pretrained(load(Qwen3ForCausalLM, base), place).eval()
+        golden["last_two"][kind] = rounded(model(torch.tensor([tokens])).logits[0, -2:])
+    return golden
+
+
 def nf4():
     """bitsandbytes' NF4 with double quantisation. Its CPU code takes the second nearest 8-bit value where two are
     nearly as near; this weight has no such place, or the test against our nearest value would fail."""
@@ -159,6 +171,7 @@ def main():
             dump(f"qwen3_{name}.json", causal(Path(folder) / name, tied))
         dump("qwen3_heads.json", heads(Path(folder)))
         dump("bert.json", bert(Path(folder)))
+        dump("adapters.json", adapters(Path(folder)))
     dump("nf4.json", nf4())
 
 

@@ -183,7 +183,7 @@ def test_an_adapter_of_another_model_is_refused_by_name(tmp_path, change):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("use_rslora", True), ("modules_to_save", ["lm_head"]),
+    ("init_lora_weights", "olora"), ("init_lora_weights", "pissa_niter_4"), ("modules_to_save", ["lm_head"]),
     ("rank_pattern", {"q_proj": 8}), ("bias", "all"), ("peft_type", "IA3")])
 def test_an_adapter_that_asks_for_more_than_lora_is_refused(tmp_path, key, value):
     """Read as plain LoRA, such an adapter gives another model's output without a word."""

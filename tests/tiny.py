@@ -98,6 +98,11 @@ def write_checkpoint(folder, config, weights, shards=1):
     return folder
 
 
+# What adapter_config.json says of the kinds that PEFT has beside plain LoRA.
+PEFT_KINDS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"},
+              "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 3, "total_step": 1, "tinit": 0, "tfinal": 0}}
+
+
 def tiny_bert():
     """(config, weights) of a BERT encoder of some thousand weights, norms and biases not trivial, in the names of its files:
     the pooler and the table of positions are there too, and unused."""
@@ -123,7 +128,7 @@ def tiny_bert():
     return config, weights
 
 
-def tiny_adapter(config, rank, seed):
+def tiny_adapter(config, rank, seed, kind="lora"):
     """name -> tensor of a LoRA adapter on all seven linears, in PEFT's names. B is not zero: it shows."""
     rng, weights = np.random.default_rng(seed), {}
     for i in range(config["num_hidden_layers"]):
@@ -131,6 +136,11 @@ def tiny_adapter(config, rank, seed):
             place = f"base_model.model.model.layers.{i}.{name}"
             weights[f"{place}.lora_A.weight"] = draw(rng, (rank, inside), -0.2, 0.2)
             weights[f"{place}.lora_B.weight"] = draw(rng, (out, rank), -0.2, 0.2)
+            if kind == "dora":
+                weights[f"{place}.lora_magnitude_vector"] = draw(rng, out, 0.5, 1.5)
+            if kind == "adalora":
+                weights = {name.removesuffix(".weight"): t for name, t in weights.items()}
+                weights[f"{place}.lora_E"] = draw(rng, (rank, 1), -1, 1)
     return weights
 
 
