@@ -8,9 +8,10 @@ clipped policy-gradient step. As in DAPO the loss is a mean over tokens, and unl
 beta (the KL weight) is 0 by default. The reference of the KL is a frozen copy of the adapter that
 the phase starts from, not the bare base model.
 
-Advantages are pure functions of rewards (P, k) and embeddings (P, k, dim); the table OBJECTIVES
-names them for --advantage; rewards stand in rewards.py. In order: advantages, the loss, the step
-(run_grpo -> grpo_step -> rollout -> policy_loss), the command."""
+Advantages are pure functions of a Group's fields: rewards (P, k), embeddings, answer classes and so
+on; the table OBJECTIVES names them for --advantage; rewards stand in rewards.py. In order:
+advantages, the loss, the step, the command. run_grpo -> trainer.train -> grpo_step, which calls
+rollout (draw_batch -> draw, then advantages_of), then token_logprobs and policy_loss."""
 
 import argparse
 import dataclasses
@@ -509,15 +510,15 @@ def chosen_tokens(session, advantages, logprobs, step):
 def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence_ratio=False,
                 clip_low=0.2, clip_high=0.2, reference=None, beta=0.0, tokens="all", chosen=None):
     """Sum over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta ratio k3, divided
-    by `denominator`, the number of tokens of the whole step over all ranks and micro-batches. All
+    by `denominator`, the reply tokens of the whole step over all ranks and micro-batches. All
     (N,), fp32; gradient through `logp` alone; draft (N,): which draft each token is of.
 
     ratio = exp(logp - old_logp). With sequence_ratio it is that of the whole draft, the geometric
     mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
     k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that of
     KL(policy || reference) on policy, which k1's (zero) and k3's own are not. tokens and chosen
-    (N,): a name of TOKENS and what it chose. Returns (loss, clipped share, KL) with the last two
-    summed over tokens."""
+    (N,): a name of TOKENS and what it chose. Returns (loss, the number of clipped tokens, the KL
+    summed over tokens)."""
     gap = logp - old_logp.detach()
     ratio = gap.exp()
     kl = torch.zeros_like(logp)
@@ -630,8 +631,8 @@ def draw_batch(session, step, tally):
     args, ranks = session.args, session.ranks
     parts, missing = [], session.args.batch
     for attempt in range(1 + args.resample):
-        order = args.seed if not attempt else seed_of(args.seed, "resample", attempt)
-        visits = batch_visits(len(session.posts), args.batch, step // args.updates, order)
+        order_seed = args.seed if not attempt else seed_of(args.seed, "resample", attempt)
+        visits = batch_visits(len(session.posts), args.batch, step // args.updates, order_seed)
         visits = [Visit(v.index, v.epoch + attempt * 10 ** 9) for v in visits]
         drawn = draw(session, session.deal(visits), step)
         rewards = drawn.group.rewards
@@ -663,7 +664,7 @@ def rollout(session, step, tally):
     args, device = session.args, session.ranks.device
     drawn = draw_batch(session, step, tally)
     group, samples = drawn.group, drawn.samples
-    if not drawn.visits:  # of the posts that --resample kept this rank drew none
+    if not drawn.visits:  # --resample kept none of this rank's posts
         return [], session.ranks.sum([0])[0]
     if "reference" in needs(args.advantage):
         group.reference = torch.zeros(group.rewards.numel())
@@ -783,8 +784,7 @@ def run_grpo(args):
     session.gate = Gate(session, args.gate)
     posts_steps = math.ceil(len(session.posts) * args.epochs / args.batch) * args.updates
     args.steps = args.steps or posts_steps
-    # Drafts are not part of a checkpoint, so one is written between rollouts.
-    args.save_every = math.ceil(args.save_every / args.updates) * args.updates
+    args.save_every = math.ceil(args.save_every / args.updates) * args.updates  # between rollouts
     session.params = trained(session.model)
     step_fn = lambda step: grpo_step(session, step)
     announce(session, step_fn)
@@ -853,7 +853,8 @@ def parser():
     add("--set-size", type=int, default=4,
         help="drafts in a set, for objectives of sets: below --k")
     add("--diversity-weight", type=float, default=0.0,
-        help="weight of D beside the reward, in standard deviations of reward")
+        help="weight of D beside what --advantage maximises: in standard deviations of reward "
+             "where that divides by them, else in units of reward")
     add("--entropy-weight", type=float, default=0.0,
         help="weight of the entropy of whole drafts, in nats, beside the reward")
     add("--reward", default="auto", choices=("auto", *REWARDS),
@@ -873,9 +874,9 @@ def parser():
     add("--beta", type=float, default=0.0,
         help="weight of the KL to the starting adapter, per token; 0 skips that pass")
     add("--clip-low", type=float, default=0.2,
-        help="lower clip: ratios below 1 - this get no gradient")
+        help="lower clip: of drafts worse than their group, ratios below 1 - this get no gradient")
     add("--clip-high", type=float, default=0.2,
-        help="upper clip: ratios above 1 + this get no gradient (DAPO: 0.28)")
+        help="upper clip: of better drafts, ratios above 1 + this get no gradient (DAPO: 0.28)")
     add("--ratio", default="token", choices=("token", "sequence"),
         help="what is clipped: each token's ratio, or the whole draft's (GSPO)")
     add("--tokens", default="all", choices=list(TOKENS),

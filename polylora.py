@@ -7,8 +7,8 @@
 L_quality is the mean cross-entropy over reply tokens. D is the mean pairwise cosine distance
 between the embeddings of k drafts sampled from the model being trained. Sampling has no derivative,
 so D's gradient is the score function's: each draft's log-probability is pushed by how much the
-draft adds to D (diversity_advantages). In order: D, the quality that gates it, the SFT losses, the
-SFT step, the commands. LoRA layers and adapter files stand in adapters.py."""
+draft adds to D (measure, pair_advantages; then diversity_loss). In order: D, the quality that gates
+it, the SFT losses, the SFT step, the commands. LoRA and adapter files stand in adapters.py."""
 
 import argparse
 import dataclasses
@@ -199,7 +199,8 @@ DIVERSITIES = {
 
 
 def measure(name, drafts):
-    """D (P,) by its name in DIVERSITIES, and its advantages (P, k)."""
+    """D (P,) by its name in DIVERSITIES, and its advantages (P, k). drafts: a Drafts, or a
+    grpo.Group, which has the same fields."""
     kind = DIVERSITIES[name]
     if kind.pairs:
         pairs = gated(kind.pairs(drafts), drafts.quality, drafts.floor)
@@ -214,8 +215,8 @@ class Embedder:
     over the text).
 
     Hidden states of a language model all point one way (cosines near 1), so the mean is centred on
-    `corpus`, the replies of the run's data (of prompts without any, the prompts). Only the reply is embedded, never its prompt; an empty
-    reply is the end-of-text token alone."""
+    `corpus`, the replies of the run's data (of prompts without any, the prompts). Only the reply is
+    embedded, never its prompt; an empty reply is the end-of-text token alone."""
 
     def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256):
         self.model, self.tokenizer = model, tokenizer
@@ -611,9 +612,9 @@ def add_drafts_loss(session, visits, step, tally):
 # ---- Phase one -----------------------------------------------------------------------------------
 
 def diversity_loss(logp, draft, advantages, posts):
-    """-lambda-free diversity term: -(1 / posts) sum over drafts of a_i log pi(y_i), log pi summed
-    over the draft's tokens, stop token included. logp (N,) and draft (N,): which draft each token
-    is of; advantages: flat, one a draft."""
+    """The diversity term without its lambda: -(1 / posts) sum over drafts of a_i log pi(y_i), log
+    pi summed over the draft's tokens, stop token included. logp (N,) and draft (N,): which draft
+    each token is of; advantages: flat, one a draft."""
     return -(advantages.detach()[draft] * logp).sum() / posts
 
 
@@ -666,16 +667,16 @@ def sft_step(session, step):
     if not (args.lam or args.lambda_share) or step % args.draft_every:
         ranks.sum_gradients(session.params)
         return tally
-    quality = ranks.take_gradient(session.params)
+    of_losses = ranks.take_gradient(session.params)
     add_diversity(session, visits[:args.draft_posts], step, tally)
-    spread = ranks.take_gradient(session.params)
+    of_minus_D = ranks.take_gradient(session.params)
     # Steps without drafts in between leave D's weight unchanged on average: it counts draft_every
     # times.
     weight = args.lam * args.draft_every
-    ratio = float(spread.norm()) / max(float(quality.norm()), 1e-30)
+    ratio = float(of_minus_D.norm()) / max(float(of_losses.norm()), 1e-30)
     if args.lambda_share and ratio:
         weight = args.lambda_share / ratio
-    set_gradient(session.params, quality + weight * spread)
+    set_gradient(session.params, of_losses + weight * of_minus_D)
     if ranks.main:  # equal on all ranks already: their mean over one
         tally.add("D_share", weight * ratio)
         tally.add("lambda", weight)

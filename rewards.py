@@ -157,6 +157,7 @@ class JudgeReward(ModelReward):
 
 
 def verifier(**how):
+    """A line's make(session) for the domain's own verdicts."""
     def make(session):
         args = session.args
         return VerifierReward(session.domain, valid_weight=getattr(args, "valid_weight", 0.0),
@@ -165,6 +166,7 @@ def verifier(**how):
 
 
 def embedded(reward):
+    """make(session) for a reward by the session's embedder."""
     def make(session):
         if session.embedder is None:
             load_embedder(session)
@@ -173,7 +175,7 @@ def embedded(reward):
 
 
 def scored(name, reward, head):
-    """A reward by another Qwen3, which must have that head."""
+    """make(session) for a reward by another Qwen3, which must have that head."""
     def make(session):
         args = session.args
         if not args.reward_model:

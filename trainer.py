@@ -4,7 +4,7 @@ A phase is a function `step(number)` that leaves the step's gradient on the para
 the loop around it. What a run must survive stands here too: a checkpoint is checksummed and the
 one before it kept, a signal ends a run after its step, a folder has one writer. Random numbers
 need no saving: each is a function of (seed, stage, step, post, draft), whatever rank or batch it
-is drawn in."""
+is drawn in; dropout's alone hang on the step, the rank and its micro-batches."""
 
 import argparse
 import functools
@@ -68,8 +68,7 @@ def epoch_order(count, seed, epoch):
 
 
 def batch_visits(count, size, step, seed):
-    """The `size` visits of step `step`: each epoch visits all `count` posts in an order of
-    its own."""
+    """The `size` visits of step `step`; each epoch goes over all `count` posts in its order."""
     epochs = (divmod(draw, count) for draw in range(step * size, (step + 1) * size))
     return [Visit(epoch_order(count, seed, epoch)[place], epoch) for epoch, place in epochs]
 
@@ -94,8 +93,7 @@ class Tally:
 
 
 def peak_bytes(device):
-    """Peak memory of this process: of the GPU's allocator, or resident on a CPU; None
-    if unknown."""
+    """Peak memory of this process, of the GPU's allocator or resident; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -178,7 +176,7 @@ class Run:
                                  "or choose another --out")
         elif self.folder.exists() and not all(map(left_over, self.folder.iterdir())):
             raise InputError(f"{self.folder} exists and holds no run of this program: choose "
-                             f"another --out")
+                             "another --out")
 
     def compare(self, old):
         """InputError when the folder's configuration is another one; a word when only
@@ -243,7 +241,7 @@ class Run:
         return f"{seed_of(json.dumps(fixed, sort_keys=True)):x}"
 
     def save(self, step, params, optimizer):
-        """Everything the loop mutates, with a checksum; the checkpoint before it is kept."""
+        """The parameters and AdamW's state, with a checksum; the checkpoint before it is kept."""
         if not self.ranks.main:
             return
         tensors, updates = {}, 0
@@ -446,6 +444,8 @@ def train(session, params, step_fn, names, shaping=None):
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")
             last = step + 1 == args.steps or learnt_enough(run, getattr(args, "until", None))
+            # Drafts are no part of a checkpoint: none is written while some are still to be used.
+            stop = stop and (step + 1) % getattr(args, "updates", 1) == 0
             if not last and (stop or (step + 1) % args.save_every == 0):
                 run.save(step + 1, kept, optimizer)
             if stop and not last:
@@ -581,12 +581,14 @@ class Session:
         self.stops = None             # token ids that end a draft
         self.embedder = None          # texts -> unit vectors, for D and for rewards
         self.gate = None              # drafts -> quality in [0, 1], which D is multiplied with
-        self.reward = None            # (posts, drafts) -> what each draft earns
+        self.reward = None            # (posts, drafts, streams) -> what each draft earns
+        self.batches = None           # of the drafts that phase two is at
+        self.token_count = None       # their reply tokens, over all ranks
         self.params = None            # list of the tensors that train
 
     def open_run(self):
-        """Make or reopen the run folder; False, with a word about it, when it is
-        finished already. A dry run has none."""
+        """Make or reopen the run folder; False, with a word, when it is finished already. A dry
+        run has none."""
         if self.args.dry_run:
             return True
         self.run = Run(self.args, self.ranks)
@@ -654,8 +656,7 @@ class Session:
         return data.encode_prompt(self.tokenizer, messages, self.chat)
 
     def stream(self, purpose, step, visit):
-        """The seed of a visit's random numbers for one purpose: the same however posts
-        are dealt."""
+        """The seed of a visit's random numbers for one purpose, however posts are dealt."""
         return seed_of(self.args.seed, purpose, step, self.posts[visit.index].key, visit.epoch)
 
     def sample_drafts(self, visits, step, k, progress=None):

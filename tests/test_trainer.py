@@ -551,3 +551,19 @@ def test_ctrl_c_before_the_first_step_is_a_word_and_130(capsys):
         raise KeyboardInterrupt
     parser = SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=interrupted))
     assert data.command(parser) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_a_signal_between_two_updates_on_the_same_drafts_waits_for_the_last(tmp_path):
+    """Drafts are no part of a checkpoint: a run that was stopped after the first of two updates could not go on."""
+    whole = finish(*toy(run_args(tmp_path / "whole", updates=2, save_every=2)))
+    session, params, step_fn = toy(run_args(tmp_path / "run", updates=2, save_every=2))
+
+    def interrupted(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_fn(step)
+    with pytest.raises(SystemExit) as stopped:
+        finish(session, params, interrupted)
+    assert stopped.value.code == 143 and len(metrics(tmp_path / "run")) == 6      # steps 5 and 6, which share drafts
+    again = finish(*toy(run_args(tmp_path / "run", updates=2, save_every=2, resume=True)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
