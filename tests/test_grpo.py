@@ -257,7 +257,7 @@ WEIGHTS = {  # of 8 drafts, and where sets count, of 4 among them
                      "focal"), 7)}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_d_beside_an_objective_weighs_what_the_objective_does(name):
     """Beside sets of 4 among 8 D weighed 7 as beside groups, seven times too much."""
     draws = torch.Generator().manual_seed(1)
