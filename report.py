@@ -10,6 +10,7 @@ wrong) and "readers": {voice: share of this post's readers}, or else "passed": n
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -19,6 +20,7 @@ import numpy as np
 from data import InputError, printable, write_text
 from metrics import (KS, front, holm, interval, mean_limit, pareto_front, post_metrics,
                      reader_shares, sign_flip)
+from page import html_page
 
 # ---- Runs and their summary ----------------------------------------------------------------------
 
@@ -83,7 +85,68 @@ def read_run(folder, ks=KS):
             "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
             "model": settings.get("model"),
             "trained_by": config.get("embedder"),
-            "warnings": [w for event in ends for w in event.get("warnings") or ()]}
+            "warnings": [w for event in ends for w in event.get("warnings") or ()],
+            "curves": log_curves(events),
+            "samples": {i: sample_of(found[i]) for i in order[:SHOWN_POSTS]}}
+
+
+SHOWN_POSTS, SHOWN_DRAFTS = 24, 5            # of a run, on the page
+
+
+def sample_of(record):
+    """The first drafts of a record: [(text, is it right or passing), ..]."""
+    good = [bool(x) for x in record["voices" if "voices" in record else "passed"]]
+    return list(zip(record["drafts"], good))[:SHOWN_DRAFTS]
+
+
+CURVES = {"ce": "cross-entropy of people's replies", "D": "diversity D of a post's drafts",
+          "entropy": "entropy of the policy, nats a token", "reward": "reward of drafts",
+          "valid": "share of valid drafts"}
+
+
+def log_curves(events, points=40):
+    """A log's curves: {(stage, name): ([step, ..], [mean, ..])}, steps in at most `points` equal
+    bins, each by its last step. A reward is logged by GRPO alone."""
+    out = {}
+    for event in events:
+        stage = "grpo" if "reward" in event else "training"
+        for name in CURVES:
+            if type(event.get("step")) is int and type(event.get(name)) in (int, float):
+                out.setdefault((stage, name), []).append((event["step"], event[name]))
+    for key, pairs in out.items():
+        bins = np.array_split(np.array(pairs, dtype=float), min(points, len(pairs)))
+        out[key] = ([int(b[-1, 0]) for b in bins], [float(b[:, 1].mean()) for b in bins])
+    return out
+
+
+def arm_curves(arms):
+    """{arm: runs} -> [{"stage", "name", "arms": {arm: {"steps", "mean", "low", "high"}}}]: mean
+    and range over the seeds that have the same steps as the first."""
+    keys = dict.fromkeys(key for runs in arms.values() for run in runs for key in run["curves"])
+    out = []
+    for stage, name in sorted(keys):
+        lines = {}
+        for arm, runs in arms.items():
+            got = [run["curves"][stage, name] for run in runs if (stage, name) in run["curves"]]
+            same = np.array([values for steps, values in got if steps == got[0][0]])
+            if got and len(got[0][0]) > 1:
+                lines[arm] = {"steps": got[0][0], "mean": same.mean(0).tolist(),
+                              "low": same.min(0).tolist(), "high": same.max(0).tolist()}
+        if lines:
+            out.append({"stage": stage, "name": name, "arms": lines})
+    return out
+
+
+def samples_of(arms):
+    """Drafts side by side: posts of each seed, in turn, with the drafts of all its runs."""
+    seeds = sorted({run["seed"] for runs in arms.values() for run in runs})
+    out = []
+    for seed in seeds:
+        runs = [run for group in arms.values() for run in group if run["seed"] == seed]
+        for i in list(runs[0]["samples"])[:max(3, SHOWN_POSTS // len(seeds))]:
+            out.append({"seed": seed, "post": runs[0]["posts"][i],
+                        "sets": {run["arm"]: run["samples"][i] for run in runs}})
+    return out
 
 
 def group_runs(run_folders, ks=KS):
@@ -203,7 +266,8 @@ def summarise(arms, against=None, ks=KS):
         out["differences"][arm][name]["p_holm"] = p
     places = [[a["metrics"][name]["mean"] for name in ("valid", "semantic")]
               for a in out["arms"].values()]
-    return out | {"pareto": [list(arms)[i] for i in pareto_front(places)]}
+    return out | {"pareto": [list(arms)[i] for i in pareto_front(places)],
+                  "curves": arm_curves(arms)}
 
 
 def joint_note(arm, decoding):
@@ -433,6 +497,7 @@ def write_tables(summary):
     page += [f"![{title}]({name})\n" for name, title in PICTURES.items()
              if name != "pass1_pass5.svg" or summary["limits"]]
     notes = notes_of(summary)
+    page += [f"![{curve_title(curve)}]({curve_file(curve)})\n" for curve in summary["curves"]]
     header = "arm,metric,mean,low,high,sd_over_seeds"
     page += [f"- {note}" for note in notes]
     sheet = [header, *map(",".join, sheet)]
@@ -619,6 +684,9 @@ def draw_quality_diversity(summary):
               for axis in zip(*rows.values()))
     (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, 700), scale(ys, BOTTOM, TOP)
     centres = {arm: (at_x(x["mean"]), at_y(y["mean"])) for arm, (x, y) in rows.items()}
+    joined = {}
+    for arm, place in centres.items():
+        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), place))
     front, edge = [], LEFT
     # More diversity, less quality: steps.
     for x, y in sorted(centres[arm] for arm in summary["pareto"]):
@@ -630,17 +698,58 @@ def draw_quality_diversity(summary):
         marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, 'opacity="0.5"'),
                   svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, 'opacity="0.5"')]
         marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
+    marks += [svg_line([place for _, place in sorted(line)], "#999", 'stroke-width="1"')
+              for line in joined.values() if len(line) > 1]
     marks += named(centres)
-    note = "bars: 95% interval; faint: seeds; dashed: Pareto front"
+    note = "bars: 95% interval; faint: seeds; dashed: Pareto front; joined: one method's knob"
     return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
                     "share of valid drafts", x_grid, y_grid, 700, marks)
+
+
+def knob(arm):
+    """Where an arm named BASE@KNOB stands along its curve: the number in KNOB, BASE itself first."""
+    number = re.search(r"-?\d+\.?\d*(e-?\d+)?", arm.partition("@")[2])
+    return float(number[0]) if number else -math.inf
+
+
+def curve_file(curve):
+    return f"curve_{curve['stage']}_{curve['name']}.svg"
+
+
+def curve_title(curve):
+    stage = "GRPO" if curve["stage"] == "grpo" else "training before GRPO"
+    return f"{stage}: {CURVES[curve['name']]}"
+
+
+def draw_curve(curve, order):
+    """One entry of summary["curves"] -> SVG over steps: a line an arm, its band the range of seeds;
+    colours and marks by the arm's place in `order`."""
+    lines, right = curve["arms"], 540
+    steps = [step for line in lines.values() for step in line["steps"]]
+    ends = [v for line in lines.values() for v in (*line["low"], *line["high"])]
+    (at_x, x_grid), (at_y, y_grid) = scale([0, *steps], LEFT, right), scale(ends, BOTTOM, TOP)
+    marks = []
+    gap = min(17, (BOTTOM - TOP) / len(lines))
+    for row, (arm, line) in enumerate(lines.items()):
+        i, y = order.index(arm), TOP + 8 + row * gap
+        xs = [at_x(step) for step in line["steps"]]
+        edge = [*zip(xs, map(at_y, line["high"])), *reversed([*zip(xs, map(at_y, line["low"]))])]
+        path = " ".join(f"{x:.1f},{v:.1f}" for x, v in edge)
+        marks += [f'<polygon fill="{COLOURS[i % 7]}" opacity="0.13" points="{path}"/>',
+                  svg_line([*zip(xs, map(at_y, line["mean"]))], COLOURS[i % 7],
+                           'stroke-width="1.8"'),
+                  svg_marker(i, xs[-1], at_y(line["mean"][-1])), svg_marker(i, right + 22, y),
+                  svg_text(right + 32, y + 4, arm if len(arm) < 23 else arm[:21] + "…")]
+    note = "mean over seeds, averaged over neighbouring steps; bands: the range of seeds"
+    return svg_page(curve_title(curve), note, "step", CURVES[curve["name"]], x_grid, y_grid, right,
+                    marks)
 
 
 # ---- The report ----------------------------------------------------------------------------------
 
 def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
-    """Compare measured runs: report.json, .md, .txt, .csv and SVGs in out_folder. ->
-    report.json's dict.
+    """Compare measured runs: report.json, .html, .md, .txt, .csv and SVGs in
+    out_folder. -> report.json's dict.
 
     Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
     endpoint the two arms of the primary comparison. Writes nothing on an InputError.
@@ -656,6 +765,11 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
              "quality_diversity.svg": draw_quality_diversity(summary)}
     if summary["limits"] and "front" in summary:
         files["pass1_pass5.svg"] = draw_pass1_pass5(summary)
+    for curve in summary["curves"]:
+        files[curve_file(curve)] = draw_curve(curve, list(summary["arms"]))
+    pictures = {name: content for name, content in files.items() if name.endswith(".svg")}
+    files["report.html"] = html_page(summary, tables(summary), notes_of(summary), pictures,
+                                     samples_of(arms))
     for name, content in files.items():
         write_text(Path(out_folder) / name, content)
     print(text, end="")
