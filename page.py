@@ -18,14 +18,14 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e8ea;--soft:#a3abb3;
 --grid:#333a41;--card:#1e2328;--good:#4cc79b}}
 :root{color-scheme:light dark}*{box-sizing:border-box}
-body{margin:0 auto;max-width:1180px;padding:16px;background:var(--paper);color:var(--ink);
+body{margin:0 auto;max-width:1320px;padding:16px;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.2}h2{font-size:1.2rem;margin-top:2.2em}
 .question{font-size:1.15rem;max-width:46em}small,.soft{color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--grid);vertical-align:top}
 th:first-child,td:first-child{text-align:left;font-weight:600}
-figure{margin:1em 0;overflow-x:auto;border:1px solid var(--grid);border-radius:8px}
+figure{margin:1em 0;border:1px solid var(--grid);border-radius:8px}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:12px}
 .figures figure{margin:0}
 svg{display:block;width:100%;height:auto;max-width:860px;margin:auto;fill:var(--ink)}
@@ -44,7 +44,8 @@ font-weight:600}
 nav{display:flex;gap:10px;align-items:center;margin:.6em 0}
 button{font:inherit;padding:6px 16px;min-height:40px;border:1px solid var(--soft);
 border-radius:8px;background:var(--card);color:var(--ink)}[hidden]{display:none!important}
-@media(max-width:640px){figure svg{width:640px;max-width:none}
+.narrow{display:none}
+@media(max-width:640px){.wide{display:none}.narrow{display:block}
 table,tbody,tr,td{display:block}thead{display:none}
 tr{border:1px solid var(--grid);border-radius:8px;margin:8px 0;padding:4px 0}
 td{display:flex;justify-content:space-between;gap:12px;border:0;padding:2px 10px}
@@ -71,8 +72,8 @@ def plain(text):
 
 
 def html_page(summary, tables, notes, pictures, samples):
-    """The whole page as a text. tables: [(title, header, rows)]; pictures: {title: SVG}, drawn
-    by this program; samples: [{"seed", "post", "sets": {arm: [(draft, is it right), ..]}}]."""
+    """The whole page as a text. tables: [(title, header, rows)]; pictures: [(SVG, the same
+    for phones), ..], drawn by this program; samples: [{"seed", "post", "sets": {arm: [(draft, is it right), ..]}}]."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
               "base-uri 'none'; form-action 'none'")
@@ -86,7 +87,8 @@ def html_page(summary, tables, notes, pictures, samples):
             f'<p class="soft">Measured on {summary["posts"]} posts: {plain(about)}.</p>']
     tables = [html_table(*table) for table in tables]
     body += [tables[0], '<h2>Pictures</h2><div class="figures">',
-             *(f"<figure>{svg}</figure>" for svg in pictures.values()), "</div>"]
+             *(f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+               for wide, narrow in pictures), "</div>"]
     body += tables[1:]
     body += ["<h2>Notes</h2><ul>", *(f"<li>{plain(note)}</li>" for note in notes), "</ul>"]
     body += ["<h2>The runs</h2><ul>"]
