@@ -10,6 +10,7 @@ number that cannot be computed is an error, or is left out and counted, never a 
     python evaluate.py measure runs/lora-1 --data eval.jsonl --decoder beams  # runs/lora-1@beams
     python evaluate.py report runs/base-1 runs/lora-1 runs/poly-1 --out results --against lora
     python evaluate.py drafts runs/poly-1 "Just adopted a kitten!"
+    python evaluate.py ask runs/lora-1 runs/poly-1 --out picks.csv
 
 Records are described in report.py, metrics in metrics.py."""
 
@@ -28,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import people
 from adapters import base, drop_lora, load_adapter, read_adapter_config
 from data import InputError, command, printable, read_json, write_text
 from decoders import DECODERS, check_decoder, draft_scores
@@ -356,9 +358,9 @@ def alike(domain, post):
 
 def show_drafts(args):
     """Print k drafts for one post, as an app would show them; drafts that say the same are shown
-    once, with their number."""
+    once, with their number. Without a post: a prompt that keeps picks (people.converse)."""
     run = finished(args.folder)
-    if not args.post.strip():
+    if args.post is not None and not args.post.strip():
         raise InputError("the post is empty: give its text in quotes")
     name_model(args, run)
     args.out, args.set_size = args.folder, args.k
@@ -367,12 +369,21 @@ def show_drafts(args):
     session.load_model()
     load_adapter(session.model, run / "adapter", dropout=0.0)
     session.shard_model()
-    session.posts = [data.Post("drafts", args.post, ())]
-    session.domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]](session.posts)
-    way = DECODERS[args.decoder]
-    _, (texts,) = way.function(session, [Visit(0, 0)], args.k, None, decoding_helper(session))
-    for number, (text, times) in enumerate(Counter(texts).items(), 1):
-        print(f"{number}. {printable(text)}" + (f"   (x{times})" if times > 1 else ""))
+    domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]]
+
+    def write(post):
+        session.posts = [data.Post("drafts", post, ())]
+        session.domain = domain(session.posts)
+        way = DECODERS[args.decoder]
+        _, (texts,) = way.function(session, [Visit(0, 0)], args.k, None, decoding_helper(session))
+        return texts
+    if args.post is None:
+        if session.ranks.world > 1:
+            raise InputError("the prompt of `drafts` is for one process: start it without torchrun")
+        people.converse(write, run, args.picks or run / "picks.jsonl", sys.stdin)
+    else:
+        for number, (text, times) in enumerate(Counter(write(args.post)).items(), 1):
+            print(f"{number}. {printable(text)}" + (f"   (x{times})" if times > 1 else ""))
     session.ranks.close()
 
 
@@ -401,7 +412,7 @@ def decoder_flags(p):
 
 
 def parser():
-    """Three commands; each sets `run`, what to do with its arguments."""
+    """The commands; each sets `run`, what to do with its arguments."""
     p = argparse.ArgumentParser(description="Judge runs by Pass@k, diversity, quality.")
     sub = p.add_subparsers(required=True, dest="command", metavar="COMMAND")
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -447,7 +458,10 @@ def parser():
     d = sub.add_parser("drafts", help="write k drafts for one post, as an app would show them",
                        **form)
     d.add_argument("folder", metavar="RUN", help="finished run of polylora.py sft or grpo.py")
-    d.add_argument("post", help="the post, in quotes")
+    d.add_argument("post", nargs="?",
+                   help="the post, in quotes; without it, a prompt: type posts, pick drafts")
+    d.add_argument("--picks", metavar="JSONL",
+                   help="where the prompt keeps picks; default: RUN/picks.jsonl")
     d.add_argument("--k", type=int, default=5, help="drafts to write")
     d.add_argument("--seed", type=int, default=1,
                    help="of the sampling: another seed, other drafts")
@@ -477,6 +491,7 @@ def parser():
     add("--ks", type=numbers, default=KS, metavar="K,K", help="the k of Pass@k")
     r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
                                            endpoint=args.primary))
+    people.commands(sub, form)
     return p
 
 

@@ -1,5 +1,7 @@
 """What every room needs: an error for the user, reading files, and writing them in one piece."""
 
+import hashlib
+import importlib
 import json
 import os
 import re
@@ -103,3 +105,49 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_hash(path):
+    """sha256 of a file's bytes; None for what is no file (a name such as `pocket`, a hub name)."""
+    if not os.path.isfile(path):
+        return None
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2 ** 20):
+            total.update(part)
+    return total.hexdigest()
+
+
+class Tracker:
+    """The numbers of metrics.jsonl, a line a step, for TensorBoard or Weights & Biases too. The
+    package is imported only when asked for; metrics.jsonl stays what resumption reads."""
+
+    PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+    @classmethod
+    def package(cls, kind):
+        """The module; InputError where it is not installed."""
+        try:
+            return importlib.import_module(cls.PACKAGES[kind])
+        except ImportError:
+            raise InputError(f"--track {kind}: the package {kind} is not installed: pip install "
+                             f"{kind}, or leave --track out") from None
+
+    def __init__(self, kind, folder, config):
+        package, folder = self.package(kind), Path(folder)
+        self.writer = self.run = None
+        if kind == "tensorboard":
+            self.writer = package.SummaryWriter(str(folder / "tensorboard"))
+        else:
+            self.run = package.init(project="polychromic-lora", name=folder.name, config=config,
+                                    dir=str(folder))
+
+    def log(self, line):
+        """A line's numbers at its step; lines without a step are none of a curve."""
+        numbers = {k: v for k, v in line.items() if type(v) in (int, float) and k != "step"}
+        if "step" in line and self.run:
+            self.run.log(numbers, step=line["step"])
+        elif "step" in line:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, line["step"])
+            self.writer.flush()

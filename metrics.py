@@ -116,6 +116,23 @@ def duplicate_rate(texts):
     return 1 - len({normalise(text) or "".join(text.split()) for text in texts}) / len(texts)
 
 
+def near_duplicates(texts, share=0.8):
+    """For each text the index of the first earlier one that it nearly repeats, or None: of the
+    words of both (metrics.words, letters and digits alone), `share` or more are common (Dice's
+    coefficient of the two multisets). Texts without any word are alike when their characters
+    are."""
+    bags = []
+    for text in texts:
+        counted = Counter(word for word in words(text) if normalise(word))
+        bags.append(counted or Counter(text.split() or [""]))
+    out = []
+    for i, bag in enumerate(bags):
+        alike = (j for j in range(i) if 2 * (bag & bags[j]).total()
+                 >= share * (bag.total() + bags[j].total()))
+        out.append(next(alike, None))
+    return out
+
+
 def self_bleu(texts, max_n=4):
     """Mean BLEU of each draft against all the others of its post, in [0, 1]; lower is more diverse.
 

@@ -10,6 +10,8 @@ wrong) and "readers": {voice: share of this post's readers}, or else "passed": n
 import itertools
 import json
 import math
+import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -19,6 +21,7 @@ import numpy as np
 from data import InputError, printable, write_text
 from metrics import (KS, front, holm, interval, mean_limit, pareto_front, post_metrics,
                      reader_shares, sign_flip)
+from page import html_page
 
 # ---- Runs and their summary ----------------------------------------------------------------------
 
@@ -83,7 +86,68 @@ def read_run(folder, ks=KS):
             "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
             "model": settings.get("model"),
             "trained_by": config.get("embedder"),
-            "warnings": [w for event in ends for w in event.get("warnings") or ()]}
+            "warnings": [w for event in ends for w in event.get("warnings") or ()],
+            "curves": log_curves(events),
+            "samples": {i: sample_of(found[i]) for i in order[:SHOWN_POSTS]}}
+
+
+SHOWN_POSTS, SHOWN_DRAFTS = 24, 5            # of a run, on the page
+
+
+def sample_of(record):
+    """The first drafts of a record: [(text, is it right or passing), ..]."""
+    good = [bool(x) for x in record["voices" if "voices" in record else "passed"]]
+    return list(zip(record["drafts"], good))[:SHOWN_DRAFTS]
+
+
+CURVES = {"ce": "cross-entropy of people's replies", "D": "diversity D of a post's drafts",
+          "entropy": "entropy of the policy, nats a token", "reward": "reward of drafts",
+          "valid": "share of valid drafts"}
+
+
+def log_curves(events, points=40):
+    """A log's curves: {(stage, name): ([step, ..], [mean, ..])}, steps in at most `points` equal
+    bins, each by its last step. A reward is logged by GRPO alone."""
+    out = {}
+    for event in events:
+        stage = "grpo" if "reward" in event else "training"
+        for name in CURVES:
+            if type(event.get("step")) is int and type(event.get(name)) in (int, float):
+                out.setdefault((stage, name), []).append((event["step"], event[name]))
+    for key, pairs in out.items():
+        bins = np.array_split(np.array(pairs, dtype=float), min(points, len(pairs)))
+        out[key] = ([int(b[-1, 0]) for b in bins], [float(b[:, 1].mean()) for b in bins])
+    return out
+
+
+def arm_curves(arms):
+    """{arm: runs} -> [{"stage", "name", "arms": {arm: {"steps", "mean", "low", "high"}}}]: mean
+    and range over the seeds that have the same steps as the first."""
+    keys = dict.fromkeys(key for runs in arms.values() for run in runs for key in run["curves"])
+    out = []
+    for stage, name in sorted(keys):
+        lines = {}
+        for arm, runs in arms.items():
+            got = [run["curves"][stage, name] for run in runs if (stage, name) in run["curves"]]
+            same = np.array([values for steps, values in got if steps == got[0][0]])
+            if got and len(got[0][0]) > 1:
+                lines[arm] = {"steps": got[0][0], "mean": same.mean(0).tolist(),
+                              "low": same.min(0).tolist(), "high": same.max(0).tolist()}
+        if lines:
+            out.append({"stage": stage, "name": name, "arms": lines})
+    return out
+
+
+def samples_of(arms):
+    """Drafts side by side: posts of each seed, in turn, with the drafts of all its runs."""
+    seeds = sorted({run["seed"] for runs in arms.values() for run in runs})
+    out = []
+    for seed in seeds:
+        runs = [run for group in arms.values() for run in group if run["seed"] == seed]
+        for i in list(runs[0]["samples"])[:max(3, SHOWN_POSTS // len(seeds))]:
+            out.append({"seed": seed, "post": runs[0]["posts"][i],
+                        "sets": {run["arm"]: run["samples"][i] for run in runs}})
+    return out
 
 
 def group_runs(run_folders, ks=KS):
@@ -203,7 +267,8 @@ def summarise(arms, against=None, ks=KS):
         out["differences"][arm][name]["p_holm"] = p
     places = [[a["metrics"][name]["mean"] for name in ("valid", "semantic")]
               for a in out["arms"].values()]
-    return out | {"pareto": [list(arms)[i] for i in pareto_front(places)]}
+    return out | {"pareto": [list(arms)[i] for i in pareto_front(places)],
+                  "curves": arm_curves(arms)}
 
 
 def joint_note(arm, decoding):
@@ -433,6 +498,7 @@ def write_tables(summary):
     page += [f"![{title}]({name})\n" for name, title in PICTURES.items()
              if name != "pass1_pass5.svg" or summary["limits"]]
     notes = notes_of(summary)
+    page += [f"![{curve_title(curve)}]({curve_file(curve)})\n" for curve in summary["curves"]]
     header = "arm,metric,mean,low,high,sd_over_seeds"
     page += [f"- {note}" for note in notes]
     sheet = [header, *map(",".join, sheet)]
@@ -442,7 +508,7 @@ def write_tables(summary):
 def csv_cell(text):
     """A text that no spreadsheet takes for a formula, quoted."""
     text = printable(text)
-    guarded = "'" + text if text[:1] in "=+-@" else text
+    guarded = "'" + text if text.startswith(tuple("=+-@")) else text
     return '"' + guarded.replace('"', '""') + '"'
 
 
@@ -450,7 +516,7 @@ def csv_cell(text):
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
 LEFT, TOP = 64, 62  # the plotting area, in pixels
-BOTTOM = 384
+BOTTOM, WIDE, NARROW = 384, 720, 440         # NARROW: for phones, on the page alone
 PICTURES = {"pass_at_k.svg": "Pass@k", "pass1_pass5.svg": "Pass@1 against Pass@5",
             "quality_diversity.svg": "Quality and diversity"}
 
@@ -489,13 +555,23 @@ def svg_seeds(places, colour):
     return [dot.format(x, y, colour) for x, y in places]
 
 
-def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
-    """The whole picture: white ground, titles, grid, then the marks."""
-    middle = 'text-anchor="middle"'
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 440" width="720" height="440"',
+def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks, wide=WIDE):
+    """The whole picture: white ground, titles, grid, then the marks. Titles that are too long for
+    the width are set in lines, and the picture grows upwards by these."""
+    middle, left = 'text-anchor="middle"', LEFT if wide == WIDE else 12
+    said = [(words, 'font-size="16"', 21) for words in textwrap.wrap(title, (wide - left) // 9)]
+    said += [(words, 'fill="#666"', 19) for words in textwrap.wrap(note, (wide - left) // 6)]
+    over = sum(height for *_, height in said) - 40
+    head = []
+    for words, style, height in reversed(said):
+        head.append(svg_text(left, 45 - sum(said[-1 - n][2] for n in range(len(head))), words,
+                             style))
+    top, tall = -max(over, 0), 440 + max(over, 0)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {wide} {tall}" '
+           f'width="{wide}" height="{tall}"',
            ' font-family="sans-serif" font-size="12" fill="#333" role="img">',
-           f'<title>{escape(title)}</title><rect width="720" height="440" rx="6" fill="#fff"/>',
-           svg_text(LEFT, 26, title, 'font-size="16"'), svg_text(LEFT, 45, note, 'fill="#666"'),
+           f'<title>{escape(title)}</title>',
+           f'<rect y="{top}" width="{wide}" height="{tall}" rx="6" fill="#fff"/>', *head,
            svg_text((LEFT + right) / 2, 427, x_label, middle),
            svg_text(0, 0, y_label, f'{middle} transform="translate(18 223) rotate(-90)"')]
     for x, label in x_grid:
@@ -506,20 +582,20 @@ def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks):
     return "\n".join([*out, *marks, "</svg>"]) + "\n"
 
 
-def draw_pass_at_k(summary):
+def draw_pass_at_k(summary, wide=WIDE):
     """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at
     the ends."""
-    ks, right = summary["ks"], 540
+    ks, right = summary["ks"], wide - 180
     limits = summary["limits"]
     if summary["refused"]:
-        return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [])
+        return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [], wide)
     lines = {}                               # arm -> [(k, row)]: a joint decoder has one k alone
     for arm, a in summary["arms"].items():
         line = [(k, a["metrics"][f"pass@{k}"]) for k in ks]
         line = [(k, row) for k, row in line if row["mean"] is not None]
         lines |= {arm: line} if line else {}
     if not lines:
-        return svg_page("Pass@k", "No arm has it.", "", "", [], [], right, [])
+        return svg_page("Pass@k", "No arm has it.", "", "", [], [], right, [], wide)
     ends = [end for line in lines.values() for _, row in line for end in (row["low"], row["high"])]
     ends += [limits[str(k)]["independent"] for k in ks if limits]
     at_y, y_grid = scale(ends, BOTTOM, TOP)
@@ -553,10 +629,10 @@ def draw_pass_at_k(summary):
     note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
     x_grid = [(x, str(k)) for k, x in at_x.items()]
     return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
-                    "Pass@k", x_grid, y_grid, right, marks)
+                    "Pass@k", x_grid, y_grid, right, marks, wide)
 
 
-def named(centres):
+def named(centres, wide):
     """Markers and names at {arm: (x, y)}, each name at the nearest place inside the frame that
     is free."""
     # Boxes that no name may cover.
@@ -569,7 +645,7 @@ def named(centres):
         for dx, dy in offsets:
             left = x + dx - (7 * len(name) if dx < 0 else 0)
             box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
-            inside = LEFT < box[0] and box[2] < 712 and TOP < box[1] and box[3] < BOTTOM
+            inside = LEFT < box[0] and box[2] < wide - 8 and TOP < box[1] and box[3] < BOTTOM
             if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3]
                                   and t[1] < box[3] for t in taken):
                 break
@@ -582,7 +658,7 @@ def named(centres):
     return marks
 
 
-def draw_pass1_pass5(summary):
+def draw_pass1_pass5(summary, wide=WIDE):
     """summary -> SVG of Pass@1 against Pass@5 under the limit's front: arms with intervals, faint
     dots their seeds; arms named BASE@KNOB are joined to a curve, a method over its own knob."""
     rows = {arm: (a["metrics"]["pass@1"], a["metrics"]["pass@5"])
@@ -591,7 +667,7 @@ def draw_pass1_pass5(summary):
     limit = summary["front"]
     xs, ys = ([value for both in rows.values() for value in (
         both[axis]["low"], both[axis]["high"], *both[axis]["per_seed"])] for axis in (0, 1))
-    at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, 700)
+    at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, wide - 20)
     at_y, y_grid = scale(ys + [y for _, y in limit], BOTTOM, TOP)
     line = [(at_x(x), at_y(y)) for x, y in limit]
     marks = [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"')]
@@ -607,18 +683,22 @@ def draw_pass1_pass5(summary):
               for curve in curves.values() if len(curve) > 1]
     note = "bars: 95% interval; faint: seeds; dashed: the limit of independent, always valid drafts"
     return svg_page("One draft against five", note, "Pass@1 for the readers",
-                    "Pass@5 for the readers", x_grid, y_grid, 700, marks + named(centres))
+                    "Pass@5 for the readers", x_grid, y_grid, wide - 20,
+                    marks + named(centres, wide), wide)
 
 
-def draw_quality_diversity(summary):
+def draw_quality_diversity(summary, wide=WIDE):
     """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds,
     Pareto front."""
     rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"])
             for arm, a in summary["arms"].items()}
     xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
               for axis in zip(*rows.values()))
-    (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, 700), scale(ys, BOTTOM, TOP)
+    (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, wide - 20), scale(ys, BOTTOM, TOP)
     centres = {arm: (at_x(x["mean"]), at_y(y["mean"])) for arm, (x, y) in rows.items()}
+    joined = {}
+    for arm, place in centres.items():
+        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), place))
     front, edge = [], LEFT
     # More diversity, less quality: steps.
     for x, y in sorted(centres[arm] for arm in summary["pareto"]):
@@ -630,17 +710,68 @@ def draw_quality_diversity(summary):
         marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, 'opacity="0.5"'),
                   svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, 'opacity="0.5"')]
         marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
-    marks += named(centres)
-    note = "bars: 95% interval; faint: seeds; dashed: Pareto front"
+    marks += [svg_line([place for _, place in sorted(line)], "#999", 'stroke-width="1"')
+              for line in joined.values() if len(line) > 1]
+    marks += named(centres, wide)
+    note = "bars: 95% interval; faint: seeds; dashed: Pareto front; joined: one method's knob"
     return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
-                    "share of valid drafts", x_grid, y_grid, 700, marks)
+                    "share of valid drafts", x_grid, y_grid, wide - 20, marks, wide)
+
+
+def knob(arm):
+    """Where an arm named BASE@KNOB stands along its curve: the number in KNOB, BASE itself first."""
+    number = re.search(r"-?\d+\.?\d*(e-?\d+)?", arm.partition("@")[2])
+    return float(number[0]) if number else -math.inf
+
+
+def curve_file(curve):
+    return f"curve_{curve['stage']}_{curve['name']}.svg"
+
+
+def curve_title(curve):
+    stage = "GRPO" if curve["stage"] == "grpo" else "training before GRPO"
+    return f"{stage}: {CURVES[curve['name']]}"
+
+
+def draw_curve(curve, order, wide=WIDE):
+    """One entry of summary["curves"] -> SVG over steps: a line an arm, its band the range of seeds;
+    colours and marks by the arm's place in `order`."""
+    lines, right = curve["arms"], wide - 180
+    steps = [step for line in lines.values() for step in line["steps"]]
+    ends = [v for line in lines.values() for v in (*line["low"], *line["high"])]
+    (at_x, x_grid), (at_y, y_grid) = scale([0, *steps], LEFT, right), scale(ends, BOTTOM, TOP)
+    marks = []
+    gap = min(17, (BOTTOM - TOP) / len(lines))
+    for row, (arm, line) in enumerate(lines.items()):
+        i, y = order.index(arm), TOP + 8 + row * gap
+        xs = [at_x(step) for step in line["steps"]]
+        edge = [*zip(xs, map(at_y, line["high"])), *reversed([*zip(xs, map(at_y, line["low"]))])]
+        path = " ".join(f"{x:.1f},{v:.1f}" for x, v in edge)
+        marks += [f'<polygon fill="{COLOURS[i % 7]}" opacity="0.13" points="{path}"/>',
+                  svg_line([*zip(xs, map(at_y, line["mean"]))], COLOURS[i % 7],
+                           'stroke-width="1.8"'),
+                  svg_marker(i, xs[-1], at_y(line["mean"][-1])), svg_marker(i, right + 22, y),
+                  svg_text(right + 32, y + 4, arm if len(arm) < 23 else arm[:21] + "…")]
+    note = "mean over seeds, averaged over neighbouring steps; bands: the range of seeds"
+    return svg_page(curve_title(curve), note, "step", CURVES[curve["name"]], x_grid, y_grid, right,
+                    marks, wide)
+
+
+def draw_all(summary, wide):
+    """{file name: SVG} of every picture that the summary has, in the page's order."""
+    out = {"pass_at_k.svg": draw_pass_at_k(summary, wide),
+           "quality_diversity.svg": draw_quality_diversity(summary, wide)}
+    if summary["limits"] and "front" in summary:
+        out["pass1_pass5.svg"] = draw_pass1_pass5(summary, wide)
+    order = list(summary["arms"])
+    return out | {curve_file(curve): draw_curve(curve, order, wide) for curve in summary["curves"]}
 
 
 # ---- The report ----------------------------------------------------------------------------------
 
 def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
-    """Compare measured runs: report.json, .md, .txt, .csv and SVGs in out_folder. ->
-    report.json's dict.
+    """Compare measured runs: report.json, .html, .md, .txt, .csv and SVGs in
+    out_folder. -> report.json's dict.
 
     Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
     endpoint the two arms of the primary comparison. Writes nothing on an InputError.
@@ -651,11 +782,11 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
         summary["notes"] += primary(arms, *endpoint)
     text, page, sheet = write_tables(summary)
     files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
-             "report.md": page, "report.txt": text, "report.csv": sheet,
-             "pass_at_k.svg": draw_pass_at_k(summary),
-             "quality_diversity.svg": draw_quality_diversity(summary)}
-    if summary["limits"] and "front" in summary:
-        files["pass1_pass5.svg"] = draw_pass1_pass5(summary)
+             "report.md": page, "report.txt": text, "report.csv": sheet}
+    pictures = draw_all(summary, WIDE)
+    pairs = list(zip(pictures.values(), draw_all(summary, NARROW).values()))
+    html = html_page(summary, tables(summary), notes_of(summary), pairs, samples_of(arms))
+    files |= pictures | {"report.html": html}
     for name, content in files.items():
         write_text(Path(out_folder) / name, content)
     print(text, end="")

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import InputError, beside, fetch, read_json, write_json, write_text
+from files import Tracker, file_hash
 from generate import generate, sampling_of
 from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
 from ranks import Ranks, shard
@@ -107,17 +108,6 @@ def left_over(path):
     return bool(re.fullmatch(r"\.lock|.*\.partial|\.tmp\w{6}", path.name))
 
 
-def file_hash(path):
-    """sha256 of a file's bytes; None for what is no file (a name such as `pocket`, a hub name)."""
-    if not os.path.isfile(path):
-        return None
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2 ** 20):
-            total.update(part)
-    return total.hexdigest()
-
-
 def model_hash(path, revision):
     """What tells a checkpoint from another without reading it all: its config.json and, of each
     file of tensors, name, size and header."""
@@ -158,11 +148,11 @@ class Run:
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
-                "readers", "allow_code_execution")
+                "readers", "allow_code_execution", "track")
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
-        self.lock = None
+        self.lock = self.tracker = None
         self.config = {k: v for k, v in vars(args).items() if not callable(v)}
         beside_data = (Path(args.data).parent / f"{name}.json" for name in ("split", "domain"))
         split, readers = (read_json(p) if p.exists() else None for p in beside_data)
@@ -220,6 +210,8 @@ class Run:
                 if half.name != ".lock":
                     half.unlink(missing_ok=True)
             write_json(self.folder / "config.json", self.config)
+            if self.config.get("track"):
+                self.tracker = Tracker(self.config["track"], self.folder, self.config)
         return self
 
     def __exit__(self, error, *details):
@@ -234,6 +226,8 @@ class Run:
             except OSError as e:
                 raise InputError(f"{self.folder}/metrics.jsonl cannot be written ({e}): make room, "
                                  "then go on with --resume") from None
+            if self.tracker:
+                self.tracker.log(line)
 
     def name(self):
         """What tells this configuration from others: a checkpoint of another is never used."""
@@ -719,6 +713,8 @@ def common_flags(p, *, lr, steps, batch, schedule="cosine"):
         help="recompute activations in the backward pass: less memory, a third more time")
     add("--skip-bad-lines", action="store_true",
         help="skip, count and report unreadable lines of --data instead of stopping")
+    add("--track", choices=Tracker.PACKAGES,
+        help="send the log's numbers there too; the package must be installed")
     model_flags(p)
 
 
@@ -763,6 +759,8 @@ RANGES = {
 
 def check_common(args):
     """Numbers that no phase can work with; NaN is in no range."""
+    if getattr(args, "track", None):
+        Tracker.package(args.track)
     ranges = RANGES | {"epochs": (0, bool(args.steps), math.inf)}
     for name, (low, closed, high) in ranges.items():
         value = getattr(args, name, None)

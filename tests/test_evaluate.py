@@ -514,7 +514,7 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     assert evaluate.main(["report", *runs, "--out", str(out), "--against", "lora-grpo"]) == 0
     assert {path.name for path in out.iterdir()} == {
         "report.json", "report.md", "report.txt", "report.csv", "pass_at_k.svg", "pass1_pass5.svg",
-        "quality_diversity.svg"}
+        "quality_diversity.svg", "report.html"}
     data = json.loads((out / "report.json").read_text())
     assert list(data["arms"]) == ["lora-grpo", "poly <&> |", "base"] and data["posts"] == 6
     lora, base = data["arms"]["lora-grpo"], data["arms"]["base"]

@@ -1,0 +1,141 @@
+"""The report as one HTML page that asks nobody for anything: tables, pictures, drafts side by side.
+
+Every text that a model or a file gave is escaped, and its control and direction marks are made
+harmless. The stand-alone pictures are drawn for white ground; inside the page a style sheet
+gives their few colours other values in dark mode. The script only pages through the posts:
+without it all of them are shown."""
+
+import base64
+import hashlib
+import re
+from html import escape
+
+from data import printable
+from metrics import near_duplicates
+
+STYLE = """
+:root{--paper:#fff;--ink:#1d2228;--soft:#5a636d;--grid:#e4e7ea;--card:#f6f7f8;--good:#00714f}
+@media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e8ea;--soft:#a3abb3;
+--grid:#333a41;--card:#1e2328;--good:#4cc79b}}
+:root{color-scheme:light dark}*{box-sizing:border-box}
+body{margin:0 auto;max-width:1320px;padding:16px;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.7rem;line-height:1.2}h2{font-size:1.2rem;margin-top:2.2em}
+.question{font-size:1.15rem;max-width:46em}small,.soft{color:var(--soft)}
+table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
+th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--grid);vertical-align:top}
+th:first-child,td:first-child{text-align:left;font-weight:600}
+figure{margin:1em 0;border:1px solid var(--grid);border-radius:8px}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:12px}
+.figures figure{margin:0}
+svg{display:block;width:100%;height:auto;max-width:860px;margin:auto;fill:var(--ink)}
+svg [fill="#fff"]{fill:var(--paper)}svg [stroke="#fff"]{stroke:var(--paper)}
+svg [fill="#666"]{fill:var(--soft)}svg [stroke="#666"],svg [stroke="#999"]{stroke:var(--soft)}
+svg [stroke="#eee"]{stroke:var(--grid)}
+svg [fill="#000000"]{fill:var(--ink)}svg [stroke="#000000"]{stroke:var(--ink)}
+.post blockquote{margin:.4em 0 1em;padding:.6em .9em;background:var(--card);border-radius:8px;
+font-weight:600}
+.sets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:12px}
+.set{border:1px solid var(--grid);border-radius:8px;padding:8px 12px}
+.set h4{margin:0 0 4px}.set ol{margin:0;padding-left:1.5em}.set li{margin:3px 0}
+.set li.right::marker{color:var(--good);font-weight:700}
+.near{color:var(--soft)}.near bdi{text-decoration:underline dotted}
+.tag{font-size:.75rem;white-space:nowrap;color:var(--soft)}.right .tag.ok{color:var(--good)}
+nav{display:flex;gap:10px;align-items:center;margin:.6em 0}
+button{font:inherit;padding:6px 16px;min-height:40px;border:1px solid var(--soft);
+border-radius:8px;background:var(--card);color:var(--ink)}[hidden]{display:none!important}
+.narrow{display:none}
+@media(max-width:640px){.wide{display:none}.narrow{display:block}
+table,tbody,tr,td{display:block}thead{display:none}
+tr{border:1px solid var(--grid);border-radius:8px;margin:8px 0;padding:4px 0}
+td{display:flex;justify-content:space-between;gap:12px;border:0;padding:2px 10px}
+td::before{content:attr(data-name);color:var(--soft);font-weight:400;text-align:left}
+td:first-child::before{content:none}}
+@media print{:root{--paper:#fff;--ink:#000;--soft:#444;--grid:#ccc;--card:#fff;--good:#00714f}
+nav{display:none}.post[hidden]{display:block!important}figure,.set,tr{break-inside:avoid}
+body{max-width:none;font-size:11pt}}
+"""
+SCRIPT = """
+const posts=[...document.querySelectorAll('.post')],nav=document.querySelector('nav');let at=0;
+function show(i){at=(i+posts.length)%posts.length;posts.forEach((p,n)=>p.hidden=n!==at);
+nav.querySelector('span').textContent=`${at+1} of ${posts.length}`}
+if(nav&&posts.length){nav.hidden=false;const[back,on]=nav.querySelectorAll('button');
+back.onclick=()=>show(at-1);on.onclick=()=>show(at+1);show(0)}
+"""
+QUESTION = ("Does training that rewards diverse drafts make it likelier that one of the k drafts "
+            "shown pleases the reader, without making the single draft worse?")
+
+
+def plain(text):
+    """A text for HTML, in content and in quoted attributes alike: nothing in it is markup."""
+    return escape(printable(str(text)), quote=True)
+
+
+def html_page(summary, tables, notes, pictures, samples):
+    """The whole page as a text. tables: [(title, header, rows)]; pictures: [(SVG, the same
+    for phones), ..], drawn by this program; samples: [{"seed", "post", "sets": {arm: [(draft, is it right), ..]}}]."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+              "base-uri 'none'; form-action 'none'")
+    head = ['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Polychromic LoRA: report</title><style>{STYLE}</style></head><body><main>"]
+    told = {k: v for k, v in summary["measured"].items() if not isinstance(v, dict)}
+    about = ", ".join(f"{name} {value}" for name, value in told.items())
+    body = ["<h1>Drafts that differ: the report</h1>", f'<p class="question">{QUESTION}</p>',
+            f'<p class="soft">Measured on {summary["posts"]} posts: {plain(about)}.</p>']
+    tables = [html_table(*table) for table in tables]
+    body += [tables[0], '<h2>Pictures</h2><div class="figures">',
+             *(f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+               for wide, narrow in pictures), "</div>"]
+    body += tables[1:]
+    body += ["<h2>Notes</h2><ul>", *(f"<li>{plain(note)}</li>" for note in notes), "</ul>"]
+    body += ["<h2>The runs</h2><ul>"]
+    for arm, a in summary["arms"].items():
+        runs = ", ".join(f"{run} (seed {seed})" for run, seed in zip(a["runs"], a["seeds"]))
+        body.append(f"<li><b><bdi>{plain(arm)}</bdi></b>: <bdi>{plain(runs)}</bdi></li>")
+    body += ["</ul>", *drafts_part(samples)]
+    return "\n".join([*head, *body, f"</main><script>{SCRIPT}</script></body></html>"]) + "\n"
+
+
+def html_table(title, header, rows):
+    names = [plain(name) for name in header]
+    out = [f"<h2>{plain(title)}</h2><table><thead><tr>",
+           *(f'<th scope="col">{name}</th>' for name in names), "</tr></thead><tbody>"]
+    for row in rows:
+        cells = (f'<td data-name="{name}"><bdi>{plain(word)}</bdi></td>'
+                 for name, word in zip(names, row))
+        out.append("<tr>" + "".join(cells) + "</tr>")
+    return "\n".join([*out, "</tbody></table>"])
+
+
+def drafts_part(samples):
+    """The drafts of each run for the same posts, a section a post."""
+    if not samples:
+        return []
+    out = ["<h2>Drafts side by side</h2>",
+           '<p class="soft">The first drafts of each run for the first posts by their id, nothing '
+           "chosen by hand. &#10003;: right, or passing. &#8776; n: shares nearly all its words "
+           "with draft n of the same set.</p>",
+           '<nav hidden><button type="button">Back</button><button type="button">Next</button> '
+           "<span></span></nav>"]
+    for sample in samples:
+        out += [f'<section class="post"><small>seed {sample["seed"]}</small>',
+                f'<blockquote dir="auto">{plain(sample["post"])}</blockquote><div class="sets">']
+        for arm, drafts in sample["sets"].items():
+            out.append(f'<div class="set"><h4><bdi>{plain(arm)}</bdi></h4><ol>')
+            near = near_duplicates([text for text, _ in drafts])
+            out += [draft_item(text, good, same) for (text, good), same in zip(drafts, near)]
+            out.append("</ol></div>")
+        out.append("</div></section>")
+    return out
+
+
+def draft_item(text, good, same):
+    kind = " ".join(["right"] * good + ["near"] * (same is not None))
+    tags = ' <span class="tag ok">&#10003;</span>' * good
+    if same is not None:
+        tags += f' <span class="tag">&#8776; {same + 1}</span>'
+    shown = plain(text) if re.search(r"\S", text) else "<i>(empty)</i>"
+    return f'<li class="{kind}"><bdi dir="auto">{shown}</bdi>{tags}</li>'
