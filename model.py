@@ -490,7 +490,7 @@ class Bert(nn.Module):
     all-MiniLM-L6-v2: the mean of the last hidden states over a text's tokens, [CLS] and [SEP] among
     them. Names are Hugging Face's; the pooler of its files is not used. Unlike Qwen3 each norm
     stands behind its sum, positions are a learnt table, and every token sees every other."""
-    lockstep = None                          # never spread over ranks
+    lockstep = original = None               # never spread over ranks, never trained
 
     def __init__(self, config):
         super().__init__()
