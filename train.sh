@@ -6,7 +6,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 usage() { cat <<END
 The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k training, one report.
 
-  torchrun train.sh                    the pocket study, from nothing: 2 cores, about ten minutes
+  torchrun train.sh                    the pocket study, from nothing: 2 cores, some twelve minutes
   torchrun train.sh --data pocket-code        the same in another small world (or pocket-stories)
   torchrun train.sh --data FILE        the same on your posts with replies by voice; makes a small base
   torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl      the full study
