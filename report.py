@@ -560,7 +560,7 @@ def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks, wide=W
     the width are set in lines, and the picture grows upwards by these."""
     middle, left = 'text-anchor="middle"', LEFT if wide == WIDE else 12
     said = [(words, 'font-size="16"', 21) for words in textwrap.wrap(title, (wide - left) // 9)]
-    said += [(words, 'fill="#666"', 19) for words in textwrap.wrap(note, (wide - left) // 6)]
+    said += [(words, 'fill="#666"', 19) for words in textwrap.wrap(note, (wide - left) // 7)]
     over = sum(height for *_, height in said) - 40
     head = []
     for words, style, height in reversed(said):
@@ -625,7 +625,8 @@ def draw_pass_at_k(summary, wide=WIDE):
     if limits:
         line = [(at_x[k], at_y(limits[str(k)]["independent"])) for k in ks]
         marks += [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"'),
-                  svg_text(line[0][0] + 8, line[0][1] - 10, "the limit of independent drafts")]
+                  svg_text(line[-1][0], line[-1][1] - 10, "limit of independent drafts",
+                           'text-anchor="end"')]
     note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
     x_grid = [(x, str(k)) for k, x in at_x.items()]
     return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
@@ -741,13 +742,13 @@ def draw_curve(curve, order, wide=WIDE):
     ends = [v for line in lines.values() for v in (*line["low"], *line["high"])]
     (at_x, x_grid), (at_y, y_grid) = scale([0, *steps], LEFT, right), scale(ends, BOTTOM, TOP)
     marks = []
-    gap = min(17, (BOTTOM - TOP) / len(lines))
+    gap, fill = min(17, (BOTTOM - TOP) / len(lines)), min(0.15, 0.3 / len(lines))
     for row, (arm, line) in enumerate(lines.items()):
         i, y = order.index(arm), TOP + 8 + row * gap
         xs = [at_x(step) for step in line["steps"]]
         edge = [*zip(xs, map(at_y, line["high"])), *reversed([*zip(xs, map(at_y, line["low"]))])]
         path = " ".join(f"{x:.1f},{v:.1f}" for x, v in edge)
-        marks += [f'<polygon fill="{COLOURS[i % 7]}" opacity="0.13" points="{path}"/>',
+        marks += [f'<polygon fill="{COLOURS[i % 7]}" opacity="{fill:.2f}" points="{path}"/>',
                   svg_line([*zip(xs, map(at_y, line["mean"]))], COLOURS[i % 7],
                            'stroke-width="1.8"'),
                   svg_marker(i, xs[-1], at_y(line["mean"][-1])), svg_marker(i, right + 22, y),
