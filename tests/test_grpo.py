@@ -675,7 +675,7 @@ def test_the_reference_lies_where_the_model_does(parts, tmp_path, monkeypatch):
             for part in (layer.lora_A, layer.lora_B):
                 part.weight = torch.nn.Parameter(part.weight.to("meta"))
 
-    def stop(session, params, step, names):
+    def stop(session, params, step, names, *more):
         seen.extend(t.device.type for t in session.start.values())
         raise InputError("enough")
     monkeypatch.setattr(grpo.Session, "shard_model", spread)
