@@ -28,12 +28,16 @@ import ctypes
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import types
 from dataclasses import dataclass
+
+try:
+    import resource
+except ImportError:                        # Windows has none, and no namespaces either
+    resource = None
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000

@@ -583,7 +583,7 @@ class Session:
     def open_run(self):
         """Make or reopen the run folder; False, with a word, when it is finished already. A dry
         run has none."""
-        if self.args.dry_run:
+        if getattr(self.args, "dry_run", False):
             return True
         self.run = Run(self.args, self.ranks)
         if self.run.done:
@@ -713,7 +713,7 @@ def common_flags(p, *, lr, steps, batch, schedule="cosine"):
         help="recompute activations in the backward pass: less memory, a third more time")
     add("--skip-bad-lines", action="store_true",
         help="skip, count and report unreadable lines of --data instead of stopping")
-    add("--track", choices=Tracker.PACKAGES,
+    add("--track", choices=list(Tracker.PACKAGES),
         help="send the log's numbers there too; the package must be installed")
     model_flags(p)
 
