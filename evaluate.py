@@ -395,7 +395,8 @@ def decoder_flags(p):
     add("--min-p", type=float, default=0.0,
         help="sample from tokens of at least this share of the likeliest one's probability")
     papers = {name: (f"{way.about} ({way.paper})",) for name, way in DECODERS.items()}
-    add("--decoder", default="sampling", choices=DECODERS, help=listed(papers))
+    add("--decoder", default="sampling", choices=list(DECODERS),
+        help=listed(papers))
     add("--pool", type=int, default=8,
         help="candidates for each draft (self-consistency, best-of-n, mmi), or to ask for "
              "(verbalized)")
