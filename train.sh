@@ -15,10 +15,20 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --model NAME       Qwen3 checkpoint, folder or hub name (default: a pocket model made on the spot)
   --data FILE        posts, JSON lines or .gz; or pocket-code or pocket-stories, small worlds as the default
                      one, pocket, is: all three are made by data.py
-  --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's name)
+  --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's or study's
+                     name; studies in one folder share the arms that are equal)
+  --study NAME       one question, with arms and seeds of its own, for the small worlds:
+                       primary      poly-grpo against Pass@k training, seeds 11 to 22
+                       lambda       SFT at four weights of D, each with GRPO after it
+                       full         LoRA and full fine-tuning at three learning rates each
+                       losses, adapters, diversities, objectives      every line of that register
+                       controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
+                       temperature  the default's arms, each measured at 0.6 to 1.4
+                       valid        the other reward: 1 for being right in any voice
+                       few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo); an arm needs the arm that it starts from
-  --seeds "1 2"      seeds of the study (default: "1 2 3"; with --model "1")
+  --seeds "1 2"      seeds of the study (default: "1 2 3"; of a --study "11 12 13 14 15"; with --model "1")
   --dry-run          print every stage with its command, posts, steps, memory and time; train nothing
   --lambda X         weight of D in the polychromic SFT phase
   --share X          instead: D's share of that phase's gradient (default with --model: 0.3)
@@ -45,13 +55,13 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=()
-arms=""
+arms="" study="" temperatures="" k=8 set_size=4 gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     -h|--help) [[ "${RANK:-0}" != 0 ]] || usage; exit 0 ;;
     --dry-run) dry=1; shift ;;
-    --model|--data|--out|--arms|--seeds|--lambda|--share|--targets|--weight|--posts|--steps|--base-steps|--reward|\
+    --model|--data|--out|--study|--arms|--seeds|--lambda|--share|--targets|--weight|--posts|--steps|--base-steps|--reward|\
     --reward-model|--embedder|--judge-embedder|--samples|--jobs)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       flag="${1#--}"; printf -v "${flag//-/_}" '%s' "$2"; shift 2 ;;
@@ -61,6 +71,7 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
 [[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
+[[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
 [[ "$data" != pocket || -f "$data" || -n "$model" ]] || data=""                  # the default one
 [[ -z "$data" || -n "$world" || -f "$data" ]] || fail "there is no file $data: give --data a file of posts"
@@ -70,11 +81,40 @@ if [[ -z "${RANK:-}" ]]; then
 fi
 python="${STUDY_PYTHON:-python}"          # the interpreter that torchrun runs on
 
+# ---- Studies: a question, the arms that answer it, and what they do differently --------------------------
+
+losses="gem gem-logsigmoid entropy unlikelihood unlikelihood-sequence ba-lora ba-lora-nlu sed bonbon"
+adapters="rslora dora pissa adalora lori multilora moa ensemble"
+diversities="dpp vendi distinct ngram levenshtein"
+objectives="drgrpo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
+  uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
+weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
+named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
+case "$study" in
+  "") asked="$six" ;;
+  primary) asked="lora poly lora-passk poly-grpo"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
+  lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
+  full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
+  losses) asked="lora poly $(named sft- "$losses")" ;;
+  adapters) asked="lora poly $(named lora- "$adapters")" ;;
+  diversities) asked="lora poly $(named poly- "$diversities")" ;;
+  objectives) asked="$six lora-gspo lora-dapo $(named lora- "$objectives")" ;;
+  controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-entropy lora-clip
+    lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-likelihood poly-then-grpo poly-then-passk" ;;
+  temperature) asked="$six" temperatures="0.6 0.8 1.2 1.4" ;;
+  valid) asked="lora poly lora-grpo lora-passk poly-grpo" reward=valid ;;
+  few) asked="$six" k=4 set_size=3 ;;
+  noisy) asked="$six" extra=(--flip 0.15) ;;
+  blind) asked="lora poly lora-grpo lora-passk poly-grpo" reward=agreement gate=likelihood passk=maxk ;;
+  *) fail "there is no study $study: see --help" ;;
+esac
+[[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
+
 # ---- Settings. Those of the small worlds were chosen on seeds that no report uses: see LOG.md ----------
 
-name="$(basename "${data:-pocket}")"; out="${out:-runs/${name%%.*}}"
+name="$(basename "${study:-${data:-pocket}}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
-  arms="${arms:-lora poly lora-grpo lora-passk lora-cover poly-grpo}"
+  arms="${arms:-$asked}"
   seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-4}"
   sizes="base=$(( posts * 5 )),sft=$posts,grpo=$(( posts * 2 )),eval=$(( posts / 5 ))"
   if [[ -z "$data" ]]; then
@@ -94,13 +134,13 @@ if [[ -z "$model" ]]; then
   adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
   sft=(--lr 2e-3 --batch 32 --steps "${steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
   grpo=(--lr "$grpo_lr" --batch 16 --steps "${steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
-  gate=verifier; floor=0; passk=passk; samples="${samples:-40}"
+  gate="${gate:-verifier}" floor=0 passk="${passk:-passk}" samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
 else
   arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
-  seeds="${seeds:-1}"; weight="${weight:-1}"; gate=likelihood; floor=0; passk=maxk; samples="${samples:-20}"
+  seeds="${seeds:-1}"; weight="${weight:-1}"; gate=likelihood floor=0 passk=maxk samples="${samples:-20}"
   # The likelihood's scale and the embedder decide what a lambda does: D's share of the gradient is held instead.
   strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
@@ -118,7 +158,8 @@ else
   sizes="${sizes:-sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))}"
 fi
 [[ -z "$targets" ]] || adapter+=(--targets "$targets")
-grpo+=(--k 8 --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
+grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
+[[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
 poly="--k 8 --gate $gate --embedder $embedder"
 spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
@@ -127,16 +168,47 @@ spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
 
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
-every_arm() { cat <<END
-lora         sft   -     --lambda 0
-poly         sft   -     $strength $poly
-lora-grpo    grpo  lora  --advantage group
-lora-passk   grpo  lora  --advantage $passk --set-size 4
-lora-cover   grpo  lora  --advantage coverage --set-size 4
-poly-grpo    grpo  poly  --advantage group $spread
+every_arm() {
+  cat <<END
+lora                sft   -     --lambda 0
+poly                sft   -     $strength $poly
+lora-grpo           grpo  lora  --advantage group
+lora-passk          grpo  lora  --advantage $passk --set-size $set_size
+lora-cover          grpo  lora  --advantage coverage --set-size $set_size
+poly-grpo           grpo  poly  --advantage group $spread
+poly-then-grpo      grpo  poly  --advantage group
+poly-then-passk     grpo  poly  --advantage $passk --set-size $set_size
+lora-d              grpo  lora  --advantage group $spread
+lora-d-free         grpo  lora  --advantage group --diversity-weight $weight --gate none
+lora-d-likelihood   grpo  lora  --advantage group --diversity-weight $weight --gate likelihood
+lora-informed       grpo  lora  --advantage group --valid-weight 0.5
+lora-slow           grpo  lora  --advantage group --lr 5e-4
+lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1
+lora-clip           grpo  lora  --advantage group --updates 4
+lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
+lora-gspo           grpo  lora  --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
+lora-dapo           grpo  lora  --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
+lora-long           sft   -     --lambda 0 --steps 60
 END
+  local x
+  for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
+  for x in 0.1 0.3 1; do echo "lora-kl@$x grpo lora --advantage group --beta $x"; done
+  for x in $weights; do echo "poly@$x sft - --lambda $x $poly"; done
+  for x in $weights; do echo "poly-then-grpo@$x grpo poly@$x --advantage group"; done
+  for x in $rates; do echo "lora@$x sft - --lambda 0 --lr $x"; done
+  for x in $rates; do echo "full@$x sft - --lambda 0 --adapter full --lr $x"; done
+  for x in $losses; do echo "sft-$x sft - --lambda 0 --loss $x --k 8"; done
+  for x in $adapters; do echo "lora-$x sft - --lambda 0 --adapter $x"; done
+  for x in $diversities; do echo "poly-$x sft - $strength $poly --diversity $x"; done
+  for x in $objectives; do
+    case "$x" in mara|soft-spo) echo "lora-$x grpo lora --advantage $x --beta 0.1" ;;  # their pull to the start
+      *) echo "lora-$x grpo lora --advantage $x --set-size $set_size" ;; esac
+  done
 }
-for arm in $arms; do every_arm | grep -q "^$arm " || fail "there is no arm $arm: the arms stand in $here/train.sh"; done
+table="$(every_arm)"; arms="$(echo $arms)"  # one blank between names
+for arm in $arms; do
+  [[ $'\n'"$table" == *$'\n'"$arm "* ]] || fail "there is no arm $arm: the arms stand in $here/train.sh"
+done
 
 # ---- Stages ---------------------------------------------------------------------------------------------
 
@@ -175,9 +247,14 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
       sft) stage polylora sft "${first[@]}" "${common[@]}" --out "$to/$name" $flags < /dev/null ;;
       grpo) stage grpo "${second[@]}" "${common[@]}" --start "$to/$start" --out "$to/$name" $flags < /dev/null ;;
     esac
-  done < <(every_arm)
+  done <<< "$table"
   stage evaluate measure --model "$base" --data "$from/eval.jsonl" --bare "$to/base" --seed "$seed" "${judge[@]}" \
     ${held[@]+"${held[@]}"} --n "$samples" --max-new-tokens "$length" $measured
+  local t
+  for t in $temperatures; do               # RUN@t, each an arm of its own
+    stage evaluate measure --model "$base" --data "$from/eval.jsonl" --seed "$seed" "${judge[@]}" --n "$samples" \
+      --max-new-tokens "$length" --temperature "$t" --name "$t" $measured
+  done
 }
 
 end_all() {  # whatever still runs in this process group, the other seeds' programs included
@@ -219,12 +296,15 @@ reap 1
 
 if [[ "$RANK" == 0 ]]; then
   runs=()
-  for seed in $seeds; do for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done; done
+  for seed in $seeds; do
+    for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done
+    for t in $temperatures; do for arm in $arms; do runs+=("$out/seed$seed/$arm@$t"); done; done
+  done
   against=base; primary=()
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
   [[ " $arms " != *" lora-passk "*" poly-grpo "* ]] || primary=(--primary poly-grpo lora-passk)
-  stage evaluate report "${runs[@]}" --out "$out/report" --against "$against" ${primary[@]+"${primary[@]}"}
-  echo "The report, with its pictures, is in $out/report. Try:" \
+  stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${primary[@]+"${primary[@]}"}
+  echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""
 fi
 exit

@@ -391,6 +391,46 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
+STUDIES = "primary lambda full losses adapters diversities objectives controls temperature valid few noisy blind".split()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, study):
+    """By a python that only writes down what it is asked; each arm starts from one that came before it."""
+    fake, said = tmp_path / "python", tmp_path / "said"
+    fake.write_text(f'#!/bin/sh\nshift 0; echo "$@" >> {said}\n')
+    fake.chmod(0o755)
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
+    ran = subprocess.run(["bash", "train.sh", "--study", study, "--seeds", "11", "--out", str(tmp_path / "o")],
+                         cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    made, measured = set(), []
+    for line in said.read_text().splitlines():
+        room, *words = line.split()
+        room = Path(room).name
+        if room == "data.py":
+            continue
+        args = {"polylora.py": polylora, "grpo.py": grpo, "evaluate.py": evaluate}[room].parser().parse_args(words)
+        if room == "evaluate.py":
+            measured.append(args)
+            continue
+        if room == "polylora.py" and words[0] == "sft":
+            polylora.check_sft(args)
+        if room == "grpo.py":
+            assert Path(args.start) in made and args.set_size <= args.k
+        made.add(Path(args.out))
+    *measures, report = measured
+    assert measures and {args.reward for args in measures} == {"auto"}
+    assert {Path(run) for run in report.runs if "@" not in Path(run).name} - {tmp_path / "o/seed11/base"} <= made
+    names = {path.name for path in made}
+    wanted = {"losses": {f"sft-{name}" for name in polylora.SFT_LOSSES if name != "ce"},
+              "adapters": {f"lora-{name}" for name in polylora.ADAPTERS if name not in ("lora", "full")},
+              "diversities": {f"poly-{name}" for name in polylora.DIVERSITIES if name != "cosine"},
+              "objectives": {f"lora-{name}" for name in grpo.OBJECTIVES} - {
+                  "lora-group", "lora-coverage"} | {"lora-grpo", "lora-cover"}}
+    assert wanted.get(study, set()) <= names
+
+
 def test_train_sh_help():
     ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "--lambda" in ran.stdout
