@@ -19,6 +19,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                      name; studies in one folder share the arms that are equal)
   --study NAME       one question, with arms and seeds of its own, for the small worlds:
                        primary      poly-grpo against Pass@k training, seeds 11 to 22
+                       trials       how settings are chosen: four methods, six settings each, seeds 101 and 102
                        lambda       SFT at four weights of D, each with GRPO after it
                        full         LoRA and full fine-tuning at three learning rates each
                        losses, adapters, diversities, objectives      every line of that register
@@ -89,10 +90,14 @@ diversities="dpp vendi distinct ngram levenshtein"
 objectives="drgrpo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
+each() { local x r; for r in 1e-3 2e-3; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
+trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six" ;;
   primary) asked="lora poly lora-passk poly-grpo"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
+  trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
+    asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
@@ -197,6 +202,12 @@ END
   for x in $weights; do echo "poly-then-grpo@$x grpo poly@$x --advantage group"; done
   for x in $rates; do echo "lora@$x sft - --lambda 0 --lr $x"; done
   for x in $rates; do echo "full@$x sft - --lambda 0 --adapter full --lr $x"; done
+  for x in $trials_kl; do echo "try-grpo-$x grpo lora --advantage group --beta ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $trials_set; do echo "try-passk-$x grpo lora --advantage passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $trials_set; do echo "try-cover-$x grpo lora --advantage coverage --set-size ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $trials_weight; do
+    echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
+  done
   for x in $losses; do echo "sft-$x sft - --lambda 0 --loss $x --k 8"; done
   for x in $adapters; do echo "lora-$x sft - --lambda 0 --adapter $x"; done
   for x in $diversities; do echo "poly-$x sft - $strength $poly --diversity $x"; done
