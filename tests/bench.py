@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import data
 from grpo import group_advantages, policy_loss
 from generate import Fused, generate
 from model import (Config, Qwen3, SelectedLogprobs, full_attention, pack, quantise, selected_logprobs,

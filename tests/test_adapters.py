@@ -20,7 +20,8 @@ from adapters import (ADAPTERS, Budget, adapter, adapter_state, add_adapter, bas
 from data import InputError
 from generate import generate, generate_plain
 from model import Config, Qwen3, pack, quantise, token_logprobs
-from tiny import PEFT_KINDS, sequence, tiny_adapter, tiny_config, tiny_weights, write_adapter, write_checkpoint
+from tiny import (PEFT_KINDS, command, sequence, tiny_adapter, tiny_config, tiny_weights, whole_and_cut, write_adapter,
+                  write_checkpoint)
 from trainer import Tally, Visit, add_cross_entropy, train_tokenizer
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 30, 2, 8]])
@@ -484,31 +485,11 @@ def files(tmp_path_factory):
     return ["--model", str(folder / "model"), "--data", str(folder / "posts.jsonl")]
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_20_steps_resumes_bit_for_bit_and_grpo_goes_on_from_it(kind, files, tmp_path, monkeypatch):
+def test_a_run_of_20_steps_resumes_bit_for_bit_and_grpo_goes_on_from_it(kind, files, tmp_path):
     small = f"--adapter {kind} --members 2 --steps 20 --batch 2 --rank 2 --save-every 7 --lambda 0.5 --k 3 " \
             "--draft-every 10 --draft-posts 2 --max-new-tokens 4 --lr 0.01".split()
-
-    def go(name, *more):
-        return polylora.main(["sft", *files, "--out", str(tmp_path / name), *small, *more])
-    assert go("whole") == 0
-    step = polylora.sft_step
-
-    def until(s, i):
-        if i == 16:
-            raise Stop
-        return step(s, i)
-    monkeypatch.setattr(polylora, "sft_step", until)
-    with pytest.raises(Stop):
-        go("cut")
-    monkeypatch.setattr(polylora, "sft_step", step)
-    assert go("cut", "--resume") == 0
-    whole, cut = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "cut"))
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
+    whole = whole_and_cut(command(polylora.main, tmp_path, "sft", *files, *small), polylora, "sft_step", 16)["adapter"]
     again = ["--start", str(tmp_path / "whole"), *files, "--out", str(tmp_path / "grpo"), "--steps", "2", "--batch", "2",
              "--k", "4", "--max-new-tokens", "4", "--reward", "agreement", "--beta", "0.1", "--lr", "0.01"]
     assert grpo.main(again) == 0

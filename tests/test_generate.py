@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from data import InputError, read_json
-from generate import (Decoder, DraftBatch, Fused, Product, draw, generate, generate_plain, inverse, linear,
+from generate import (Decoder, DraftBatch, Fused, Product, draw, generate, generate_plain, inverse,
                       plain_loop, sample, uniforms)
 from model import Config, Parts, Qwen3, full_attention, pack, quantise, token_logprobs
 from polylora import adapter_state, add_lora, lora_layers

@@ -20,13 +20,12 @@ from data import InputError, Post
 from grpo import (OBJECTIVES, Group, advantages_of, coverage_advantages, group_advantages, grpo_step,
                   maxk_advantages, passk_advantages, policy_loss, polychromic_advantages, rollout,
                   set_advantages, subsets)
-from model import Config, Qwen3
 from polylora import (adapter_state, add_lora, diversity, diversity_advantages, frozen_copy,
                       lora_layers, pair_distances, save_adapter)
 from rewards import AgreementReward, JudgeReward, ModelReward, RelevanceReward, VerifierReward
 from test_polylora import (OUTCOMES, QUALITY, Share, all_tuples, build, exact_gradient,
                            expected_estimate, gap, gradient, in_double, nearly, parts, policy,
-                           session, visits)
+                           session)
 from trainer import Tally, batch_visits
 
 REWARDS = torch.tensor([0.2, 1.0, -0.4, 0.7]).double()                         # of the four outcomes

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
 from data import InputError
-from model import (Config, Qwen3, SelectedLogprobs, TokenLosses, pack, selected_logprobs, token_logprobs,
+from model import (Qwen3, SelectedLogprobs, TokenLosses, pack, selected_logprobs, token_logprobs,
                    token_losses)
 from test_generate import PROMPTS, build, next_logits
 from tiny import tiny_config, tiny_weights

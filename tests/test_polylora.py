@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from polylora import (Embedder, Gate, LoRALinear, adapter, adapter_state, add_cr
                       add_lora, base, diversity, diversity_advantages, drop_lora, frozen_copy,
                       load_adapter, load_embedder, lora_layers, merge_lora, pair_distances,
                       save_adapter, sft_step)
-from tiny import tiny_config, tiny_weights
+from tiny import command, tiny_config, tiny_weights, whole_and_cut
 from trainer import Ranks, Session, Tally, Visit, batch_visits, train_tokenizer
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 30, 2, 8]])
@@ -730,10 +729,6 @@ def test_random_streams_hang_on_the_post_not_on_its_id(parts):
     assert drafts[0] == drafts[1] == drafts[2]
 
 
-class Stop(Exception):
-    pass
-
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -751,28 +746,12 @@ def files(parts, tmp_path_factory):
     return ["--model", str(folder / "model"), "--data", str(folder / "posts.jsonl")]
 
 
-def test_an_sft_run_from_the_command_line_resumes_bit_for_bit(files, tmp_path, monkeypatch):
+def test_an_sft_run_from_the_command_line_resumes_bit_for_bit(files, tmp_path):
     """The whole phase, broken off in its fifth step and resumed: the adapter is the uninterrupted run's in
     every bit."""
     small = ("--steps 6 --batch 4 --lambda 0.5 --k 3 --draft-posts 2 --max-new-tokens 5 --rank 2 "
              "--dropout 0.2 --save-every 2 --max-rows 4").split()
-
-    def go(name, *more):
-        return polylora.main(["sft", *files, "--out", str(tmp_path / name), *small, *more])
-    assert go("whole") == 0
-    step = polylora.sft_step
-
-    def until(s, i):
-        if i == 4:
-            raise Stop
-        return step(s, i)
-    monkeypatch.setattr(polylora, "sft_step", until)
-    with pytest.raises(Stop):
-        go("cut")
-    monkeypatch.setattr(polylora, "sft_step", step)
-    assert go("cut") == 2 and go("cut", "--resume") == 0
-    whole, cut = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+    whole = whole_and_cut(command(polylora.main, tmp_path, "sft", *files, *small), polylora, "sft_step", 4)["adapter"]
     assert all(float(x.abs().max()) > 0 for x in whole.values())
     assert [x["step"] for x in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6, 6]
 

@@ -15,8 +15,9 @@ import data
 import grpo
 import rewards
 from data import InputError
-from test_polylora import Share, Stop, build, files, gap, nearly, parts
+from test_polylora import Share, build, files, gap, nearly, parts
 from test_rivals import on_two_ranks
+from tiny import command, whole_and_cut
 from trainer import Visit
 
 
@@ -221,30 +222,15 @@ def test_the_step_is_the_gradient_of_the_mean_loss_less_the_spread(parts):
     assert "spread" not in tally.sums and max(float(g.abs().max()) for g in single.values()) > 0
 
 
-def test_trained_members_learn_resume_and_reward(parts, files, tmp_path, monkeypatch):
+def test_trained_members_learn_resume_and_reward(parts, files, tmp_path):
     """The whole command on picks of the longer reply: broken off, resumed bit for bit, and read as --reward model."""
     posts, tokenizer, model = parts
     lines = [{"post": p.post, "drafts": sorted(p.replies, key=len)[::5][:2], "pick": 1} for p in posts]
     picks = write(tmp_path / "picks.jsonl", *[x for x in lines if len(x["drafts"]) == 2])
     small = ("--steps 7 --batch 6 --members 2 --rank 2 --lr 3e-2 --save-every 2 --device cpu --warmup 1 --dropout 0.1").split()
-
-    def go(name, *more):
-        return rewards.main(["train", *files[:2], "--data", str(picks), "--out", str(tmp_path / name), *small, *more])
-    assert go("whole") == 0
-    step = rewards.preference_step
-
-    def until(s, i):
-        if i == 3:
-            raise Stop
-        return step(s, i)
-    monkeypatch.setattr(rewards, "preference_step", until)
-    with pytest.raises(Stop):
-        go("cut")
-    monkeypatch.setattr(rewards, "preference_step", step)
-    assert go("cut", "--resume") == 0
-    for m in (0, 1):
-        one, other = (load_file(tmp_path / n / f"adapter-{m}" / "adapter_model.safetensors") for n in ("whole", "cut"))
-        assert all(torch.equal(one[n], other[n]) for n in one) and "base_model.model.score.weight" in one
+    go = command(rewards.main, tmp_path, "train", *files[:2], "--data", str(picks), *small)
+    members = whole_and_cut(go, rewards, "preference_step", 3, parts=("adapter-0", "adapter-1"))
+    assert all("base_model.model.score.weight" in tensors for tensors in members.values())
     log = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert log[6]["loss"] < log[0]["loss"] and log[6]["accuracy"] > log[0]["accuracy"]
     session = types.SimpleNamespace(args=types.SimpleNamespace(reward_model=str(tmp_path / "whole"), dtype="auto", spread_penalty=0.5),

@@ -11,7 +11,6 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import data
 import grpo
@@ -22,8 +21,9 @@ from grpo import OBJECTIVES, Group, group_advantages, policy_loss
 from polylora import DIVERSITIES, SFT_LOSSES
 from test_methods import (RIGHT, grpo_session, packed, rewards_by_length, rewards_of, sft_session, slope, tokens,
                           voices_by_length)
-from test_polylora import (Share, Stop, adapter_state, all_tuples, exact_gradient, expected_estimate, files, gap,
+from test_polylora import (Share, adapter_state, all_tuples, exact_gradient, expected_estimate, files, gap,
                            gradient, in_double, nearly, parts, policy, save_adapter)
+from tiny import command, whole_and_cut
 from trainer import Visit, batch_visits
 
 REFERENCE = torch.tensor([0.5, 0.1, 0.3, 0.1]).double()                        # of four outcomes
@@ -525,21 +525,7 @@ def test_a_run_with_values_resumes_bit_for_bit(parts, files, tmp_path, monkeypat
              "--steps", "5", "--batch", "8", "--k", "2", "--max-new-tokens", "5", "--save-every", "2", "--lr", "1e-2",
              "--device", "cpu"]
     monkeypatch.setattr(rewards.VerifierReward, "__call__", lambda self, *a: rewards_by_length(*a))
-    go = lambda name, *more: grpo.main([*flags, "--out", str(tmp_path / name), *more])
-    assert go("whole") == 0
-    step = grpo.grpo_step
-
-    def until(s, i):
-        tally = step(s, i)
-        if i == 3:
-            raise Stop
-        return tally
-    monkeypatch.setattr(grpo, "grpo_step", until)
-    with pytest.raises(Stop):
-        go("cut")
-    monkeypatch.setattr(grpo, "grpo_step", step)
-    assert go("cut", "--resume") == 0
-    one, other = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(one[n], other[n]) for n in one) and any(float(x.abs().max()) > 0 for x in one.values())
+    whole = whole_and_cut(command(grpo.main, tmp_path, *flags), grpo, "grpo_step", 3, before=False)["adapter"]
+    assert any(float(x.abs().max()) > 0 for x in whole.values())
     lines = [json.loads(x) for x in (tmp_path / "cut" / "values.jsonl").read_text().split("\n") if x]
     assert [x["step"] for x in lines] == [0, 1, 2, 3, 2, 3, 4] and lines[2] == lines[4]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STOP = 5                # the end-of-turn id of the tiny checkpoints; 0 is their pad
@@ -156,6 +156,39 @@ def write_adapter(folder, weights, rank, alpha, **changes):
                 "inference_mode": True} | changes)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def whole_and_cut(go, room, step_name, at, parts=("adapter",), before=True):
+    """A command that leaves the same whether it was broken off or not. `go(name, *more)` runs it into folder `name`
+    and returns its exit code: "whole" from start to end, "cut" broken off in step `at` (before its work is done, or
+    after) and resumed. Returns {part: its tensors}, once both runs' are equal in every bit."""
+    import pytest
+    assert go("whole") == 0
+    step = getattr(room, step_name)
+
+    def until(session, i):
+        tally = None if before and i == at else step(session, i)
+        if i == at:
+            raise InterruptedError
+        return tally
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(room, step_name, until)
+        go("cut")
+    assert go("cut") == 2 and go("cut", "--resume") == 0                       # never over another run, unasked
+    ended = {}
+    for part in parts:
+        whole, cut = (load_file(go.folder / name / part / "adapter_model.safetensors") for name in ("whole", "cut"))
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
+        ended[part] = whole
+    return ended
+
+
+def command(main, folder, *arguments):
+    """-> go(name, *more) for whole_and_cut: main's exit code, with --out of that name in `folder`."""
+    def go(name, *more):
+        return main([*arguments, "--out", str(folder / name), *more])
+    go.folder = folder
+    return go
 
 
 def write_json(path, value):
