@@ -33,10 +33,9 @@ import people
 from adapters import base, drop_lora, load_adapter, read_adapter_config
 from data import InputError, command, printable, read_json, write_text
 from decoders import DECODERS, check_decoder, draft_scores
-from grpo import same_domain
 from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
     KS, distinct_n, pareto_front, pass_at_k, self_bleu, vendi_score)
-from polylora import diversity, held_out, listed, load_embedder
+from polylora import diversity, held_out, listed, load_embedder, same_domain
 from report import read_object, report
 from rewards import REWARDS, AgreementReward, JudgeReward, make_reward
 from trainer import (Session, Visit, allow_code_flag, file_hash, load_model, model_flags,

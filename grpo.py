@@ -26,15 +26,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import data
 from adapters import (Budget, adapter, add_lora, frozen_copy, load_adapter, read_adapter_config,
                       trained)
 from data import InputError, command
 from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
-                      measure, pair_distances)
-from rewards import REWARDS, Values, make_reward
+                      measure, pair_distances, same_domain)
+from rewards import REWARDS, Values, make_reward, overlong_penalty, voice_rows
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
                      seed_of, train)
 
@@ -541,12 +540,6 @@ def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence
     return loss.sum() / denominator, outside, kl.detach().sum()
 
 
-def overlong_penalty(lengths, longest, cache):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), added to rewards: from 0 at
-    longest - cache tokens to -1 at the longest draft."""
-    return ((longest - cache - lengths) / cache).clamp(-1, 0)
-
-
 # ---- The step ------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -587,12 +580,6 @@ class Batch:
     old: torch.Tensor | None                  # (N,) by the training path; None: on policy
     reference: torch.Tensor | None            # (N,) of the starting adapter, for the KL
     chosen: torch.Tensor | None = None        # (N,) bool, by --tokens
-
-
-def voice_rows(domain, post, texts):
-    """For each text a row of 0 and 1: in which of the domain's voices it is right."""
-    found = [domain.voices_of(post, text) for text in texts]
-    return [[float(voice in right) for voice in domain.voices] for right in found]
 
 
 def draw(session, visits, step):
@@ -665,7 +652,7 @@ def rollout(session, step, tally):
     drawn = draw_batch(session, step, tally)
     group, samples = drawn.group, drawn.samples
     if not drawn.visits:  # --resample kept none of this rank's posts
-        return [], session.ranks.sum([0])[0]
+        return [], session.ranks.sum([0, 0, 0])[0]
     if "reference" in needs(args.advantage):
         group.reference = torch.zeros(group.rewards.numel())
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
@@ -685,20 +672,41 @@ def rollout(session, step, tally):
             tally.add("mismatch", (old - sampled).abs().sum(), len(old))
     if group.reference is not None:
         group.reference = group.reference.view_as(group.rewards)
-    advantages = advantages_of(OBJECTIVES[args.advantage], group, args.diversity_weight,
-                               args.diversity, args.entropy_weight)
+    objective = OBJECTIVES[args.advantage]
+    parts = objective.advantages(group), torch.zeros_like(group.rewards)
+    if args.diversity_weight or args.diversity_share:
+        parts = parts[0], objective.weight(group) * measure(args.diversity, group)[1]
+    squares = [float(part.double().square().sum()) for part in parts]
+    count, *squares = session.ranks.sum([sum(map(len, logprobs)), *squares])
+    weight = spread_weight(args, *squares, tally)
+    advantages = advantages_of(objective, group, weight, args.diversity, args.entropy_weight)
     flat = advantages.flatten().to(device)                                     # one a draft
     chosen = chosen_tokens(session, advantages, samples.logprobs, step)
     for batch in batches:
         batch.advantages = flat[batch.rows.draft]
         batch.chosen = None if chosen is None else by_token(batch.rows, chosen)
     tally_rollout(drawn, advantages, args, tally)
-    return batches, session.ranks.sum([sum(map(len, logprobs))])[0]
+    return batches, count
+
+
+def spread_weight(args, own, spread, tally):
+    """D's weight in this step, from the squared norms, over all ranks, of the objective's advantages
+    and of D's at weight 1. --diversity-share sets it so that D's part has that share of the
+    objective's norm. The log's D_share is left out where the objective's is zero, and D is then
+    left out where its share is to be held."""
+    if not own:
+        return 0.0 if args.diversity_share else args.diversity_weight
+    weight, ratio = args.diversity_weight, math.sqrt(spread / own)
+    if args.diversity_share:
+        weight = args.diversity_share / ratio if ratio else 0.0
+        tally.add("D_weight", weight)
+    if weight:
+        tally.add("D_share", weight * ratio)
+    return weight
 
 
 def tally_rollout(drawn, advantages, args, tally):
-    """What the log says of a rollout. D_share is that of the advantages: the norm of D's part over
-    the objective's, left out where that is zero."""
+    """What the log says of a rollout."""
     group, samples = drawn.group, drawn.samples
     diversity = args.diversity
     posts, drafts = group.rewards.shape[0], group.rewards.numel()
@@ -711,12 +719,6 @@ def tally_rollout(drawn, advantages, args, tally):
         tally.add("valid", group.right.amax(-1).sum(), drafts)
     if group.quality is not None:
         tally.add("quality", group.quality.sum(), drafts)
-    if args.diversity_weight:
-        objective = OBJECTIVES[args.advantage]
-        own = objective.advantages(group)
-        if own.any():
-            both = advantages_of(objective, group, args.diversity_weight, diversity)
-            tally.add("D_share", (both - own).norm() / own.norm())
     if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[diversity].embeds):
         plain = dataclasses.replace(group, quality=None)
         tally.add("D", measure(diversity, plain)[0].sum(), posts)
@@ -755,7 +757,7 @@ def grpo_step(session, step):
     return tally
 
 
-LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "D_share", "reward_std",
+LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "D_share", "D_weight", "reward_std",
           "advantage", "zero_variance", "clipped", "kl", "k1", "k2", "mismatch", "length",
           "truncated"]
 
@@ -777,7 +779,7 @@ def run_grpo(args):
     session.start = frozen_copy(session.model)
     session.shard_model()
     session.start = {n: t.to(session.ranks.device) for n, t in session.start.items()}
-    embeds = args.diversity_weight and DIVERSITIES[args.diversity].embeds
+    embeds = (args.diversity_weight or args.diversity_share) and DIVERSITIES[args.diversity].embeds
     if embeds or "embeddings" in needs(args.advantage):
         load_embedder(session)
     session.reward = make_reward(args.reward, session)
@@ -790,19 +792,6 @@ def run_grpo(args):
     announce(session, step_fn)
     summary = train(session, session.params, step_fn, LOGGED, Budget(session.model))
     finish_adapter(session, summary)
-
-
-def same_domain(run, domain):
-    """InputError when a finished run was trained for another domain than `domain`."""
-    done = run / "done.json"
-    record = data.read_json(done).get("domain") if done.exists() else None
-    if isinstance(record, str):  # written before voices and readers were fixed at the split
-        record = {"domain": record}
-    if record is not None and record != domain.record():
-        raise InputError(f"{run} was trained for the domain {record.get('domain')!r} with voices "
-                         f"{', '.join(record.get('voices', [])) or 'none'}; these posts are of "
-                         f"{domain.name!r} with {', '.join(domain.voices) or 'none'}, or with "
-                         "other readers: use the parts of one split")
 
 
 def check_grpo(args):
@@ -821,9 +810,12 @@ def check_grpo(args):
         args.revision = args.revision or config.get("revision")
     if not args.model:
         raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
-    alone = args.advantage == "single-stream-spo" and not args.diversity_weight
+    alone = args.advantage == "single-stream-spo" and not (
+        args.diversity_weight or args.diversity_share)
     if args.k < 2 - alone or args.entropy_weight and args.k < 2:
         raise InputError(f"--k {args.k}: a group needs at least 2 drafts")
+    if args.diversity_weight and args.diversity_share:
+        raise InputError("--diversity-weight and --diversity-share both weigh D: give one of them")
     if "beta" in needs(args.advantage) and not args.beta:
         raise InputError(f"--advantage {args.advantage} weighs the likelihood under the starting "
                          "adapter by --beta: give one above 0")
@@ -855,6 +847,9 @@ def parser():
     add("--diversity-weight", type=float, default=0.0,
         help="weight of D beside what --advantage maximises: in standard deviations of reward "
              "where that divides by them, else in units of reward")
+    add("--diversity-share", type=float, default=0.0,
+        help="instead of --diversity-weight: how large D's part of each step's advantages is beside "
+             "the objective's, as a share of its norm")
     add("--entropy-weight", type=float, default=0.0,
         help="weight of the entropy of whole drafts, in nats, beside the reward")
     add("--reward", default="auto", choices=("auto", *REWARDS),

@@ -731,6 +731,19 @@ def finish_adapter(session, summary):
     session.ranks.close()
 
 
+def same_domain(run, domain):
+    """InputError when a finished run was trained for another domain than `domain`."""
+    done = run / "done.json"
+    record = data.read_json(done).get("domain") if done.exists() else None
+    if isinstance(record, str):  # written before voices and readers were fixed at the split
+        record = {"domain": record}
+    if record is not None and record != domain.record():
+        raise InputError(f"{run} was trained for the domain {record.get('domain')!r} with voices "
+                         f"{', '.join(record.get('voices', [])) or 'none'}; these posts are of "
+                         f"{domain.name!r} with {', '.join(domain.voices) or 'none'}, or with "
+                         "other readers: use the parts of one split")
+
+
 # ---- Commands ------------------------------------------------------------------------------------
 
 def listed(table):

@@ -60,6 +60,18 @@ class VerifierReward:
         return out
 
 
+def overlong_penalty(lengths, longest, cache):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), added to rewards: from 0 at
+    longest - cache tokens to -1 at the longest draft."""
+    return ((longest - cache - lengths) / cache).clamp(-1, 0)
+
+
+def voice_rows(domain, post, texts):
+    """For each text a row of 0 and 1: in which of the domain's voices it is right."""
+    found = [domain.voices_of(post, text) for text in texts]
+    return [[float(voice in right) for voice in domain.voices] for right in found]
+
+
 class RelevanceReward:
     """For posts without a verifier, in [0, 1]: (1 + cosine of draft and post) / 2, times the
     domain's `form` (length, words not copied, no repetition). The cheapest reward, and easy to

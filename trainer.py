@@ -750,8 +750,8 @@ RANGES = {
     **dict.fromkeys(("batch", "save_every", "micro_tokens", "max_rows", "rank", "max_new_tokens",
                      "draft_every", "draft_posts", "updates", "members"), FROM_ONE),
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
-                     "gate_floor", "beta", "diversity_weight", "clip_high", "resample",
-                     "overlong", "valid_weight", "entropy_weight",
+                     "gate_floor", "beta", "diversity_weight", "diversity_share", "clip_high",
+                     "resample", "overlong", "valid_weight", "entropy_weight",
                      "member_spread", "spread_penalty"), FROM_ZERO),
     **dict.fromkeys(("clip", "alpha", "loss_value", "until"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip", "token_share"), SHARE)}

@@ -530,8 +530,8 @@ def test_the_shares_of_two_ranks_add_up_to_the_whole_gradient(parts):
     rank."""
     whole = rl(parts)
     want, _ = step_gradient(whole)
-    total, = whole.ranks.summed[0]
-    ranks = [Share(r, 2, total=[total]) for r in (0, 1)]
+    total, *squares = whole.ranks.summed[0]
+    ranks = [Share(r, 2, total=[total, *squares]) for r in (0, 1)]
     one, two = (step_gradient(rl(parts, ranks=r))[0] for r in ranks)
     nearly({n: one[n] + two[n] for n in want}, want)
     counts = [r.summed[0][0] for r in ranks]
@@ -564,6 +564,32 @@ def test_the_step_is_the_policy_gradient_of_its_advantages(parts):
                 logp = out.log_softmax(-1)[torch.arange(len(d)), torch.tensor(d)]
                 (-a[p, i] * logp.sum() / count).backward()
     nearly(got, gradient(s, plain)[0], 1e-3)
+
+
+def test_d_has_the_share_that_was_asked_for_on_any_number_of_ranks(parts, monkeypatch):
+    """--diversity-share: |D's part| = share |the objective's|, both over the whole step; where no reward differs
+    there is nothing to have a share of."""
+    from test_rivals import on_two_ranks
+    monkeypatch.setattr(grpo, "tally_rollout", lambda drawn, a, args, tally: setattr(tally, "advantages", a))
+
+    def step(ranks=None):
+        s, tally = rl(parts, "--diversity-weight", "0", "--diversity-share", "0.6", ranks=ranks), Tally()
+        grpo.rollout(s, 0, tally)
+        return s, tally.advantages, tally
+    s, got, tally = step()
+    _, samples, texts = s.sample_drafts(batch_visits(len(s.posts), 6, 0, 4), 0, 4)
+    group = Group(torch.tensor(s.reward(None, texts, 0)), s.embedder(texts))
+    own, unit = (advantages_of(OBJECTIVES["group"], group, w) for w in (0, 1))
+    weight = 0.6 * own.norm() / (unit - own).norm()
+    assert gap(got, own + weight * (unit - own)) < 1e-4
+    assert tally.sums["D_share"][0] == pytest.approx(0.6) and tally.sums["D_weight"][0] == pytest.approx(float(weight), rel=1e-4)
+    halves = on_two_ranks(lambda ranks: step(ranks)[1])
+    assert gap(torch.stack(halves, 1).view(6, 4), got) < 1e-4                  # posts are dealt in turn
+    tally = Tally()
+    assert grpo.spread_weight(s.args, 0.0, 1.0, tally) == 0 and not tally.sums
+    with pytest.raises(InputError, match="both"):
+        grpo.check_grpo(grpo.parser().parse_args(["--start", "-", "--data", "-", "--out", "-", "--model", "-", "--dry-run",
+                                                  "--diversity-weight", "1", "--diversity-share", "1"]))
 
 
 def test_several_updates_reuse_the_drafts_and_their_first_log_probs(parts):
