@@ -257,7 +257,8 @@ def summarise(arms, against=None, ks=KS):
         refuse_saturated(out)
     for arm in arms if against else ():
         if arm != against:
-            compared = [name for name in COMPARED if name in names]
+            compared = [name for name in COMPARED if name in names
+                        and not (out["refused"] and name.startswith(BY_PASSING))]
             rows = {name: paired(arms[arm], arms[against], name) for name in compared}
             rows = {name: row for name, row in rows.items() if row}
             out["differences"][arm] = rows
@@ -319,6 +320,9 @@ def add_limits(out, readers):
         out["front"] = front(readers)
 
 
+BY_PASSING = ("pass@", "longest@", "pick_")  # what counts drafts that pass, of k
+
+
 def refuse_saturated(out):
     """Without a verifier passing must be a feat: else the column is refused, in a sentence."""
     scale = out["scale"]
@@ -331,7 +335,7 @@ def refuse_saturated(out):
                           "leaves no room for any method to be better.")
     if out["refused"]:
         for arm in out["arms"].values():
-            for name in [n for n in arm["metrics"] if n.startswith(("pass@", "longest@"))]:
+            for name in [n for n in arm["metrics"] if n.startswith(BY_PASSING)]:
                 arm["metrics"][name] = {"mean": None, "posts_left_out": 0}
 
 
@@ -779,7 +783,7 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
     """
     arms = group_runs(run_folders, ks)
     summary = summarise(arms, against, ks)
-    if endpoint:
+    if endpoint and not summary["refused"]:
         summary["notes"] += primary(arms, *endpoint)
     text, page, sheet = write_tables(summary)
     files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",

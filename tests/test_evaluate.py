@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
@@ -248,6 +249,7 @@ def test_sign_flips_and_holm_by_hand():
     assert sign_flip([1, 2, 3]) == 2 / 8 and sign_flip([1, 1, 1, 1, 1]) == 2 / 32
     assert sign_flip([1, -1]) == 1 and sign_flip([0.0, 0.0]) == 1
     assert sign_flip(np.full(20, 0.3)) < 1e-3
+    assert sign_flip(np.full(60, 0.3)) == 1 / 20_001                           # by chance alone no p is 0
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
 
@@ -683,6 +685,11 @@ def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
         assert summary["refused"] in text and "pass@5" not in text.replace("Pass@", "")
         assert summary["arms"]["poly"]["metrics"]["pass@5"]["mean"] is None
         ElementTree.parse(tmp_path / name / "pass_at_k.svg")
+        summary = evaluate.report(runs, tmp_path / name, "base", endpoint=("poly", "base"))
+        assert set(summary["differences"]["poly"]) == {"valid"}                # nor by the back door
+        assert not any("pass@" in note for note in summary["notes"])
+        picks = [n for n in summary["arms"]["poly"]["metrics"] if n.startswith("pick_")]
+        assert picks and all(summary["arms"]["poly"]["metrics"][n]["mean"] is None for n in picks)
 
 
 def test_equal_adapters_and_warnings_are_named(tmp_path):
@@ -723,6 +730,23 @@ def test_a_draft_passes_above_19_of_20_replies_to_another_post():
     threshold, scale = evaluate.passing(session, reward)
     others = [posts[(i + 30) % 60].replies[0] for i in range(60)]
     earned = [row[0] for row in reward(posts, [[text] for text in others], None)]
-    assert sorted(earned)[57] == threshold and scale["shuffled"] == 2 / 60
+    assert sorted(earned)[57] == threshold and (np.array(earned) > threshold).mean() == 2 / 60
+    others = [posts[(i + 20) % 60].replies[0] for i in range(60)]              # not those that set the bar, of which
+    earned = [row[0] for row in reward(posts, [[text] for text in others], None)]   # 1 in 20 pass by definition
+    assert scale["shuffled"] == (np.array(earned) > threshold).mean() != 2 / 60
     assert scale["people"] == sum(max(likeness[p.replies[0], r] for r in p.replies[1:]) > threshold for p in posts) / 60
     assert scale["people"] > 0.9
+
+
+def test_a_reply_that_is_compared_with_itself_is_no_measure_of_people():
+    """With one reply a post agreement finds it in itself: 100% of people would pass, and nothing would be said by it."""
+    posts = [Post(f"{i}", f"post {i}", (f"{i} only",)) for i in range(12)]
+    session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="agreement"))
+    draw = torch.Generator().manual_seed(1)
+    known = {}
+    vector = lambda text: known.setdefault(text, torch.nn.functional.normalize(torch.randn(9, generator=draw), dim=0))
+    embed = lambda groups: torch.stack([torch.stack([vector(t) for t in texts]) for texts in groups])
+    threshold, scale = evaluate.passing(session, evaluate.AgreementReward(embed))
+    assert scale["people"] is None and scale["truncated"] is None and 0 <= scale["shuffled"] < 0.5
+    relevance = lambda posts, drafts, streams: [[float(p.id == t.split()[0]) for t in ts] for p, ts in zip(posts, drafts)]
+    assert evaluate.passing(session, relevance)[1]["people"] == 1              # compared with the post, which is another text
