@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -516,7 +517,7 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     assert evaluate.main(["report", *runs, "--out", str(out), "--against", "lora-grpo"]) == 0
     assert {path.name for path in out.iterdir()} == {
         "report.json", "report.md", "report.txt", "report.csv", "pass_at_k.svg", "pass1_pass5.svg",
-        "quality_diversity.svg", "report.html"}
+        "pass1_pass10.svg", "quality_diversity.svg", "report.html"}
     data = json.loads((out / "report.json").read_text())
     assert list(data["arms"]) == ["lora-grpo", "poly <&> |", "base"] and data["posts"] == 6
     lora, base = data["arms"]["lora-grpo"], data["arms"]["base"]
@@ -542,7 +543,9 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     text = (out / "report.txt").read_text()
     assert capsys.readouterr().out == text and "distinct-2 in 6 posts of base" in text and "0.292 ±" in text
     assert "poly <&> \\|" in (out / "report.md").read_text()
-    for name in ("pass_at_k.svg", "pass1_pass5.svg", "quality_diversity.svg"):
+    assert {"limit of independent drafts", "limit of joint drafts"} <= set(re.findall(
+        "limit of [a-z]+ drafts", (out / "pass_at_k.svg").read_text()))
+    for name in ("pass_at_k.svg", "pass1_pass5.svg", "pass1_pass10.svg", "quality_diversity.svg"):
         page = (out / name).read_text()
         words_in = [element.text for element in ElementTree.fromstring(page).iter() if element.text]
         assert {"lora-grpo", "poly <&> |", "base"} <= set(words_in)
@@ -654,6 +657,24 @@ def test_the_limit_stands_beside_the_arms(runs, tmp_path):
         assert arm["limits"]["5"] == pytest.approx(attainable((0.5, 0.3, 0.2), 5, valid))
     text = (tmp_path / "out" / "report.txt").read_text()
     assert "share of limit(1) @5" in text and "Coverage" in text
+    for k in (5, 10):                        # each arm's dotted line ends at the limit at its own validity, above the arm
+        page = (tmp_path / "out" / f"pass1_pass{k}.svg").read_text()
+        lines = re.findall(r'stroke-dasharray="1 4" points="[\d.]+,([\d.]+) [\d.]+,([\d.]+)"', page)
+        grid = re.findall(r'x="56.0" y="([\d.]+)"[^>]*>([\d.]+)<', page)
+        (y0, v0), (y1, v1) = [(float(y) - 4, float(v)) for y, v in (grid[0], grid[-1])]
+        value = lambda y: v0 + (float(y) - y0) * (v1 - v0) / (y1 - y0)
+        assert len(lines) == len(summary["arms"])
+        for (low, high), arm in zip(lines, summary["arms"].values()):
+            assert value(low) == pytest.approx(arm["metrics"][f"pass@{k}"]["mean"], abs=0.002)
+            assert value(high) == pytest.approx(arm["limits"][str(k)], abs=0.002)
+
+
+def test_a_report_links_the_pictures_that_it_has(runs, tmp_path):
+    for ks in ((1, 2, 3, 5, 10), (1, 5), (2, 3)):
+        out = tmp_path / str(len(ks)) / str(ks[0])
+        evaluate.report(runs, out, ks=ks)
+        linked = set(re.findall(r"\]\(([\w.]+)\)", (out / "report.md").read_text()))
+        assert linked == {path.name for path in out.glob("*.svg")} and "pass_at_k.svg" in linked
 
 
 def plain_run(folder, seed, arm, passed, scale):
