@@ -630,8 +630,8 @@ def draw_pass_at_k(summary, wide=WIDE):
                   svg_line(lead, colour, 'stroke-width="0.8"'),
                   svg_marker(i, right + 22, places[arm]),
                   svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
-    places = (("joint", "2 4", len(ks) // 2, 6), ("independent", "6 4", -1, 10))
-    for kind, dash, i, above in places if limits else ():
+    bounds = (("joint", "2 4", len(ks) // 2, 6), ("independent", "6 4", -1, 10))
+    for kind, dash, i, above in bounds if limits else ():
         line = [(at_x[k], at_y(limits[str(k)][kind])) for k in ks]
         (x, y), halo = line[i], 'stroke="#fff" stroke-width="3" paint-order="stroke"'
         marks += [svg_line(line, "#666", f'stroke-width="1.5" stroke-dasharray="{dash}"'),
