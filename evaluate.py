@@ -212,8 +212,13 @@ def passing(session, reward):
     def earn(posts, texts):
         return np.array(reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
 
-    def strangers(by):
-        return earn(whole, own[by:] + own[:by])
+    def strangers(by):  # each post with a reply to another one, of another scene where scenes are known
+        texts, count = [], len(own)
+        for i, post in enumerate(whole):
+            places = ((i + by + step) % count for step in range(count))
+            far = (j for j in places if not post.intent or whole[j].intent != post.intent)
+            texts.append(own[next(far, (i + by) % count)])
+        return earn(whole, texts)
     threshold = float(np.quantile(strangers(len(own) // 2), 0.95, method="higher"))
     share = lambda values: float((values > threshold).mean())
     scale = {"people": None, "shuffled": share(strangers(max(1, len(own) // 3))),

@@ -3,6 +3,7 @@
 `python tests/test_evaluate.py` (with nltk installed) writes golden/self_bleu.json again.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -757,6 +758,20 @@ def test_a_draft_passes_above_19_of_20_replies_to_another_post():
     assert scale["shuffled"] == (np.array(earned) > threshold).mean() != 2 / 60
     assert scale["people"] == sum(max(likeness[p.replies[0], r] for r in p.replies[1:]) > threshold for p in posts) / 60
     assert scale["people"] > 0.9
+
+
+def test_a_stranger_s_reply_is_to_another_scene():
+    """Posts of one scene share their replies: drawn from there, a reply to another post passes, and the bar rises."""
+    posts = [Post(f"{i}", f"post {i}", (f"first of {i % 3}", f"second of {i % 3}"), intent=str(i % 3)) for i in range(12)]
+    seen = []
+
+    def reward(posts, drafts, streams):
+        seen.extend((post.intent, texts[0].split()[-1]) for post, texts in zip(posts, drafts))
+        return [[1.0] for _ in drafts]
+    evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)
+    assert len(seen) == 48 and all(a != b for a, b in seen[:24]) and all(b in (a, "of") for a, b in seen[24:])
+    posts = [dataclasses.replace(post, intent="0") for post in posts]
+    evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)  # one scene: as it may be
 
 
 def test_a_reply_that_is_compared_with_itself_is_no_measure_of_people():
