@@ -131,7 +131,8 @@ def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
 def coverage_advantages(right, shares, n):
     """Pass@k training with the reader averaged out: f = sum over voices of its readers' share where
     any draft of the set is right in that voice. right (P, N, V) 0 or 1, shares (P, V), 1 <= n < N.
-    It asks the verifier for all voices, where Pass@k training hears of one reader."""
+    It asks the verifier for all voices and knows the readers' shares, where Pass@k training hears
+    of one reader."""
     total = right.shape[1]
     check_size(n, total)
     sets, member = subsets(total, n)

@@ -386,7 +386,8 @@ def tables(summary):
         rows = [[arm, str(len(runs["seeds"])), *cells(runs)] for arm, runs in arms.items()]
         return title, ["arm", "seeds", *names], rows
     passes = [] if summary["refused"] else [f"pass@{k}" for k in ks]
-    title = "For the readers of the reward: mean, ± half the 95% interval over seeds and posts"
+    whom = "For the readers of the reward" if summary["limits"] else "Drafts that pass"
+    title = f"{whom}: mean, ± half the 95% interval over seeds and posts"
     out = [by_arm(title, [*passes, "valid"], "{:.3f} ±{half:.3f}")]
     if summary["limits"]:
         rows = [limit_cells(arm, a, summary) for arm, a in arms.items()]
@@ -470,6 +471,11 @@ def notes_of(summary):
     if smallest:
         out.append("The smallest difference in Pass@5 that this study could see: "
                    f"{max(smallest):.3f}.")
+        least = 2 / 2 ** min(row["seeds"] for rows in summary["differences"].values()
+                             for row in rows.values())
+        if 0.05 < least < 1:
+            out.append(f"So few seeds cannot reject anything by flipping signs: the smallest "
+                       f"possible p is {least:.3g}, before Holm.")
     short = [f"{name} in {row['posts_left_out']} posts of {arm}"
              for arm, a in summary["arms"].items() for name, row in a["metrics"].items()
              if row["posts_left_out"] and "@" not in name]

@@ -642,6 +642,7 @@ def test_seeds_may_have_posts_of_their_own(tmp_path):
     assert gain["high"] - gain["mean"] == pytest.approx(half)
     said = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("poly", "lora"))["notes"]
     assert said[0].startswith("pass@5: poly is") and 2 <= len(said) <= 3
+    assert "the smallest possible p is 0.25, before Holm" in (tmp_path / "out" / "report.txt").read_text()
     said = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("lora", "poly"))["notes"]
     assert "not shown to be superior" in said[0] and len(said) == 2
     with pytest.raises(InputError, match="nobody"):
@@ -698,7 +699,7 @@ def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
     summary = evaluate.report(runs, tmp_path / "out", "base")
     text = (tmp_path / "out" / "report.txt").read_text()
     assert summary["refused"] is None and "pass@5" in text and "a shuffled one 5%" in text
-    assert "a held-out human one 60%" in text
+    assert "a held-out human one 60%" in text and "Drafts that pass" in text and "readers" not in text
     for name, scale, passed in (("easy", good | {"shuffled": 0.4}, 1), ("full", good, 9)):
         runs = [plain_run(tmp_path / f"{name}0", 0, "base", passed, scale),
                 plain_run(tmp_path / f"{name}1", 0, "poly", 10, scale)]
