@@ -212,7 +212,7 @@ def passing(session, reward):
     def earn(posts, texts):
         return np.array(reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
 
-    def strangers(by):  # each post with a reply to another one, of another scene where scenes are known
+    def strangers(by):  # to each post a reply to another, of another scene where scenes are known
         texts, count = [], len(own)
         for i, post in enumerate(whole):
             places = ((i + by + step) % count for step in range(count))
