@@ -335,7 +335,7 @@ def split_posts(posts, sizes, seed):
     return [Chosen(posts, places[a:b]) for a, b in zip(ends, ends[1:])]
 
 
-def split_by_intent(posts, sizes, seed):
+def split_by_intent(posts, sizes, seed, scenes=40):
     """{name: posts} as split_posts, but parts whose names begin with `eval` hold intents that no
     other part has: what is measured there was never seen, not only put otherwise."""
     outside = [n for n in sizes if n.startswith("eval")]
@@ -345,11 +345,13 @@ def split_by_intent(posts, sizes, seed):
     intents = sorted(numbers)
     held, found = set(), 0
     random.Random(f"intents {seed}").shuffle(intents)
-    # As many intents as bring the eval parts' share of posts, and no fewer than needed.
+    # As many intents as bring the eval parts' share of posts, and no fewer than needed; but 200
+    # posts of five scenes say less than 200 of forty: more, while the other parts find enough.
     wanted = sum(sizes[n] for n in outside)
+    room = len(posts) - sum(sizes.values()) + wanted
     wanted = max(wanted, len(posts) * wanted / sum(sizes.values()))
     for intent in intents:
-        if found < wanted:
+        if found < wanted or len(held) < scenes and found + numbers[intent] <= room:
             held.add(intent)
             found += numbers[intent]
     parts = {}
@@ -828,8 +830,7 @@ def split(args):
                              "--out, or delete that folder")
         return
     if args.data in WORLDS:
-        # By intent, chance decides how many posts the held-out scenes have: a few more to choose
-        # from.
+        # By intent, chance decides how many posts the held-out scenes have: a few more.
         number = sum(sizes.values())
         posts = pocket_posts(number + number // 5 if args.by == "intent" else number, args.seed,
                              args.data)
@@ -877,8 +878,7 @@ def parser():
         help="what no two parts share: post; or intent, so that parts called eval.. hold intents "
              "that no other part has")
     add("--popularity", type=float, default=1.5,
-        help="how steeply readers' taste falls over the voices: shares go as rank to the minus this"
-             "")
+        help="how steeply readers' taste falls over the voices: shares go as rank to minus this")
     add("--writers", type=float, default=None,
         help="the same for the writers of SFT pairs; default: they are the readers")
     add("--permute", action="store_true",

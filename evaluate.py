@@ -194,29 +194,39 @@ def measured(run, settings):
 def passing(session, reward):
     """(threshold, scale) of a reward without a verifier: a draft passes when it earns more than 19
     of 20 human replies that were written to another post, compared with as many replies as a draft
-    is. The scale says what share of people's held-out replies, of shuffled and of truncated ones
-    (their first half) passes by it. Without people's replies a judge's draft passes when "yes" is
-    likelier than "no", and there is no scale."""
+    is. The scale says what share of people's held-out replies, of shuffled ones (to yet other posts
+    than those that set the bar) and of truncated ones (their first half) passes by it; None where a
+    reply is compared with itself alone. Without people's replies a judge's draft passes when "yes"
+    is likelier than "no", and there is no scale."""
     if not all(post.replies for post in session.posts):
         if session.args.reward != "judge":
             raise InputError("some of these posts have no replies, whose reward would say what "
                              "passes: use --reward judge")
         return 0.5, None
     whole = [post for post in session.posts if len(post.replies) > 1]
-    if len(whole) < 2:                       # one reply a post: it is scored beside itself
+    single = len(whole) < 2
+    if single:                               # one reply a post: it is scored beside itself
         whole = session.posts
     posts, own = zip(*map(held_out, whole))
-    half = len(own) // 2
 
     def earn(posts, texts):
         return np.array(reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
-    shuffled = earn(whole, own[half:] + own[:half])
-    people = earn(posts, own)
-    truncated = earn(posts, [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own])
-    threshold = float(np.quantile(shuffled, 0.95, method="higher"))
+
+    def strangers(by):  # to each post a reply to another, of another scene where scenes are known
+        texts, count = [], len(own)
+        for i, post in enumerate(whole):
+            places = ((i + by + step) % count for step in range(count))
+            far = (j for j in places if not post.intent or whole[j].intent != post.intent)
+            texts.append(own[next(far, (i + by) % count)])
+        return earn(whole, texts)
+    threshold = float(np.quantile(strangers(len(own) // 2), 0.95, method="higher"))
     share = lambda values: float((values > threshold).mean())
-    return threshold, {"people": share(people), "shuffled": share(shuffled),
-                       "truncated": share(truncated), "threshold": threshold}
+    scale = {"people": None, "shuffled": share(strangers(max(1, len(own) // 3))),
+             "truncated": None, "threshold": threshold}
+    if not (single and isinstance(reward, AgreementReward)):
+        halves = [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own]
+        scale |= {"people": share(earn(posts, own)), "truncated": share(earn(posts, halves))}
+    return threshold, scale
 
 
 def measure_run(session, run, settings, scale, config):

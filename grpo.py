@@ -32,7 +32,7 @@ from data import InputError, command
 from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
-                      measure, pair_distances, same_domain)
+                      measure, pair_distances, same_domain, turned)
 from rewards import REWARDS, Values, make_reward, overlong_penalty, voice_rows
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
                      seed_of, train)
@@ -131,7 +131,8 @@ def polychromic_advantages(rewards, embeddings, n, quality=None, floor=0.0):
 def coverage_advantages(right, shares, n):
     """Pass@k training with the reader averaged out: f = sum over voices of its readers' share where
     any draft of the set is right in that voice. right (P, N, V) 0 or 1, shares (P, V), 1 <= n < N.
-    It asks the verifier for all voices, where Pass@k training hears of one reader."""
+    It asks the verifier for all voices and knows the readers' shares, where Pass@k training hears
+    of one reader."""
     total = right.shape[1]
     check_size(n, total)
     sets, member = subsets(total, n)
@@ -323,7 +324,8 @@ class Group:
     rewards: torch.Tensor                     # (P, k)
     embeddings: torch.Tensor | None = None    # (P, k, dim), unit length
     quality: torch.Tensor | None = None       # (P, k) in [0, 1], the gate's
-    right: torch.Tensor | None = None         # (P, k, V): is the draft right in that voice
+    right: torch.Tensor | None = None         # (P, k, V): the verdicts by voice, after --flip
+    valid: torch.Tensor | None = None         # (P, k): right in any voice, before --flip
     shares: torch.Tensor | None = None        # (P, V): the readers' shares of the voices
     classes: torch.Tensor | None = None       # (P, k): polylora.answer_classes
     logprobs: torch.Tensor | None = None      # (P, k): of the whole draft, as sampled
@@ -494,16 +496,17 @@ def chosen_tokens(session, advantages, logprobs, step):
     (choose, _), share = TOKENS[session.args.tokens], session.args.token_share
     if choose is None:
         return None
-    mine = [[[(p, a) for p in draft] for draft, a in zip(*post)]
+    ranks = session.ranks  # of which one has fewer posts than another after --resample
+    mine = [(ranks.rank, [[(p, a) for p in draft] for draft, a in zip(*post)])
             for post in zip(logprobs, advantages.tolist())]
-    every = session.ranks.gather(mine)
-    logp, a = torch.tensor([t for post in every for draft in post for t in draft]).T
+    every = ranks.gather(mine)
+    if not every:
+        return []
+    logp, a = torch.tensor([t for _, post in every for draft in post for t in draft]).T
     seed = seed_of(session.args.seed, "tokens", step)
     flags = iter(choose(token_covariances(logp, a), seed, share).tolist())
-    marked = [[[next(flags) for _ in draft] for draft in post] for post in every]
-    ranks = session.ranks
-    mine = marked if ranks.world == 1 else marked[ranks.rank::ranks.world]
-    return [draft for post in mine for draft in post]
+    marked = [(rank, [[next(flags) for _ in draft] for draft in post]) for rank, post in every]
+    return [draft for rank, post in marked if rank == ranks.rank for draft in post]
 
 
 def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence_ratio=False,
@@ -604,7 +607,8 @@ def draw(session, visits, step):
     if session.embedder is not None:
         group.embeddings = session.embedder(texts).cpu()
     if domain.voices:
-        group.right = torch.tensor([voice_rows(domain, p, ts) for p, ts in zip(posts, texts)])
+        right = torch.tensor([voice_rows(domain, p, ts) for p, ts in zip(posts, texts)])
+        group.valid, group.right = right.amax(-1), turned(right, args.flip, streams, "voices")
         group.shares = torch.tensor([[domain.popularity_of(p)[v] for v in domain.voices]
                                      for p in posts])
     return Rollout(visits, prompts, samples, texts, group)
@@ -651,8 +655,11 @@ def rollout(session, step, tally):
     args, device = session.args, session.ranks.device
     drawn = draw_batch(session, step, tally)
     group, samples = drawn.group, drawn.samples
-    if not drawn.visits:  # --resample kept none of this rank's posts
-        return [], session.ranks.sum([0, 0, 0])[0]
+    if not drawn.visits:  # --resample kept none of this rank's posts: others still wait for it
+        list(session.micro_batches([]))
+        count = session.ranks.sum([0, 0, 0])[0]
+        chosen_tokens(session, group.rewards, [], step)
+        return [], count
     if "reference" in needs(args.advantage):
         group.reference = torch.zeros(group.rewards.numel())
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
@@ -715,8 +722,8 @@ def tally_rollout(drawn, advantages, args, tally):
     tally.add("advantage", advantages.abs().sum(), drafts)
     tally.add("truncated", sum(not f for fs in samples.finished for f in fs), drafts)
     tally.add("length", sum(len(d) for ds in samples.tokens for d in ds), drafts)
-    if group.right is not None:
-        tally.add("valid", group.right.amax(-1).sum(), drafts)
+    if group.valid is not None:
+        tally.add("valid", group.valid.sum(), drafts)
     if group.quality is not None:
         tally.add("quality", group.quality.sum(), drafts)
     if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[diversity].embeds):
@@ -865,7 +872,6 @@ def parser():
              "DAPO's soft overlong punishment (arXiv 2503.14476)")
     add("--valid-weight", type=float, default=0.0,
         help="added to --reward reader for a draft that is right in any voice")
-    add("--flip", type=float, default=0.0, help="share of the verifier's verdicts turned round")
     add("--beta", type=float, default=0.0,
         help="weight of the KL to the starting adapter, per token; 0 skips that pass")
     add("--clip-low", type=float, default=0.2,

@@ -499,12 +499,14 @@ def crossed_spread(table, clusters):
 
 def sign_flip(differences):
     """The exact two-sided p of "the mean is 0", flipping the sign of each difference (2^n ways; a
-    random 20,000 of them above n = 16): what n seeds can show at best is 2 / 2^n."""
+    random 20,000 of them above n = 16, and the differences as they are): what n seeds can show at
+    best is 2 / 2^n."""
     d = np.asarray(differences, dtype=np.float64)
     if len(d) <= 16:
         signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
-    else:
+    else:  # without their own signs p could be 0, which no test by chance can show
         signs = np.random.default_rng(0).choice((1, -1), size=(20_000, len(d)))
+        signs = np.vstack((np.ones(len(d)), signs))
     means = np.abs(signs @ d)
     return float((means >= abs(d.sum()) - 1e-12).mean())
 

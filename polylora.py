@@ -300,6 +300,16 @@ def held_out(post):
     return rest, post.replies[0]
 
 
+def turned(verdicts, share, streams, purpose):
+    """Verdicts of 0 and 1 (P, k, ..), `share` of them turned round by the posts' random streams:
+    what a study of a noisy verifier lets training see."""
+    if not share:
+        return verdicts
+    draws = (torch.Generator().manual_seed(seed_of(stream, purpose)) for stream in streams)
+    odds = torch.stack([torch.rand(verdicts.shape[1:], generator=draw) for draw in draws])
+    return torch.where(odds < share, 1 - verdicts, verdicts)
+
+
 class Gate:
     """The quality q in [0, 1] of drafts that D is multiplied with, on a scale set by people: 0 is
     what a reply to another post scores, 1 what people's own replies score, both measured once on
@@ -355,7 +365,8 @@ class Gate:
         if self.name == "verifier":
             find = self.session.domain.voices_of
             right = [[bool(find(post, t)) for t in ts] for post, ts in zip(posts, texts)]
-            return torch.tensor(right).float()
+            flip = getattr(self.session.args, "flip", 0.0)
+            return turned(torch.tensor(right).float(), flip, streams, "gate")
         ids = samples.tokens if self.name == "likelihood" else None
         score = self.score(posts, texts, ids, streams)
         return ((score - self.low) / (self.high - self.low)).clamp(0, 1)
@@ -625,7 +636,7 @@ def add_diversity(session, visits, step, tally):
     if not mine:
         return
     prompts, samples, texts = session.sample_drafts(mine, step, args.k)
-    quality = session.gate(mine, samples, texts)
+    quality = session.gate(mine, samples, texts, [session.stream("gate", step, v) for v in mine])
     classes = answer_classes(session.domain, [session.posts[v.index] for v in mine], texts)
     embeddings = session.embedder(texts).cpu() if session.embedder else None    # (P, k, dim)
     drafts = Drafts(texts, embeddings, quality, classes, args.gate_floor)
@@ -774,6 +785,8 @@ def draft_flags(p, k):
     add("--gate-floor", type=float, default=0.0,
         help="what a gated pair of drafts is worth even when alike, added to its distance: more "
              "weight on quality beside diversity")
+    add("--flip", type=float, default=0.0,
+        help="share of the verifier's verdicts turned round, in reward, gate and coverage")
     add("--embedder", default="base",
         help="what embeds drafts: base (the frozen model itself, mean of its hidden states, "
              "centred), or the folder or hub name of a BERT sentence encoder (all-MiniLM-L6-v2) or "

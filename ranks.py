@@ -65,9 +65,12 @@ class Ranks:
     def sum_gradients(self, params):
         """Gradients summed over ranks in one flat all-reduce. Losses are already divided by the
         global count, so the sum is the gradient of the whole step; a parameter without a gradient
-        on this rank counts as zero."""
+        on this rank counts as zero, alone too: AdamW's moments go on as they would on two ranks."""
         if self.world > 1:
             set_gradient(params, self.take_gradient(params))
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
 
     def take_gradient(self, params):
         """The gradient over all ranks as one flat tensor; the parameters are left without one."""

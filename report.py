@@ -257,7 +257,8 @@ def summarise(arms, against=None, ks=KS):
         refuse_saturated(out)
     for arm in arms if against else ():
         if arm != against:
-            compared = [name for name in COMPARED if name in names]
+            compared = [name for name in COMPARED if name in names
+                        and not (out["refused"] and name.startswith(BY_PASSING))]
             rows = {name: paired(arms[arm], arms[against], name) for name in compared}
             rows = {name: row for name, row in rows.items() if row}
             out["differences"][arm] = rows
@@ -317,6 +318,11 @@ def add_limits(out, readers):
         arm["limits"] = {str(k): mean_limit(readers, k, max(valid, 1e-6)) for k in out["ks"]}
     if {1, 5} <= set(out["ks"]):
         out["front"] = front(readers)
+    if {1, 10} <= set(out["ks"]):
+        out["front10"] = front(readers, 10)
+
+
+BY_PASSING = ("pass@", "longest@", "pick_")  # what counts drafts that pass, of k
 
 
 def refuse_saturated(out):
@@ -331,7 +337,7 @@ def refuse_saturated(out):
                           "leaves no room for any method to be better.")
     if out["refused"]:
         for arm in out["arms"].values():
-            for name in [n for n in arm["metrics"] if n.startswith(("pass@", "longest@"))]:
+            for name in [n for n in arm["metrics"] if n.startswith(BY_PASSING)]:
                 arm["metrics"][name] = {"mean": None, "posts_left_out": 0}
 
 
@@ -380,7 +386,8 @@ def tables(summary):
         rows = [[arm, str(len(runs["seeds"])), *cells(runs)] for arm, runs in arms.items()]
         return title, ["arm", "seeds", *names], rows
     passes = [] if summary["refused"] else [f"pass@{k}" for k in ks]
-    title = "For the readers of the reward: mean, ± half the 95% interval over seeds and posts"
+    whom = "For the readers of the reward" if summary["limits"] else "Drafts that pass"
+    title = f"{whom}: mean, ± half the 95% interval over seeds and posts"
     out = [by_arm(title, [*passes, "valid"], "{:.3f} ±{half:.3f}")]
     if summary["limits"]:
         rows = [limit_cells(arm, a, summary) for arm, a in arms.items()]
@@ -464,6 +471,11 @@ def notes_of(summary):
     if smallest:
         out.append("The smallest difference in Pass@5 that this study could see: "
                    f"{max(smallest):.3f}.")
+        least = 2 / 2 ** min(row["seeds"] for rows in summary["differences"].values()
+                             for row in rows.values())
+        if 0.05 < least < 1:
+            out.append(f"So few seeds cannot reject anything by flipping signs: the smallest "
+                       f"possible p is {least:.3g}, before Holm.")
     short = [f"{name} in {row['posts_left_out']} posts of {arm}"
              for arm, a in summary["arms"].items() for name, row in a["metrics"].items()
              if row["posts_left_out"] and "@" not in name]
@@ -496,7 +508,7 @@ def write_tables(summary):
             numbers = [row.get(key) for key in ("mean", "low", "high", "sd_over_seeds")]
             sheet.append([csv_cell(arm), name, *("" if x is None else repr(x) for x in numbers)])
     page += [f"![{title}]({name})\n" for name, title in PICTURES.items()
-             if name != "pass1_pass5.svg" or summary["limits"]]
+             if name not in FRONTS or FRONTS[name][1] in summary]
     notes = notes_of(summary)
     page += [f"![{curve_title(curve)}]({curve_file(curve)})\n" for curve in summary["curves"]]
     header = "arm,metric,mean,low,high,sd_over_seeds"
@@ -518,7 +530,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LEFT, TOP = 64, 62  # the plotting area, in pixels
 BOTTOM, WIDE, NARROW = 384, 720, 440         # NARROW: for phones, on the page alone
 PICTURES = {"pass_at_k.svg": "Pass@k", "pass1_pass5.svg": "Pass@1 against Pass@5",
+            "pass1_pass10.svg": "Pass@1 against Pass@10",
             "quality_diversity.svg": "Quality and diversity"}
+FRONTS = {"pass1_pass5.svg": (5, "front"), "pass1_pass10.svg": (10, "front10")}
 
 
 def scale(values, first, last):
@@ -597,7 +611,7 @@ def draw_pass_at_k(summary, wide=WIDE):
     if not lines:
         return svg_page("Pass@k", "No arm has it.", "", "", [], [], right, [], wide)
     ends = [end for line in lines.values() for _, row in line for end in (row["low"], row["high"])]
-    ends += [limits[str(k)]["independent"] for k in ks if limits]
+    ends += [limits[str(k)][kind] for k in ks if limits for kind in ("independent", "joint")]
     at_y, y_grid = scale(ends, BOTTOM, TOP)
     widest = math.log(max(ks[-1], 2))
     at_x = {k: LEFT + 24 + (right - LEFT - 48) * math.log(k) / widest for k in ks}
@@ -622,11 +636,12 @@ def draw_pass_at_k(summary, wide=WIDE):
                   svg_line(lead, colour, 'stroke-width="0.8"'),
                   svg_marker(i, right + 22, places[arm]),
                   svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
-    if limits:
-        line = [(at_x[k], at_y(limits[str(k)]["independent"])) for k in ks]
-        marks += [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"'),
-                  svg_text(line[-1][0], line[-1][1] - 10, "limit of independent drafts",
-                           'text-anchor="end"')]
+    bounds = (("joint", "2 4", len(ks) // 2, 6), ("independent", "6 4", -1, 10))
+    for kind, dash, i, above in bounds if limits else ():
+        line = [(at_x[k], at_y(limits[str(k)][kind])) for k in ks]
+        (x, y), halo = line[i], 'stroke="#fff" stroke-width="3" paint-order="stroke"'
+        marks += [svg_line(line, "#666", f'stroke-width="1.5" stroke-dasharray="{dash}"'),
+                  svg_text(x, y - above, f"limit of {kind} drafts", f'{halo} text-anchor="end"')]
     note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
     x_grid = [(x, str(k)) for k, x in at_x.items()]
     return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
@@ -659,17 +674,18 @@ def named(centres, wide):
     return marks
 
 
-def draw_pass1_pass5(summary, wide=WIDE):
-    """summary -> SVG of Pass@1 against Pass@5 under the limit's front: arms with intervals, faint
-    dots their seeds; arms named BASE@KNOB are joined to a curve, a method over its own knob."""
-    rows = {arm: (a["metrics"]["pass@1"], a["metrics"]["pass@5"])
+def draw_pass1_passk(summary, k, limit, wide=WIDE):
+    """summary -> SVG of Pass@1 against Pass@k under the limit's front: arms with intervals, faint
+    dots their seeds, dotted up to the limit at their own share of valid drafts; arms named
+    BASE@KNOB are joined to a curve, a method over its own knob."""
+    rows = {arm: (a["metrics"]["pass@1"], a["metrics"][f"pass@{k}"])
             for arm, a in summary["arms"].items()}
     rows = {arm: both for arm, both in rows.items() if None not in [x["mean"] for x in both]}
-    limit = summary["front"]
+    own = {arm: summary["arms"][arm]["limits"][str(k)] for arm in rows}
     xs, ys = ([value for both in rows.values() for value in (
         both[axis]["low"], both[axis]["high"], *both[axis]["per_seed"])] for axis in (0, 1))
     at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, wide - 20)
-    at_y, y_grid = scale(ys + [y for _, y in limit], BOTTOM, TOP)
+    at_y, y_grid = scale([*ys, *own.values(), *(y for _, y in limit)], BOTTOM, TOP)
     line = [(at_x(x), at_y(y)) for x, y in limit]
     marks = [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"')]
     centres, curves = {}, {}
@@ -677,15 +693,18 @@ def draw_pass1_pass5(summary, wide=WIDE):
         colour, bar = COLOURS[i % 7], 'opacity="0.5"'
         u, v = centres[arm] = at_x(x["mean"]), at_y(y["mean"])
         marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, bar),
-                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, bar)]
+                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, bar),
+                  svg_line([(u, v), (u, at_y(own[arm]))], colour, 'stroke-dasharray="1 4"'),
+                  svg_line([(u - 4, at_y(own[arm])), (u + 4, at_y(own[arm]))], colour)]
         marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
         curves.setdefault(arm.partition("@")[0], []).append((u, v))
     marks += [svg_line(sorted(curve), "#999", 'stroke-width="1"')
               for curve in curves.values() if len(curve) > 1]
-    note = "bars: 95% interval; faint: seeds; dashed: the limit of independent, always valid drafts"
-    return svg_page("One draft against five", note, "Pass@1 for the readers",
-                    "Pass@5 for the readers", x_grid, y_grid, wide - 20,
-                    marks + named(centres, wide), wide)
+    note = ("bars: 95% interval; faint: seeds; dashed: the limit of independent, always valid "
+            "drafts; dotted: up to the limit at the arm's own share of valid drafts")
+    title = {5: "One draft against five", 10: "One draft against ten"}[k]
+    return svg_page(title, note, "Pass@1 for the readers", f"Pass@{k} for the readers", x_grid,
+                    y_grid, wide - 20, marks + named(centres, wide), wide)
 
 
 def draw_quality_diversity(summary, wide=WIDE):
@@ -762,8 +781,9 @@ def draw_all(summary, wide):
     """{file name: SVG} of every picture that the summary has, in the page's order."""
     out = {"pass_at_k.svg": draw_pass_at_k(summary, wide),
            "quality_diversity.svg": draw_quality_diversity(summary, wide)}
-    if summary["limits"] and "front" in summary:
-        out["pass1_pass5.svg"] = draw_pass1_pass5(summary, wide)
+    for name, (k, key) in FRONTS.items():
+        if key in summary:
+            out[name] = draw_pass1_passk(summary, k, summary[key], wide)
     order = list(summary["arms"])
     return out | {curve_file(curve): draw_curve(curve, order, wide) for curve in summary["curves"]}
 
@@ -779,7 +799,7 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
     """
     arms = group_runs(run_folders, ks)
     summary = summarise(arms, against, ks)
-    if endpoint:
+    if endpoint and not summary["refused"]:
         summary["notes"] += primary(arms, *endpoint)
     text, page, sheet = write_tables(summary)
     files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",

@@ -56,7 +56,10 @@ class VerifierReward:
             voices = self.domain.voices_of(post, text)
             right = bool(voices) if self.any_voice else reader in voices
             turned = self.flip and rng.random() < self.flip
-            out.append(float(right != turned) + self.valid_weight * bool(voices))
+            valid = bool(voices)
+            if self.flip and self.valid_weight:
+                valid = valid != (rng.random() < self.flip)
+            out.append(float(right != turned) + self.valid_weight * valid)
         return out
 
 

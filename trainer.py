@@ -477,12 +477,14 @@ def plan(session):
     args, model = session.args, session.model
     some = range(min(64, len(session.posts)))
     prompt = sum(len(session.prompt(i)) for i in some) / len(some)
-    replies = (data.encode_reply(session.tokenizer, session.posts[i].replies[0]) for i in some)
-    reply, drafts = sum(map(len, replies)) / len(some), 0
-    if session.stage == "grpo":
-        drafts, reply = args.batch / args.updates, 0
-    elif getattr(args, "lam", 0) or getattr(args, "lambda_share", 0):
-        drafts = min(args.draft_posts, args.batch) / args.draft_every
+    reply = drafts = 0
+    if session.stage == "grpo":              # whose posts may be prompts without any reply
+        drafts = args.batch / args.updates
+    else:
+        replies = (data.encode_reply(session.tokenizer, session.posts[i].replies[0]) for i in some)
+        reply = sum(map(len, replies)) / len(some)
+        if getattr(args, "lam", 0) or getattr(args, "lambda_share", 0):
+            drafts = min(args.draft_posts, args.batch) / args.draft_every
     longest = getattr(args, "k", 0) * getattr(args, "max_new_tokens", 0)
     # A draft's tokens count twice, as in the log: they are written, then scored.
     tokens = args.batch * (prompt + reply) * bool(reply) + drafts * (prompt + 2 * longest)

@@ -394,6 +394,18 @@ def test_a_split_by_intent_holds_whole_scenes_out(tmp_path, capsys):
     assert "intent" in capsys.readouterr().err
 
 
+def test_what_is_held_out_is_of_many_scenes():
+    """The study's 200 held-out posts were of five or six scenes, and the rest of the posts that were made went unused."""
+    posts = [Post(f"{i}", f"post {i}", ("r",), intent=f"scene {i % 216}") for i in range(9840)]
+    sizes = dict(base=5000, sft=1000, grpo=2000, eval=200)
+    parts = data.split_by_intent(posts, sizes, 3)
+    held = {p.intent for p in parts["eval"]}
+    assert len(held) >= 35 and {n: len(p) for n, p in parts.items()} == sizes
+    assert not held & {p.intent for n in ("base", "sft", "grpo") for p in parts[n]}
+    tight = data.split_by_intent(posts[:8250], sizes, 3)                       # no post to spare: as many as needed
+    assert len({p.intent for p in tight["eval"]}) in (5, 6)
+
+
 def test_ids_are_told_apart_and_random_streams_hang_on_the_post(tmp_path):
     """`"id": null` named every post 'None', and files joined into one repeat theirs: all posts then
     shared a random stream and a reader."""

@@ -3,10 +3,12 @@
 `python tests/test_evaluate.py` (with nltk installed) writes golden/self_bleu.json again.
 """
 
+import dataclasses
 import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
@@ -248,6 +251,7 @@ def test_sign_flips_and_holm_by_hand():
     assert sign_flip([1, 2, 3]) == 2 / 8 and sign_flip([1, 1, 1, 1, 1]) == 2 / 32
     assert sign_flip([1, -1]) == 1 and sign_flip([0.0, 0.0]) == 1
     assert sign_flip(np.full(20, 0.3)) < 1e-3
+    assert sign_flip(np.full(60, 0.3)) == 1 / 20_001                           # by chance alone no p is 0
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
 
@@ -514,7 +518,7 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     assert evaluate.main(["report", *runs, "--out", str(out), "--against", "lora-grpo"]) == 0
     assert {path.name for path in out.iterdir()} == {
         "report.json", "report.md", "report.txt", "report.csv", "pass_at_k.svg", "pass1_pass5.svg",
-        "quality_diversity.svg", "report.html"}
+        "pass1_pass10.svg", "quality_diversity.svg", "report.html"}
     data = json.loads((out / "report.json").read_text())
     assert list(data["arms"]) == ["lora-grpo", "poly <&> |", "base"] and data["posts"] == 6
     lora, base = data["arms"]["lora-grpo"], data["arms"]["base"]
@@ -540,7 +544,9 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     text = (out / "report.txt").read_text()
     assert capsys.readouterr().out == text and "distinct-2 in 6 posts of base" in text and "0.292 ±" in text
     assert "poly <&> \\|" in (out / "report.md").read_text()
-    for name in ("pass_at_k.svg", "pass1_pass5.svg", "quality_diversity.svg"):
+    assert {"limit of independent drafts", "limit of joint drafts"} <= set(re.findall(
+        "limit of [a-z]+ drafts", (out / "pass_at_k.svg").read_text()))
+    for name in ("pass_at_k.svg", "pass1_pass5.svg", "pass1_pass10.svg", "quality_diversity.svg"):
         page = (out / name).read_text()
         words_in = [element.text for element in ElementTree.fromstring(page).iter() if element.text]
         assert {"lora-grpo", "poly <&> |", "base"} <= set(words_in)
@@ -636,6 +642,7 @@ def test_seeds_may_have_posts_of_their_own(tmp_path):
     assert gain["high"] - gain["mean"] == pytest.approx(half)
     said = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("poly", "lora"))["notes"]
     assert said[0].startswith("pass@5: poly is") and 2 <= len(said) <= 3
+    assert "the smallest possible p is 0.25, before Holm" in (tmp_path / "out" / "report.txt").read_text()
     said = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("lora", "poly"))["notes"]
     assert "not shown to be superior" in said[0] and len(said) == 2
     with pytest.raises(InputError, match="nobody"):
@@ -652,6 +659,24 @@ def test_the_limit_stands_beside_the_arms(runs, tmp_path):
         assert arm["limits"]["5"] == pytest.approx(attainable((0.5, 0.3, 0.2), 5, valid))
     text = (tmp_path / "out" / "report.txt").read_text()
     assert "share of limit(1) @5" in text and "Coverage" in text
+    for k in (5, 10):                        # each arm's dotted line ends at the limit at its own validity, above the arm
+        page = (tmp_path / "out" / f"pass1_pass{k}.svg").read_text()
+        lines = re.findall(r'stroke-dasharray="1 4" points="[\d.]+,([\d.]+) [\d.]+,([\d.]+)"', page)
+        grid = re.findall(r'x="56.0" y="([\d.]+)"[^>]*>([\d.]+)<', page)
+        (y0, v0), (y1, v1) = [(float(y) - 4, float(v)) for y, v in (grid[0], grid[-1])]
+        value = lambda y: v0 + (float(y) - y0) * (v1 - v0) / (y1 - y0)
+        assert len(lines) == len(summary["arms"])
+        for (low, high), arm in zip(lines, summary["arms"].values()):
+            assert value(low) == pytest.approx(arm["metrics"][f"pass@{k}"]["mean"], abs=0.002)
+            assert value(high) == pytest.approx(arm["limits"][str(k)], abs=0.002)
+
+
+def test_a_report_links_the_pictures_that_it_has(runs, tmp_path):
+    for ks in ((1, 2, 3, 5, 10), (1, 5), (2, 3)):
+        out = tmp_path / str(len(ks)) / str(ks[0])
+        evaluate.report(runs, out, ks=ks)
+        linked = set(re.findall(r"\]\(([\w.]+)\)", (out / "report.md").read_text()))
+        assert linked == {path.name for path in out.glob("*.svg")} and "pass_at_k.svg" in linked
 
 
 def plain_run(folder, seed, arm, passed, scale):
@@ -674,7 +699,7 @@ def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
     summary = evaluate.report(runs, tmp_path / "out", "base")
     text = (tmp_path / "out" / "report.txt").read_text()
     assert summary["refused"] is None and "pass@5" in text and "a shuffled one 5%" in text
-    assert "a held-out human one 60%" in text
+    assert "a held-out human one 60%" in text and "Drafts that pass" in text and "readers" not in text
     for name, scale, passed in (("easy", good | {"shuffled": 0.4}, 1), ("full", good, 9)):
         runs = [plain_run(tmp_path / f"{name}0", 0, "base", passed, scale),
                 plain_run(tmp_path / f"{name}1", 0, "poly", 10, scale)]
@@ -683,6 +708,11 @@ def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
         assert summary["refused"] in text and "pass@5" not in text.replace("Pass@", "")
         assert summary["arms"]["poly"]["metrics"]["pass@5"]["mean"] is None
         ElementTree.parse(tmp_path / name / "pass_at_k.svg")
+        summary = evaluate.report(runs, tmp_path / name, "base", endpoint=("poly", "base"))
+        assert set(summary["differences"]["poly"]) == {"valid"}                # nor by the back door
+        assert not any("pass@" in note for note in summary["notes"])
+        picks = [n for n in summary["arms"]["poly"]["metrics"] if n.startswith("pick_")]
+        assert picks and all(summary["arms"]["poly"]["metrics"][n]["mean"] is None for n in picks)
 
 
 def test_equal_adapters_and_warnings_are_named(tmp_path):
@@ -723,6 +753,37 @@ def test_a_draft_passes_above_19_of_20_replies_to_another_post():
     threshold, scale = evaluate.passing(session, reward)
     others = [posts[(i + 30) % 60].replies[0] for i in range(60)]
     earned = [row[0] for row in reward(posts, [[text] for text in others], None)]
-    assert sorted(earned)[57] == threshold and scale["shuffled"] == 2 / 60
+    assert sorted(earned)[57] == threshold and (np.array(earned) > threshold).mean() == 2 / 60
+    others = [posts[(i + 20) % 60].replies[0] for i in range(60)]              # not those that set the bar, of which
+    earned = [row[0] for row in reward(posts, [[text] for text in others], None)]   # 1 in 20 pass by definition
+    assert scale["shuffled"] == (np.array(earned) > threshold).mean() != 2 / 60
     assert scale["people"] == sum(max(likeness[p.replies[0], r] for r in p.replies[1:]) > threshold for p in posts) / 60
     assert scale["people"] > 0.9
+
+
+def test_a_stranger_s_reply_is_to_another_scene():
+    """Posts of one scene share their replies: drawn from there, a reply to another post passes, and the bar rises."""
+    posts = [Post(f"{i}", f"post {i}", (f"first of {i % 3}", f"second of {i % 3}"), intent=str(i % 3)) for i in range(12)]
+    seen = []
+
+    def reward(posts, drafts, streams):
+        seen.extend((post.intent, texts[0].split()[-1]) for post, texts in zip(posts, drafts))
+        return [[1.0] for _ in drafts]
+    evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)
+    assert len(seen) == 48 and all(a != b for a, b in seen[:24]) and all(b in (a, "of") for a, b in seen[24:])
+    posts = [dataclasses.replace(post, intent="0") for post in posts]
+    evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)  # one scene: as it may be
+
+
+def test_a_reply_that_is_compared_with_itself_is_no_measure_of_people():
+    """With one reply a post agreement finds it in itself: 100% of people would pass, and nothing would be said by it."""
+    posts = [Post(f"{i}", f"post {i}", (f"{i} only",)) for i in range(12)]
+    session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="agreement"))
+    draw = torch.Generator().manual_seed(1)
+    known = {}
+    vector = lambda text: known.setdefault(text, torch.nn.functional.normalize(torch.randn(9, generator=draw), dim=0))
+    embed = lambda groups: torch.stack([torch.stack([vector(t) for t in texts]) for texts in groups])
+    threshold, scale = evaluate.passing(session, evaluate.AgreementReward(embed))
+    assert scale["people"] is None and scale["truncated"] is None and 0 <= scale["shuffled"] < 0.5
+    relevance = lambda posts, drafts, streams: [[float(p.id == t.split()[0]) for t in ts] for p, ts in zip(posts, drafts)]
+    assert evaluate.passing(session, relevance)[1]["people"] == 1              # compared with the post, which is another text

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import data
 import grpo
+import trainer
 from data import InputError, Post
 from grpo import (OBJECTIVES, Group, advantages_of, coverage_advantages, group_advantages, grpo_step,
                   maxk_advantages, passk_advantages, policy_loss, polychromic_advantages, rollout,
@@ -633,6 +634,15 @@ def test_equal_rewards_leave_only_the_kl(parts):
     s.args.beta = 0.0
     grads, _ = step_gradient(s)
     assert all(float(g.abs().max()) == 0 for g in grads.values())
+
+
+def test_a_plan_needs_no_replies(parts):
+    """Phase two learns from prompts alone: its first line crashed where no post had a reply."""
+    s = rl(parts)
+    s.args.steps, s.run = 2, None
+    said = trainer.plan(s)
+    s.posts = [data.Post(p.id, p.post, ()) for p in s.posts]
+    assert trainer.plan(s) == said and "12 posts, 2 steps of 6" in said
 
 
 def test_more_ranks_than_posts_is_said_and_not_a_crash(parts):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import data
 import grpo
 import polylora
+import rewards
 from data import InputError
 from grpo import OBJECTIVES, Group, advantages_of, group_advantages
 from model import pack, predicting_states
@@ -505,6 +506,39 @@ def test_the_overlong_punishment_reaches_the_reward(parts):
     lengths = torch.tensor([list(map(len, drafts)) for drafts in with_it.samples.tokens])
     assert gap(with_it.group.rewards - without.group.rewards, grpo.overlong_penalty(lengths, 7, 4)) < 1e-6
     assert float((with_it.group.rewards - without.group.rewards).min()) == -1
+
+
+def test_a_noisy_verifier_is_noisy_for_all_who_ask_it(parts):
+    """Of 15% of verdicts turned round, D's gate and the coverage objective saw none: in a study of noise the arms with D
+    were told more than their rivals."""
+    s, clean = (grpo_session(parts, "--gate", "verifier", "--flip", share) for share in ("0.3", "0"))
+    visits = polylora.batch_visits(len(s.posts), 6, 0, 1)
+    for x in (s, clean):
+        x.domain.voices_of = lambda post, text: x.domain.voices[len(text) % 2:1]
+        x.gate = polylora.Gate(x, "verifier")
+    got, want, again = (grpo.draw(x, visits, 0).group for x in (s, clean, s))
+    assert torch.equal(got.quality, again.quality) and torch.equal(got.right, again.right)
+    assert torch.equal(got.valid, want.valid) and torch.equal(want.right.amax(-1), want.valid)
+    assert torch.equal(want.quality, want.valid) and 0 < (got.quality != want.quality).float().mean() < 0.7
+    assert 0.15 < (got.right != want.right).float().mean() < 0.45
+    many = polylora.turned(torch.ones(50, 40), 0.15, range(50), "x")
+    assert many.mean() == pytest.approx(0.85, abs=0.03)
+    assert not torch.equal(many, polylora.turned(torch.ones(50, 40), 0.15, range(50), "y"))
+    both = rewards.VerifierReward(data.make_domain("auto", s.posts), any_voice=True, valid_weight=4.0, flip=0.3)
+    earned = [r for row in both(s.posts, [["?"] * 60 for _ in s.posts], range(12)) for r in row]
+    assert sum(r >= 4 for r in earned) / 720 == pytest.approx(0.3, abs=0.06)
+
+
+def test_a_noisy_gate_in_phase_one_too(parts):
+    flags = ("--lambda", "1", "--gate", "verifier", "--flip", "0.4")
+    s, seen = sft_session(parts, *flags), []
+    s.domain.voices_of = lambda post, text: s.domain.voices[:1]
+    s.gate = polylora.Gate(s, "verifier")
+    ask = s.gate
+    s.gate = lambda *a: (seen.append(ask(*a)), seen[-1])[1]
+    for step in (0, 0, 1):
+        polylora.sft_step(s, step)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]) and 0 < float(seen[0].mean()) < 1
 
 
 def test_the_entropy_weight_reaches_the_advantages(parts):

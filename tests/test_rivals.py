@@ -457,6 +457,35 @@ def test_two_ranks_take_the_step_of_one(parts, flags):
     nearly({n: one[n] + two[n] for n in want}, want)
 
 
+@pytest.mark.parametrize("useful", [(0, 2, 3, 4), (0, 2)])
+def test_ranks_that_keep_more_posts_than_others_mark_their_own_tokens(parts, useful):
+    """After --resample rank 0 has three of four posts, or both of two: dealt out anew by turns the marks were another
+    rank's, and a rank without any post left the others waiting."""
+    flags = "--resample 1 --tokens kl-cov --token-share 0.3 --updates 2 --diversity-weight 0".split()
+
+    def go(ranks):
+        s = grpo_session(parts, *flags, "--batch", "6")
+        first = [s.posts[v.index].key for v in batch_visits(len(s.posts), 6, 0, s.args.seed)]
+        good = {first[i] for i in useful}
+        s.ranks, s.domain.voices_of = ranks, voices_by_length(s.domain)
+
+        def reward(posts, drafts, streams):                                    # of the second attempt none is useful
+            rows = [[float(i) * (p.key in good) for i in range(len(ts))] for p, ts in zip(posts, drafts)]
+            good.clear()
+            return rows
+        s.reward = reward
+        batches, count = grpo.rollout(s, 0, grpo.Tally())
+        s.batches, s.token_count = batches, count
+        grpo.grpo_step(s, 1)
+        marked = [(int(t), bool(c)) for b in batches for t, c in zip(b.rows.target, b.chosen)]
+        return grads_of(s, 0), count, marked
+    want, count, marked = go(Share())
+    one, two = on_two_ranks(go)
+    assert one[1] == two[1] == count > 0 and sorted(one[2] + two[2]) == sorted(marked)
+    assert (not two[2]) == (useful == (0, 2)) and sum(c for _, c in marked) > 1
+    nearly({n: one[0][n] + two[0][n] for n in want}, want)
+
+
 @pytest.mark.parametrize("name", ["unlikelihood-sequence", "bonbon", "ba-lora-nlu", "sed"])
 def test_two_ranks_take_the_sft_step_of_one(parts, name):
     def go(ranks):

@@ -20,7 +20,7 @@ import data
 import polylora
 import trainer
 from data import InputError
-from test_polylora import Share, Stop, metrics
+from test_polylora import Share, metrics
 from trainer import (DeadSignals, Ranks, Run, Session, Tally, Visit, batch_visits, learning_rate,
                      seed_of, train)
 
@@ -28,6 +28,10 @@ from trainer import (DeadSignals, Ranks, Run, Session, Tally, Visit, batch_visit
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+class Stop(Exception):
+    pass
 
 
 # ---- What both phases share ------------------------------------------------------------------------------
@@ -110,6 +114,14 @@ def test_two_processes_add_their_gradients_and_a_second_stage_can_follow():
             a, b, means, gathered, total = json.loads(out.splitlines()[-1])
             assert (a, b, gathered, total) == ([3, 6], [1, 1, 1], [0, 1, 2, 3, 4], [2, 4])
             assert means == pytest.approx({"loss": 0.65})
+
+
+def test_alone_too_a_parameter_without_a_gradient_counts_as_zero():
+    """AdamW leaves out what has none: after a step that teaches nothing, one rank would differ from two."""
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    a.grad = torch.tensor([1.0, 2.0])
+    Ranks("x", "cpu").sum_gradients([a, b])
+    assert a.grad.tolist() == [1, 2] and b.grad.tolist() == [0, 0]
 
 
 def test_a_device_without_an_index_is_this_rank_s(monkeypatch):
