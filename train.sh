@@ -24,7 +24,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        full         LoRA and full fine-tuning at three learning rates each
                        losses, adapters, diversities, objectives      every line of that register
                        controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
-                       temperature  the default's arms, each measured at 0.6 to 1.4
+                       temperature  the default's arms, each measured at 0.5 to 1.6
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
@@ -105,8 +105,8 @@ case "$study" in
   diversities) asked="lora poly $(named poly- "$diversities")" ;;
   objectives) asked="$six lora-gspo lora-dapo $(named lora- "$objectives")" ;;
   controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-entropy lora-clip
-    lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-likelihood poly-then-grpo poly-then-passk" ;;
-  temperature) asked="$six" temperatures="0.6 0.8 1.2 1.4" ;;
+    lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood poly-then-grpo poly-then-passk" ;;
+  temperature) asked="$six" temperatures="0.5 0.75 1.25 1.6" ;;
   valid) asked="lora poly lora-grpo lora-passk poly-grpo" reward=valid ;;
   few) asked="$six" k=4 set_size=3 ;;
   noisy) asked="$six" extra=(--flip 0.15) ;;
@@ -166,7 +166,7 @@ fi
 grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 [[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
-poly="--k 8 --gate $gate --embedder $embedder"
+poly="--k 8 --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
 spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
 [[ "$jobs" -ge 1 ]] || jobs=1
 [[ -z "$dry" ]] || out="$out-dry-run"      # removed again
@@ -185,6 +185,7 @@ poly-then-grpo      grpo  poly  --advantage group
 poly-then-passk     grpo  poly  --advantage $passk --set-size $set_size
 lora-d              grpo  lora  --advantage group $spread
 lora-d-free         grpo  lora  --advantage group --diversity-weight $weight --gate none
+lora-d-reward       grpo  lora  --advantage group --diversity-weight $weight --gate reward
 lora-d-likelihood   grpo  lora  --advantage group --diversity-weight $weight --gate likelihood
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
@@ -193,7 +194,7 @@ lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
 lora-gspo           grpo  lora  --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
 lora-dapo           grpo  lora  --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
-lora-long           sft   -     --lambda 0 --steps 60
+lora-long           sft   -     --lambda 0 --steps 112
 END
   local x
   for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
