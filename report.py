@@ -520,7 +520,8 @@ def write_tables(summary):
 def csv_cell(text):
     """A text that no spreadsheet takes for a formula, quoted."""
     text = printable(text)
-    guarded = "'" + text if text.startswith(tuple("=+-@")) else text
+    risky = text.lstrip().startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20"))  # full width, too
+    guarded = "'" + text if risky else text
     return '"' + guarded.replace('"', '""') + '"'
 
 

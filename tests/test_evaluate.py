@@ -28,6 +28,7 @@ from metrics import (  # noqa: E402
     attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
     interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
     self_bleu, sign_flip, t_quantile, vendi_score, words)
+from report import csv_cell  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "self_bleu.json"
 DRAFTS = {
@@ -731,6 +732,9 @@ def test_a_sheet_holds_no_formulas(tmp_path):
     evaluate.report([run], tmp_path / "out")
     sheet = (tmp_path / "out" / "report.csv").read_text().splitlines()
     assert len(sheet) > 10 and all(line.startswith('"\'=cmd') for line in sheet[1:])
+    risky = ["=1", "+1", "-1", "@a", " =1", "\t=1", "\r\n=1", "\u3000=1", "\uff1d1", "=\"\"", "\u202e=1"]
+    cells = [csv_cell(text) for text in risky]
+    assert all(c[1] in "'\ufffd" for c in cells) and csv_cell('a "b", =c') == '"a ""b"", =c"'
 
 
 if __name__ == "__main__":
