@@ -799,7 +799,7 @@ def check(args):
         marks.frombytes(hashed(normalise(reply), 8))
         broken += bool(CONTROL.search(reply))
     different = len(np.unique(np.frombuffer(marks, np.uint64)))
-    voices = f", voices {', '.join(domain.voices)}" if domain.voices else ""
+    voices = f", voices {printable(', '.join(domain.voices))}" if domain.voices else ""
     print(f"{args.data}: {len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{voices}")
     if broken:
@@ -807,7 +807,7 @@ def check(args):
     for p in random.Random(0).sample(posts, min(args.show, len(posts))):
         print(f"\n{printable(p.post)}")
         for i, r in enumerate(p.replies):
-            print(f"    {p.voices[i] + ': ' if p.voices else ''}{printable(r)}")
+            print(printable(f"    {p.voices[i] + ': ' if p.voices else ''}{r}"))
 
 
 def split(args):

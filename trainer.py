@@ -168,7 +168,8 @@ class Run:
         before, now = old.get("environment") or {}, self.config["environment"]
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed and not self.done and self.ranks.main:
-            print(f"{self.folder} was begun under other versions: {', '.join(changed)}", flush=True)
+            said = data.printable(", ".join(changed))
+            print(f"{self.folder} was begun under other versions: {said}", flush=True)
 
     def __enter__(self):
         """Take the folder and write the configuration: once everything was read and found right, so

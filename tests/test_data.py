@@ -462,6 +462,13 @@ def test_replies_to_learn_from_lose_their_control_strings(tokenizer):
     assert chat.count(tokenizer.token_to_id("<|im_start|>")) == 2
 
 
+def test_names_of_voices_forge_no_terminal(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", {"post": "a", "replies": {"x\x1b[2J": "y\u202e", "z\nerror: gone": "w"}})
+    assert data.main(["check", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\u202e"} & set(said) and "\nerror" not in said
+
+
 def test_printable_texts_forge_nothing():
     assert data.printable("a\x1b[31mb\u202ec\r\nd\u2066") == "a\ufffd[31mb\ufffdc  d\ufffd"
     assert data.printable("Grüße, 世界 👋") == "Grüße, 世界 👋"
