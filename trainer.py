@@ -376,9 +376,9 @@ class Signals:
 
 def train(session, params, step_fn, names, shaping=None):
     """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over
-    ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient
-    is not finite is skipped and counted; five in a row stop the run. A base ends earlier, once it
-    has learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before
+    ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient or
+    loss is not finite is skipped and counted; five in a row stop the run. A base ends earlier, once
+    it has learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before
     and after each update (adapters.Budget). Returns the line that ends the log."""
     args, ranks = session.args, session.ranks
     run = session.run
@@ -404,7 +404,8 @@ def train(session, params, step_fn, names, shaping=None):
             if shaping:
                 shaping.before()
             norm = float(torch.nn.utils.clip_grad_norm_(params, args.clip))
-            finite = math.isfinite(norm)
+            means = tally.means(ranks, names)  # all ranks', so that all skip a step or none
+            finite = all(map(math.isfinite, (norm, *means.values())))
             if finite:
                 optimizer.step()
                 if shaping:
@@ -414,7 +415,8 @@ def train(session, params, step_fn, names, shaping=None):
             worked, stop = ranks.sum([tally.sums.get("tokens", (0, 0))[0], signals.seen])
             tokens += worked
             line = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": norm if finite else None, **tally.means(ranks, names),
+                    "grad_norm": norm if finite else None,
+                    **{n: x for n, x in means.items() if math.isfinite(x)},
                     "seconds": time.perf_counter() - start, "tokens": worked,
                     "peak_bytes": peak_bytes(ranks.device)}
             run.log(line)
@@ -424,7 +426,7 @@ def train(session, params, step_fn, names, shaping=None):
             if in_a_row == 5:
                 ids = (session.posts[v.index].id[:40] for v in tally.visits[:20])
                 posts = ", ".join(map(data.printable, ids))
-                raise InputError(f"step {step + 1} of {run.folder}: the gradient was not finite "
+                raise InputError(f"step {step + 1} of {run.folder}: gradient or loss were not finite "
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")
             last = step + 1 == args.steps or learnt_enough(run, getattr(args, "until", None))

@@ -218,6 +218,19 @@ def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tm
     assert [x["grad_norm"] is None for x in metrics(tmp_path / "b")[:-1]] == [
         step in broken_steps for step in range(10)]
 
+    s, params, good = toy(run_args(tmp_path / "loss"))
+    start = [p.detach().clone() for p in params]
+
+    def endless(step):
+        tally = good(step)                   # a gradient that looks sound
+        tally.add("loss", math.inf if step % 2 else math.nan)
+        return tally
+    with pytest.raises(InputError, match="not finite five times"):
+        train(s, params, endless, ["loss"])
+    assert all(torch.equal(p, b) for p, b in zip(params, start))
+    assert [x["grad_norm"] for x in metrics(tmp_path / "loss")] == [None] * 5 and "NaN" not in (
+        tmp_path / "loss" / "metrics.jsonl").read_text()
+
     s, params, good = toy(run_args(tmp_path / "c"))
 
     def broken(step):
