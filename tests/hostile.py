@@ -9,6 +9,7 @@ started again behind the mutant that ended it. Not for Windows.
 """
 
 import argparse
+import copy
 import gzip
 import json
 import os
@@ -45,7 +46,8 @@ TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Whitespace", 
 
 
 def odd(rng):
-    return rng.choice((NUMBERS, WORDS, WHOLE, TYPES)[rng.randrange(4)])
+    """A copy: put into itself, a list would have no end, and each mutant would hang on those before it."""
+    return copy.deepcopy(rng.choice((NUMBERS, WORDS, WHOLE, TYPES)[rng.randrange(4)]))
 
 
 def places(value, found, parent=None, key=None, depth=0):
