@@ -375,11 +375,11 @@ class Signals:
 
 
 def train(session, params, step_fn, names, shaping=None):
-    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over
-    ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient or
-    loss is not finite is skipped and counted; five in a row stop the run. A base ends earlier, once
-    it has learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before
-    and after each update (adapters.Budget). Returns the line that ends the log."""
+    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over ranks,
+    on `params` and returns a Tally; `names` are the means to log. A step whose gradient or loss is
+    not finite is skipped and counted; five in a row stop the run. A base ends earlier, once it has
+    learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before and
+    after each update (adapters.Budget). Returns the line that ends the log."""
     args, ranks = session.args, session.ranks
     run = session.run
     kept = [*params, *(shaping.kept if shaping else ())]
@@ -426,7 +426,7 @@ def train(session, params, step_fn, names, shaping=None):
             if in_a_row == 5:
                 ids = (session.posts[v.index].id[:40] for v in tally.visits[:20])
                 posts = ", ".join(map(data.printable, ids))
-                raise InputError(f"step {step + 1} of {run.folder}: gradient or loss were not finite "
+                raise InputError(f"step {step + 1} of {run.folder}: gradient or loss not finite "
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")
             last = step + 1 == args.steps or learnt_enough(run, getattr(args, "until", None))
