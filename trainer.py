@@ -405,7 +405,8 @@ def train(session, params, step_fn, names, shaping=None):
                 shaping.before()
             norm = float(torch.nn.utils.clip_grad_norm_(params, args.clip))
             means = tally.means(ranks, names)  # all ranks', so that all skip a step or none
-            finite = all(map(math.isfinite, (norm, *means.values())))
+            losses = [means[n] for n in ("loss", "ce") if n in means]
+            finite = all(map(math.isfinite, (norm, *losses)))
             if finite:
                 optimizer.step()
                 if shaping:
