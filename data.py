@@ -33,7 +33,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    InputError, beside, command, fetch, printable, read_json, short, write_json, write_text)
+    CONTROL, InputError, beside, command, control_of, fetch, harmless, printable, read_json,
+    read_text, short, without_control, write_json, write_text)
 from pocket import (
     POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
 from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program
@@ -407,12 +408,13 @@ def load_tokenizer(path, *, revision=None):
     if not file.exists():
         raise InputError(f"{file} is missing: the checkpoint needs its tokenizer")
     with tokenizer_errors(file):
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_text(file))
         tokenizer.no_padding()               # a file may ask for 128 tokens, whatever the text
         tokenizer.no_truncation()
         ids = vocabulary(tokenizer)
     config = file.with_name("config.json")
-    rows = read_json(config).get("vocab_size", ids) if config.exists() else ids
+    config = read_json(config) if config.exists() else {}
+    rows = config.get("vocab_size") if isinstance(config, dict) else None
     if isinstance(rows, int) and not 0 < ids <= rows:  # what else is wrong there the model says
         raise InputError(f"{file} has ids up to {ids - 1}, and config.json beside it rows for "
                          f"{rows} tokens: they are of different checkpoints")
@@ -457,25 +459,10 @@ def stop_ids(tokenizer):
     return [i for i in map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>")) if i is not None]
 
 
-CONTROL = re.compile(r"<(\|\w+\||/?(?:think|tool_call|tool_response))>")
-
-
-def harmless(text):
-    """A person's text with its control strings broken: who types <|im_end|> must not end a turn."""
-    return CONTROL.sub("<\u200b\\1>", text)
-
-
-def without_control(text):
-    """A reply to learn from, its control strings taken out: broken by a mark, the mark would be
-    learnt. What is left may hold new ones, put together by the taking."""
-    while CONTROL.search(text):
-        text = CONTROL.sub("", text)
-    return text
-
-
 def encode_chat(tokenizer, messages, *, add_generation_prompt=True, chat=ChatFormat()):
     """Token ids of a chat of people's texts, whose only control tokens are the format's own."""
-    messages = [m | {"content": harmless(m["content"])} for m in messages]
+    control = control_of(tokenizer)
+    messages = [m | {"content": harmless(m["content"], control)} for m in messages]
     text = render_chat(messages, add_generation_prompt=add_generation_prompt, chat=chat)
     return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -487,7 +474,8 @@ def encode_prompt(tokenizer, messages, chat=ChatFormat()):
 
 def encode_reply(tokenizer, reply):
     """Token ids of a reply and the <|im_end|> that ends it: just what the loss is taken over."""
-    ids = tokenizer.encode(without_control(reply), add_special_tokens=False).ids
+    reply = without_control(reply, control_of(tokenizer))
+    ids = tokenizer.encode(reply, add_special_tokens=False).ids
     return ids + [tokenizer.token_to_id("<|im_end|>")]
 
 
@@ -497,6 +485,9 @@ def decode(tokenizer, ids):
 
 
 # ---- Domains -------------------------------------------------------------------------------------
+
+STEEPEST = 50                    # of long tails: beyond it shares are 0, or no numbers
+
 
 def long_tail(voices, exponent):
     """{voice: share}, falling as (rank + 1) ** -exponent."""
@@ -518,6 +509,9 @@ class Domain:
         self.voices = tuple(voices or (posts[0].voices if posts else ()))
         self.exponent, self.permute = popularity, permute
         self.writers_exponent = writers
+        for name, x in (("popularity", popularity), ("writers", 0 if writers is None else writers)):
+            if not -STEEPEST <= x <= STEEPEST:
+                raise InputError(f"{name} is {x:g}: give a number from -{STEEPEST} to {STEEPEST}")
 
     @staticmethod
     def claims(post):
@@ -680,18 +674,24 @@ def load_domain(path, name, posts):
     """The domain of a file of posts. domain.json beside it, written at the split, decides: the
     first post of each part must not. Without one, what the posts hold."""
     place = Path(path).parent / "domain.json"
-    record = read_json(place) if place.exists() else None
-    if record is None:
+    if not place.exists():
         return make_domain(name, posts)
-    fields = {"domain": str, "voices": list, "permute": bool}
-    good = isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in fields.items())
-    if not good:
+    record, number = read_json(place), (int, float)
+    fields = {"domain": str, "voices": list, "permute": bool, "popularity": number,
+              "writers": (*number, type(None))}
+    good = isinstance(record, dict) and all(
+        k in record and isinstance(record[k], kind) for k, kind in fields.items())
+    if not (good and record["domain"] in DOMAINS
+            and all(isinstance(v, str) for v in record["voices"])):
         raise InputError(f"{place} is not what data.py split writes: split again")
     if name not in ("auto", record["domain"]):
         raise InputError(f"--domain {name}: these posts were split as {record['domain']!r} (see "
                          f"{place}): leave --domain out, or split again")
-    for (voices, _), first in kinds_of(posts).items():
-        if voices != set(record["voices"]) and record["domain"] not in ("replies", "stories"):
+    free = record["domain"] in ("replies", "stories")
+    special = record["domain"] in WORLDS or record["domain"] == "code"
+    for (voices, claim), first in kinds_of(posts).items():
+        if not free and (not voices or voices != set(record["voices"])
+                         or special and claim != record["domain"]):
             raise InputError(f"{path}: the post {short(posts[first].id)} has not the voices that "
                              f"its split was made with (see {place}): split again")
     readers = {name: record[name] for name in ("popularity", "writers", "permute")}
@@ -799,16 +799,15 @@ def check(args):
         marks.frombytes(hashed(normalise(reply), 8))
         broken += bool(CONTROL.search(reply))
     different = len(np.unique(np.frombuffer(marks, np.uint64)))
-    voices = f", voices {', '.join(domain.voices)}" if domain.voices else ""
+    voices = f", voices {printable(', '.join(domain.voices))}" if domain.voices else ""
     print(f"{args.data}: {len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{voices}")
     if broken:
-        print(f"{broken} replies hold control strings such as <|im_end|>: these are left out of "
-              f"them")
+        print(f"{broken} replies hold control strings such as <|im_end|>, which are left out")
     for p in random.Random(0).sample(posts, min(args.show, len(posts))):
         print(f"\n{printable(p.post)}")
         for i, r in enumerate(p.replies):
-            print(f"    {p.voices[i] + ': ' if p.voices else ''}{printable(r)}")
+            print(printable(f"    {p.voices[i] + ': ' if p.voices else ''}{r}"))
 
 
 def split(args):

@@ -1,11 +1,14 @@
-"""What every room needs: an error for the user, reading files, and writing them in one piece."""
+"""What every room needs: an error for the user, texts that do no harm, reading files, and writing
+them in one piece."""
 
+import functools
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 import unicodedata
@@ -34,6 +37,31 @@ def printable(text):
                    or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" else c for c in text)
 
 
+CONTROL = re.compile(r"<(?:\|\w+\||/?(?:think|tool_call|tool_response))>")
+
+
+@functools.lru_cache(maxsize=8)
+def control_of(tokenizer):
+    """The control strings of a tokenizer: all that look like Qwen3's, and its own special tokens,
+    such as SmolLM2's <file_sep>."""
+    own = (t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+    own = sorted((text for text in own if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join([CONTROL.pattern, *map(re.escape, own)]))
+
+
+def harmless(text, control=CONTROL):
+    """A person's text with its control strings broken: who types <|im_end|> must not end a turn."""
+    return control.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
+
+
+def without_control(text, control=CONTROL):
+    """A reply to learn from, its control strings taken out: broken by a mark, the mark would be
+    learnt. What is left may hold new ones, put together by the taking."""
+    while control.search(text):
+        text = control.sub("", text)
+    return text
+
+
 def command(parser, argv=None):
     """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input
     was wrong; 130 after Ctrl-C."""
@@ -41,8 +69,9 @@ def command(parser, argv=None):
     try:
         args.run(args)
         return 0
-    except InputError as e:
-        said = printable(f"error: {e}")  # of which a hostile file may have given a part
+    except (InputError, OSError) as e:       # the second: the disk is full, or access is denied
+        hint = "" if isinstance(e, InputError) else ": make room there, or choose another place"
+        said = printable(f"error: {e}{hint}")  # of which a hostile file may have given a part
         print(said + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before or after the steps; these are finished first
@@ -68,13 +97,31 @@ def fetch(path, revision=None):
                          f"({reason}): check the name, the revision and the connection") from None
 
 
+LARGEST_TEXT = 2 ** 26           # bytes: parsed, brackets alone take twenty times as much
+
+
+def read_text(path):
+    """The text of a file of somebody else's; InputError where it is missing, no UTF-8, or larger
+    than any of its kind."""
+    try:
+        if Path(path).exists() and not os.path.isfile(path):  # a link to a device has no end
+            raise InputError(f"{path} is no file")
+        if os.path.getsize(path) > LARGEST_TEXT:
+            raise InputError(f"{path} holds more than {LARGEST_TEXT >> 20} MiB: no such file does")
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} cannot be read ({str(e)[:100]})") from None
+
+
 def read_json(path):
     """The value in a JSON file; InputError where it is missing or no JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as e:  # nested thousands deep, too
+        return json.loads(read_text(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as e:  # nested thousands deep, too
         raise InputError(f"{path} is not valid JSON ({str(e)[:100]})") from None
 
 
@@ -116,6 +163,23 @@ def file_hash(path):
         while part := file.read(2 ** 20):
             total.update(part)
     return total.hexdigest()
+
+
+def environment():
+    """What a result may depend on beside its configuration: versions, and this code's commit."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words):
+        try:
+            ran = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return None
+        return ran.stdout.strip() if ran.returncode == 0 else None
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    packages = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0], **versions, "commit": commit,
+            "clean": None if changes is None else not changes}
 
 
 class Tracker:

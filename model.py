@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from data import ChatFormat, render_chat
-from files import InputError, beside, fetch, read_json, short, write_json
+from files import InputError, beside, fetch, read_json, read_text, short, write_json
+from sandbox import render_template
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -450,15 +451,11 @@ def chat_format(folder):
              {"role": "user", "content": "three"}]
     told = [{"role": "system", "content": "zero"}, *turns]
     try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = compiled.from_string(template)
-        say = lambda chat: template.render(messages=chat, add_generation_prompt=True,
-                                           enable_thinking=False, bos_token="", eos_token="")
-        alone, after = say(turns), say(told)
-    except Exception as e:  # a template is somebody's program: it may fail in any way
-        raise InputError(f"the chat template in {folder} cannot be read ({str(e)[:100]}): give a "
-                         "checkpoint whose chat is ChatML, as Qwen3's") from None
+        alone, after = render_template(template, (turns, told))
+    except (ValueError, OSError) as e:
+        raise InputError(f"the chat template in {folder} cannot be read "
+                         f"({' '.join(str(e).split())[:100]}): give a checkpoint whose chat is "
+                         "ChatML, as Qwen3's") from None
     default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", alone, re.DOTALL)
     for think_block in (True, False):
         chat = ChatFormat(think_block, default[1] if default else "")
@@ -472,14 +469,14 @@ def chat_format(folder):
 def read_template(folder):
     """The text of a folder's chat template; None where it has none."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     if not (folder / "tokenizer_config.json").exists():
         return None
     config = read_json(folder / "tokenizer_config.json")
     template = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
 
 

@@ -506,21 +506,25 @@ def write_tables(summary):
     for arm, a in summary["arms"].items():
         for name, row in a["metrics"].items():
             numbers = [row.get(key) for key in ("mean", "low", "high", "sd_over_seeds")]
+            name = name if re.fullmatch(r"[\w@-]+", name) else csv_cell(name)  # a record's own
             sheet.append([csv_cell(arm), name, *("" if x is None else repr(x) for x in numbers)])
-    page += [f"![{title}]({name})\n" for name, title in PICTURES.items()
-             if name not in FRONTS or FRONTS[name][1] in summary]
+    shown = {name: title for name, title in PICTURES.items()
+             if name not in FRONTS or FRONTS[name][1] in summary}
     notes = notes_of(summary)
-    page += [f"![{curve_title(curve)}]({curve_file(curve)})\n" for curve in summary["curves"]]
+    shown |= {curve_file(curve): curve_title(curve) for curve in summary["curves"]}
+    page += [line for name, title in shown.items() for line in (f"![{title}]({name})", "")]
     header = "arm,metric,mean,low,high,sd_over_seeds"
     page += [f"- {note}" for note in notes]
     sheet = [header, *map(",".join, sheet)]
-    return "\n".join(text + notes) + "\n", "\n".join(page) + "\n", "\n".join(sheet) + "\n"
+    lines = lambda some: "\n".join(map(printable, some)) + "\n"
+    return lines(text + notes), lines(page), lines(sheet)
 
 
 def csv_cell(text):
     """A text that no spreadsheet takes for a formula, quoted."""
     text = printable(text)
-    guarded = "'" + text if text.startswith(tuple("=+-@")) else text
+    risky = text.lstrip().startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20"))  # full width, too
+    guarded = "'" + text if risky else text
     return '"' + guarded.replace('"', '""') + '"'
 
 

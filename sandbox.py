@@ -110,6 +110,42 @@ def run_program(program, test, *, allowed, setup="", names=None, seconds=10, mem
     return verdict
 
 
+def render_template(template, chats, seconds=3, memory=512):
+    """The text that a checkpoint's chat template, in Jinja, makes of each chat; ValueError where it
+    makes none. A template is a program, too: Jinja keeps it from files and from Python's objects,
+    and bounds neither its loops nor its products. So a child does the work, which is ended after
+    `seconds` of processor time and has `memory` MiB."""
+    job = json.dumps({"template": template, "chats": chats, "seconds": seconds, "memory": memory})
+    try:
+        ran = subprocess.run([sys.executable, os.path.abspath(__file__), "template"],
+                             input=job.encode(), capture_output=True, timeout=20 * seconds)
+        said = json.loads(ran.stdout)
+    except (ValueError, subprocess.TimeoutExpired):
+        raise ValueError("it takes too much time or memory") from None
+    if isinstance(said, str):
+        raise ValueError(said)
+    return said
+
+
+def render(job):
+    """What the child of render_template does: writes the texts, or one text that says why not."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
+    for name, value in (("CPU", job["seconds"]), ("AS", job["memory"] << 20)):
+        try:
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        except (AttributeError, OSError, ValueError):  # Windows has no limits, macOS not all
+            pass
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(job["template"])
+        said = [template.render(messages=chat, add_generation_prompt=True, enable_thinking=False,
+                                bos_token="", eos_token="") for chat in job["chats"]]
+        said = said if max(map(len, said)) < LONGEST else "it writes a megabyte"
+    except Exception as e:                   # somebody's program: it may fail in any way
+        said = f"{type(e).__name__}: {str(e)[:SHOWN]}"
+    print(json.dumps(said))
+
+
 # ---- Tasks, in the formats of HumanEval and MBPP -------------------------------------------------
 
 def as_post(d):
@@ -484,5 +520,8 @@ def perform(what, *args):
 
 
 if __name__ == "__main__":
-    sys.set_int_max_str_digits(0)
-    guard(json.loads(sys.argv[1]))
+    if sys.argv[1] == "template":
+        render(json.load(sys.stdin))
+    else:
+        sys.set_int_max_str_digits(0)
+        guard(json.loads(sys.argv[1]))

@@ -9,14 +9,12 @@ is drawn in; dropout's alone hang on the step, the rank and its micro-batches.""
 import argparse
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from array import array
@@ -33,7 +31,7 @@ from tqdm import tqdm
 
 import data
 from data import InputError, beside, fetch, read_json, write_json, write_text
-from files import Tracker, file_hash
+from files import Tracker, environment, file_hash
 from generate import generate, sampling_of
 from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
 from ranks import Ranks, shard
@@ -110,7 +108,8 @@ def left_over(path):
 
 def model_hash(path, revision):
     """What tells a checkpoint from another without reading it all: its config.json and, of each
-    file of tensors, name, size and header."""
+    file of tensors, name, size, header and the last 64 KiB. A change of other numbers alone is not
+    seen; to hash every byte takes some 0.8 s a GB, 12 s of an 8B model."""
     folder = fetch(path, revision)
     total = hashlib.sha256((folder / "config.json").read_bytes())
     for file in tensor_files(folder):
@@ -119,25 +118,8 @@ def model_hash(path, revision):
             total.update(f"{file.name} {file.stat().st_size}".encode())
             total.update(head + f.read(min(int.from_bytes(head, "little"), 2 ** 24)))
             f.seek(-min(2 ** 16, file.stat().st_size), 2)
-            total.update(f.read())           # and the end of its numbers
+            total.update(f.read())
     return total.hexdigest()
-
-
-def environment():
-    """What a result may depend on beside its configuration: versions, and this code's commit."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words):
-        try:
-            ran = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-        except OSError:  # no git on this machine
-            return None
-        return ran.stdout.strip() if ran.returncode == 0 else None
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": sys.version.split()[0], **versions, "commit": commit,
-            "clean": None if changes is None else not changes}
 
 
 class Run:
@@ -186,7 +168,8 @@ class Run:
         before, now = old.get("environment") or {}, self.config["environment"]
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed and not self.done and self.ranks.main:
-            print(f"{self.folder} was begun under other versions: {', '.join(changed)}", flush=True)
+            said = data.printable(", ".join(changed))
+            print(f"{self.folder} was begun under other versions: {said}", flush=True)
 
     def __enter__(self):
         """Take the folder and write the configuration: once everything was read and found right, so
@@ -247,7 +230,10 @@ class Run:
                 for name in ("exp_avg", "exp_avg_sq"):
                     tensors[f"{i}.{name}"] = state[name].cpu().contiguous()
         about = {"step": str(step), "updates": str(updates), "run": self.name()}
-        path = self.folder / "checkpoint.safetensors"
+        path, log = self.folder / "checkpoint.safetensors", self.folder / "metrics.jsonl"
+        if log.exists():                     # its lines up to this step go with the checkpoint
+            with open(log, "rb") as file:
+                os.fsync(file.fileno())
         with beside(path) as new:
             save_file(tensors, new, metadata=about | {"checksum": checksum(tensors, about)})
             if path.exists():
@@ -299,17 +285,21 @@ class Run:
         if whole:
             return tensors, int(about["step"]), int(about["updates"])
         if self.ranks.main:
-            print(f"{path} is damaged ({reason}): an older checkpoint is used, or the start"
-                  f"", flush=True)
+            print(f"{path} is damaged ({reason}): an older checkpoint is used, or the start",
+                  flush=True)
         return None
 
     def finish(self, summary):
         self.ranks.barrier()
         if self.ranks.main:
             write_json(self.folder / "done.json", summary)
-            for name in ("checkpoint.safetensors", "checkpoint.before.safetensors", ".lock"):
-                (self.folder / name).unlink(missing_ok=True)
+            self.tidy()
             self.lock.close()
+
+    def tidy(self):
+        """Take away what a finished run needs no more; again, where a kill came between."""
+        for name in ("checkpoint.safetensors", "checkpoint.before.safetensors", ".lock"):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def checksum(tensors, about):
@@ -385,11 +375,11 @@ class Signals:
 
 
 def train(session, params, step_fn, names, shaping=None):
-    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over
-    ranks, on `params` and returns a Tally; `names` are the means to log. A step whose gradient
-    is not finite is skipped and counted; five in a row stop the run. A base ends earlier, once it
-    has learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before
-    and after each update (adapters.Budget). Returns the line that ends the log."""
+    """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over ranks,
+    on `params` and returns a Tally; `names` are the means to log. A step whose gradient or loss is
+    not finite is skipped and counted; five in a row stop the run. A base ends earlier, once it has
+    learnt as much as --until asks (learnt_enough). `shaping`: what an adapter asks for before and
+    after each update (adapters.Budget). Returns the line that ends the log."""
     args, ranks = session.args, session.ranks
     run = session.run
     kept = [*params, *(shaping.kept if shaping else ())]
@@ -414,7 +404,9 @@ def train(session, params, step_fn, names, shaping=None):
             if shaping:
                 shaping.before()
             norm = float(torch.nn.utils.clip_grad_norm_(params, args.clip))
-            finite = math.isfinite(norm)
+            means = tally.means(ranks, names)  # all ranks', so that all skip a step or none
+            losses = [means[n] for n in ("loss", "ce") if n in means]
+            finite = all(map(math.isfinite, (norm, *losses)))
             if finite:
                 optimizer.step()
                 if shaping:
@@ -424,7 +416,8 @@ def train(session, params, step_fn, names, shaping=None):
             worked, stop = ranks.sum([tally.sums.get("tokens", (0, 0))[0], signals.seen])
             tokens += worked
             line = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": norm if finite else None, **tally.means(ranks, names),
+                    "grad_norm": norm if finite else None,
+                    **{n: x for n, x in means.items() if math.isfinite(x)},
                     "seconds": time.perf_counter() - start, "tokens": worked,
                     "peak_bytes": peak_bytes(ranks.device)}
             run.log(line)
@@ -434,7 +427,7 @@ def train(session, params, step_fn, names, shaping=None):
             if in_a_row == 5:
                 ids = (session.posts[v.index].id[:40] for v in tally.visits[:20])
                 posts = ", ".join(map(data.printable, ids))
-                raise InputError(f"step {step + 1} of {run.folder}: the gradient was not finite "
+                raise InputError(f"step {step + 1} of {run.folder}: gradient or loss not finite "
                                  f"five times in a row (posts {posts}): lower --lr, or "
                                  "use --dtype float32")
             last = step + 1 == args.steps or learnt_enough(run, getattr(args, "until", None))
@@ -590,6 +583,8 @@ class Session:
         self.run = Run(self.args, self.ranks)
         if self.run.done:
             self.say(f"{self.run.folder}: done already")
+            if self.ranks.main:
+                self.run.tidy()
             self.ranks.close()
         return not self.run.done
 

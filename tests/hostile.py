@@ -9,6 +9,7 @@ started again behind the mutant that ended it. Not for Windows.
 """
 
 import argparse
+import copy
 import gzip
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -30,7 +32,7 @@ from safetensors.torch import save_file
 import data
 from adapters import drop_lora, load_adapter
 from files import InputError
-from model import Qwen3, chat_format
+from model import Qwen3
 from tiny import tiny_adapter, tiny_config, tiny_weights, write_adapter
 from trainer import train_tokenizer
 
@@ -44,7 +46,8 @@ TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Whitespace", 
 
 
 def odd(rng):
-    return rng.choice((NUMBERS, WORDS, WHOLE, TYPES)[rng.randrange(4)])
+    """A copy: put into itself, a list would have no end, and each mutant would hang on those before it."""
+    return copy.deepcopy(rng.choice((NUMBERS, WORDS, WHOLE, TYPES)[rng.randrange(4)]))
 
 
 def places(value, found, parent=None, key=None, depth=0):
@@ -184,10 +187,9 @@ class World:
             elif kind.startswith("adapter"):
                 load_adapter(self.model, self.folder)(torch.arange(6)[None])
             else:
-                model = Qwen3.from_pretrained(self.folder)
-                chat_format(self.folder)
-                data.load_tokenizer(self.folder)
-                model(torch.arange(6)[None])
+                with suppress(InputError):                                     # read first, and the model says more
+                    data.load_tokenizer(self.folder)
+                Qwen3.from_pretrained(self.folder)(torch.arange(6)[None])
         finally:
             drop_lora(self.model)
             (self.folder / kind).write_bytes(self.good[kind])

@@ -1,5 +1,6 @@
 """Files of posts, splits, the chat format, packing, the domains' verifiers, the pocket world."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -8,14 +9,18 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import data
 import files
+import model
 import pocket
+import sandbox
 from data import InputError, Post
 from model import chat_format, pack
 from trainer import train_tokenizer
@@ -368,9 +373,22 @@ def test_the_domain_is_fixed_at_the_split(tmp_path, capsys):
         data.load_domain(out / "sft.jsonl", "replies", part)
     with pytest.raises(InputError, match="'line-9' has not the voices"):
         data.load_domain(out / "sft.jsonl", "auto", [Post("line-9", "x", ("y",))])
-    (out / "domain.json").write_text("[]")
+    good = data.read_json(out / "domain.json")
+    changes = [{"domain": "poetry"}, {"domain": []}, {"voices": [[]]}, {"voices": {}}, {"voices": []}, {"permute": None},
+               {"popularity": "steep"}, {"popularity": None}, {"popularity": float("nan")}, {"popularity": 1e300},
+               {"writers": []}, {"domain": "pocket"}, {"domain": "code"}]
+    wrong = [[], None, 3, *[good | c for c in changes], *[{k: v for k, v in good.items() if k != name} for name in good]]
+    for record in wrong:                     # each of these was a KeyError or a TypeError, at the latest in a step
+        (out / "domain.json").write_text(json.dumps(record))
+        with pytest.raises(InputError, match="split again|from -50 to 50"):
+            data.load_domain(out / "sft.jsonl", "auto", part)
+    plain = [Post("1", "Hi", ("Yo",))]
+    (out / "domain.json").write_text(json.dumps(good | {"voices": []}))
     with pytest.raises(InputError, match="split again"):
-        data.load_domain(out / "sft.jsonl", "auto", part)
+        data.load_domain(out / "sft.jsonl", "auto", plain)
+    for flag in ("--popularity", "--writers"):
+        assert data.main(["split", "--data", str(path), *flags[:2], "--out", str(tmp_path / "n"), flag, "nan"]) == 2
+        assert f"{flag[2:]} is nan" in capsys.readouterr().err
     mixed = write(tmp_path / "mixed.jsonl", *rows, {"id": "odd", "post": "z", "reply": "q"})
     assert data.main(["split", "--data", str(mixed), *flags[:2], "--out", str(tmp_path / "m")]) == 2
     assert "'odd'" in capsys.readouterr().err and not (tmp_path / "m").exists()
@@ -445,6 +463,13 @@ def test_replies_to_learn_from_lose_their_control_strings(tokenizer):
     assert chat.count(tokenizer.token_to_id("<|im_start|>")) == 2
 
 
+def test_names_of_voices_forge_no_terminal(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", {"post": "a", "replies": {"x\x1b[2J": "y\u202e", "z\nerror: gone": "w"}})
+    assert data.main(["check", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\u202e"} & set(said) and "\nerror" not in said
+
+
 def test_printable_texts_forge_nothing():
     assert data.printable("a\x1b[31mb\u202ec\r\nd\u2066") == "a\ufffd[31mb\ufffdc  d\ufffd"
     assert data.printable("Grüße, 世界 👋") == "Grüße, 世界 👋"
@@ -489,6 +514,33 @@ def test_without_a_template_the_format_is_qwen3s_and_other_marks_are_refused(tmp
         assert chat_format(SHARED / "qwen3_tokenizer") == data.ChatFormat()
 
 
+LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+BOMBS = {"a loop": LOOP, "a power": "{{ 7 ** (10 ** 9) }}", "a product": "{{ 'a' * 10 ** 10 }}", "a long text": "{{ 'a' * 10 ** 7 }}",
+         "a macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "brackets": "{{ " + "[" * 100_000, "its objects":
+         "{{ messages.append(1) }}", "lines": "{{ raise('a\nb') }}", "not UTF-8": b"\xff"}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_never_ends_or_grows_is_refused(tmp_path, monkeypatch, name):
+    """Jinja's sandbox keeps a template from files; ten lines of it still held a launch for ever, or filled the memory."""
+    monkeypatch.setattr(model, "render_template", functools.partial(sandbox.render_template, seconds=1))
+    bomb = BOMBS[name]
+    (tmp_path / "chat_template.jinja").write_bytes(bomb if isinstance(bomb, bytes) else bomb.encode())
+    began = time.monotonic()
+    with pytest.raises(InputError, match="chat.template") as e:
+        chat_format(tmp_path)
+    if sys.platform == "linux":              # elsewhere there may be no limits but that of the wall's clock
+        assert time.monotonic() - began < 15 and (name != "a product" or "MemoryError" in str(e.value))
+    assert name != "a long text" or "megabyte" in str(e.value)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_templates_of_a_wrong_type_are_none(tmp_path):
+    for value in (3, [[]], [{"name": [], "template": "x"}, {"template": 1}], [{"name": "default"}], {"default": "x"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert chat_format(tmp_path) == data.ChatFormat()
+
+
 # ---- Writing in one piece ------------------------------------------------------------------------
 
 def test_two_hosts_of_one_folder_write_beside_each_other(tmp_path, monkeypatch):
@@ -503,7 +555,7 @@ def test_two_hosts_of_one_folder_write_beside_each_other(tmp_path, monkeypatch):
         assert one != two and one.read_text() == "1"
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     """Five writers had each their own way of it, with names that equal process ids make clash."""
     path = tmp_path / "a.json"
     data.write_json(path, [1])
@@ -520,8 +572,18 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         data.write_text(path / "b", "x")  # a file is no folder
     for text in ("[" * 100_000, "{", "\xff"):
         path.write_text(text, encoding="latin-1")
-        with pytest.raises(InputError, match="not valid JSON"):
+        with pytest.raises(InputError, match="not valid JSON|cannot be read"):
             data.read_json(path)
+    for place, word in (("/dev/zero", "no file"), (tmp_path / "none", "missing")):
+        path.unlink()
+        path.symlink_to(place)
+        with pytest.raises(InputError, match=word):  # without end, in a checkpoint from an archive
+            data.read_json(path)
+    monkeypatch.setattr(files, "LARGEST_TEXT", 10)
+    path.unlink()
+    path.write_text("[1, 2, 3, 4]")
+    with pytest.raises(InputError, match="no such file does"):
+        data.read_json(path)
 
 
 def test_only_the_first_rank_writes_a_split(tmp_path, monkeypatch):
@@ -631,6 +693,8 @@ def test_a_tokenizer_is_checked_before_it_is_used(tmp_path, tokenizer):
         data.check_chat(found, tmp_path)
         return found
     written(lambda v: None)
+    (tmp_path / "config.json").write_text("[1]")
+    assert data.load_tokenizer(tmp_path).get_vocab_size() == tokenizer.get_vocab_size()  # the model says what is wrong there
     with pytest.raises(InputError, match="of different checkpoints"):
         written(lambda v: None, rows=tokenizer.get_vocab_size() - 1)
     with pytest.raises(InputError, match="of different checkpoints"):
@@ -646,13 +710,16 @@ def test_a_tokenizer_is_checked_before_it_is_used(tmp_path, tokenizer):
     assert len(cut.encode("a").ids) == 1
 
 
-@pytest.mark.parametrize("own", ["small", "Qwen3's"])
+@pytest.mark.parametrize("own", ["small", "Qwen3's", "others'"])
 def test_ids_of_a_conversation_hold_the_templates_control_tokens_alone(tokenizer, own):
     """Every control string of the tokenizer, in the post, in the reply, and in the names beside them."""
     if own == "Qwen3's":
         if not (SHARED / "qwen3_tokenizer").exists():
             pytest.skip("Qwen3's tokenizer.json is not beside the repository")
         tokenizer = data.load_tokenizer(SHARED / "qwen3_tokenizer")
+    if own == "others'":                     # of another family beside ChatML's, as SmolLM2 has them
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        tokenizer.add_special_tokens(["<file_sep>", "[INST]", "<s>", "\u2581of"])
     control = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items()}
     marks = lambda ids: [i for i in ids if i in set(control.values())]
     wanted = marks(data.encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]))

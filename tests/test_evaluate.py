@@ -3,6 +3,7 @@
 `python tests/test_evaluate.py` (with nltk installed) writes golden/self_bleu.json again.
 """
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -28,6 +29,7 @@ from metrics import (  # noqa: E402
     attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
     interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
     self_bleu, sign_flip, t_quantile, vendi_score, words)
+from report import csv_cell  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "self_bleu.json"
 DRAFTS = {
@@ -731,6 +733,25 @@ def test_a_sheet_holds_no_formulas(tmp_path):
     evaluate.report([run], tmp_path / "out")
     sheet = (tmp_path / "out" / "report.csv").read_text().splitlines()
     assert len(sheet) > 10 and all(line.startswith('"\'=cmd') for line in sheet[1:])
+    risky = ["=1", "+1", "-1", "@a", " =1", "\t=1", "\r\n=1", "\u3000=1", "\uff1d1", "=\"\"", "\u202e=1"]
+    cells = [csv_cell(text) for text in risky]
+    assert all(c[1] in "'\ufffd" for c in cells) and csv_cell('a "b", =c') == '"a ""b"", =c"'
+
+
+def test_names_in_a_record_forge_no_cell_no_line_and_no_direction(tmp_path, capsys):
+    """Scores and settings are named by the file: a name with a line end began a row of the sheet, with a formula."""
+    nasty = "a\n=cmd|x,\u202e\x1b[31m<u>|\u2067"
+    for i, arm in enumerate(("one", "two")):
+        write_run(tmp_path / arm, 0, arm, lambda post: 3 + i, settings={"embedder": nasty, nasty: 1}, rewards=[0.5] * 12,
+                  scores={nasty: [0.1] * 12, ",=1": [0.2] * 12})
+    assert evaluate.main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "out")]) == 0
+    rows = list(csv.reader((tmp_path / "out" / "report.csv").read_text().splitlines()))
+    assert {len(row) for row in rows} == {6} and any("=cmd" in row[1] for row in rows)
+    assert not any(cell.startswith(("=", "+", "@")) for row in rows for cell in row)
+    shown = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir() if path.suffix != ".json"}
+    assert len(shown) > 5 and "<u>" not in shown["report.html"]
+    for name, text in (shown | {"the screen": capsys.readouterr().out}).items():
+        assert not set("\u202e\x1b\u2067") & set(text), name
 
 
 if __name__ == "__main__":

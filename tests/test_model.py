@@ -376,6 +376,22 @@ def test_mutants_of_the_weights_are_sentences(tmp_path):
     assert refused > 80
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e5m2, torch.complex64])
+def test_weights_are_numbers_with_a_fraction(tmp_path, dtype):
+    """Whole numbers of the right shape would be read as weights, without a word; refused from the header, in an
+    adapter as well."""
+    config = written(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = tiny_weights(config, 3)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=dtype)
+    save_file(tensors, path)
+    for read in (model_py.tensor_shapes, model_py.read_tensors):
+        with pytest.raises(InputError, match="up_proj.weight' is stored as"):
+            read(tmp_path)
+    assert "is stored as" in loads_or_says_why(tmp_path)
+
+
 def test_an_index_names_no_file_elsewhere(tmp_path):
     """A checkpoint could have read any file of the user's."""
     written(tmp_path / "model")

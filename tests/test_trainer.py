@@ -218,6 +218,19 @@ def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tm
     assert [x["grad_norm"] is None for x in metrics(tmp_path / "b")[:-1]] == [
         step in broken_steps for step in range(10)]
 
+    s, params, good = toy(run_args(tmp_path / "loss"))
+    start = [p.detach().clone() for p in params]
+
+    def endless(step):
+        tally = good(step)                   # a gradient that looks sound
+        tally.add("loss", math.inf if step % 2 else math.nan)
+        return tally
+    with pytest.raises(InputError, match="not finite five times"):
+        train(s, params, endless, ["loss"])
+    assert all(torch.equal(p, b) for p, b in zip(params, start))
+    assert [x["grad_norm"] for x in metrics(tmp_path / "loss")] == [None] * 5 and "NaN" not in (
+        tmp_path / "loss" / "metrics.jsonl").read_text()
+
     s, params, good = toy(run_args(tmp_path / "c"))
 
     def broken(step):
@@ -270,8 +283,8 @@ args = t.run_args(sys.argv[1], steps=int(sys.argv[2]), resume=True, save_every=2
 try:
     s, params, step = t.toy(args)
     def slowly(number):
-        time.sleep(float(sys.argv[3]))
         print("step", number, flush=True)
+        time.sleep(float(sys.argv[3]))
         return step(number)
     t.finish(s, params, slowly)
     print("values", [p.tolist() for p in params])
@@ -324,6 +337,18 @@ def test_a_folder_has_one_writer_and_its_lock_dies_with_it(tmp_path, undisturbed
     first.wait()
     resumed = start_toy(tmp_path / "run", pause=0).communicate(timeout=60)[0]
     assert values_of(resumed) == undisturbed and len(metrics(tmp_path / "run")) == 11
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    """Whoever presses it twice does not wait for the end of a step of minutes."""
+    process = start_toy(tmp_path / "run", pause=60)
+    assert process.stdout.readline() == "step 0\n"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)                                              # its step is not done
+    process.send_signal(signal.SIGINT)
+    said, wrong = process.communicate(timeout=10)
+    assert process.returncode == 130 and "stopped after" not in said and "Traceback" not in wrong
 
 
 def broken_off(folder, stop_at):
@@ -465,6 +490,31 @@ def test_a_run_that_was_killed_at_its_very_start_can_begin_again(tmp_path):
         toy(run_args(tmp_path / "other"))
 
 
+def test_a_run_that_was_killed_at_its_very_end_leaves_nothing_behind(tmp_path):
+    """Between done.json and the end of its checkpoints, which stayed for ever."""
+    args = run_args(tmp_path / "run")
+    broken_off(tmp_path / "run", 5)
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("checkpoint*")}
+    finish(*toy(run_args(tmp_path / "run", resume=True, save_every=2)))
+    for name, content in kept.items():
+        (tmp_path / "run" / name).write_bytes(content)
+    session = Session.__new__(Session)
+    session.args, session.ranks = args, Ranks("toy", "cpu")
+    assert len(kept) == 2 and not session.open_run()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "done.json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells files by their descriptors")
+def test_log_and_checkpoint_are_on_the_disk_before_the_checkpoint_is_in_its_place(tmp_path, monkeypatch):
+    """After a power cut a checkpoint was there whose lines of the log were not, or the name without the numbers."""
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"to {Path(b).name}"), replace(a, b)))
+    broken_off(tmp_path / "run", 3)
+    log, half, moved = done[-3:]
+    assert (log, moved) == ("metrics.jsonl", "to checkpoint.safetensors") and half.startswith("checkpoint.safetensors.")
+
+
 def test_a_run_that_another_process_has_finished_meanwhile_is_left_alone(tmp_path):
     """Found unfinished, loaded for a minute, and then begun again over the finished one."""
     broken_off(tmp_path / "run", 5)
@@ -556,6 +606,15 @@ def test_an_error_forges_nothing(capsys):
         raise InputError("unknown variant `\x1b[31m\u202e`")
     assert data.command(SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=wrong))) == 2
     assert capsys.readouterr().err == "error: unknown variant `\ufffd[31m\ufffd`\n"
+
+
+def test_what_the_system_refuses_is_a_sentence(capsys):
+    """A full disk under a log of evaluate.py, a folder that may not be read: tracebacks."""
+    def wrong(args):
+        raise OSError(28, "No space left on device", "runs/a/metrics.jsonl")
+    assert data.command(SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=wrong))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 28] No space left on device: 'runs/a/metrics.jsonl': make room") and said.count("\n") == 1
 
 
 def test_ctrl_c_before_the_first_step_is_a_word_and_130(capsys):
