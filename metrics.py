@@ -207,10 +207,11 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     passed drafts, and recall@k, where a post has several people's replies, the share of them that
     some of k drafts agrees with. longest@k and pick_X@k, from k = 2, are how often the draft
     passes that a reader takes of k who picks by length or by X: reward, likelihood, random, the
-    record's own "scores"; an oracle's pick is pass@k. `words` is the mean length in tokens, `truncated` the share cut off. Of a record with
-    "set", whose drafts hang together in sets of that size, each metric is the mean over the sets
-    that have it, and k is that size alone. distinct-n, ead and self-bleu are absent where no draft
-    is long enough. ValueError says which field is wrong."""
+    record's own "scores"; an oracle's pick is pass@k. `words` is the mean length in tokens,
+    `truncated` the share cut off. Of a record with "set", whose drafts hang together in sets of
+    that size, each metric is the mean over the sets that have it, and k is that size alone.
+    distinct-n, ead and self-bleu are absent where no draft is long enough. ValueError says which
+    field is wrong."""
     drafts, n = record["drafts"], len(record["drafts"])
     check_record(record)
     if "set" in record:
