@@ -594,7 +594,7 @@ class Replies(Domain):
     def reply(self, post, voice, rng):
         if not post.replies:
             raise InputError(f"the post {short(post.id)} has no reply to learn from: give posts "
-                             "with replies, or train by grpo.py alone")
+                             "with replies (grpo.py needs none)")
         return rng.choice(post.replies)
 
     def voices_of(self, post, draft):

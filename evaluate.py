@@ -121,12 +121,15 @@ def load_measures(session):
     args, scale = session.args, None
     session.shard_model()
     load_embedder(session)
-    session.agreement = None                 # a draft agrees with a reply of a larger cosine
+    session.agreement = session.selector = None  # a draft agrees with a reply of a larger cosine
     if not session.domain.voices:
         session.reward = make_reward(args.reward, session)
         session.threshold, scale = passing(session, session.reward)
         if any(len(post.replies) > 1 for post in session.posts):
-            session.agreement, _ = passing(session, AgreementReward(session.embedder))
+            answered = [post for post in session.posts if post.replies]
+            session.agreement, _ = bar(answered, AgreementReward(session.embedder))
+    elif args.reward in ("model", "judge"):  # a verifier says what is right, this what is picked
+        session.selector = make_reward(args.reward, session)
     session.judge = Asked.load(session) if args.judge else None
     session.helper = decoding_helper(session)
     return scale
@@ -167,6 +170,8 @@ def optional_settings(args):
         out["decoding"] = {"name": args.decoder, "independent": not way.joint} | knobs
     if args.reward == "model":
         out["spread_penalty"] = args.spread_penalty
+    if args.pass_above is not None:
+        out["pass_above"] = args.pass_above
     if args.judge:
         out["judge"] = [model_hash(args.judge, None), args.judge_drafts]
     return out
@@ -192,21 +197,27 @@ def measured(run, settings):
 
 
 def passing(session, reward):
-    """(threshold, scale) of a reward without a verifier: a draft passes when it earns more than 19
-    of 20 human replies that were written to another post, compared with as many replies as a draft
-    is. The scale says what share of people's held-out replies, of shuffled ones (to yet other posts
-    than those that set the bar) and of truncated ones (their first half) passes by it; None where a
-    reply is compared with itself alone. Without people's replies a judge's draft passes when "yes"
-    is likelier than "no", and there is no scale."""
-    if not all(post.replies for post in session.posts):
-        if session.args.reward != "judge":
-            raise InputError("some of these posts have no replies, whose reward would say what "
-                             "passes: use --reward judge")
-        return 0.5, None
-    whole = [post for post in session.posts if len(post.replies) > 1]
+    """(threshold, scale) of a reward without a verifier: see bar. Without people's replies a draft
+    passes above --pass-above, or a judge's when "yes" is likelier than "no"; there is no scale."""
+    if all(post.replies for post in session.posts):
+        return bar(session.posts, reward)
+    above, judge = session.args.pass_above, session.args.reward == "judge"
+    if above is None and not judge:
+        raise InputError("some of these posts have no replies, whose reward would say what passes: "
+                         "use --reward judge, or say which reward passes with --pass-above")
+    return 0.5 if above is None else above, None
+
+
+def bar(posts, reward):
+    """(threshold, scale) from people's replies: a draft passes when it earns more than 19 of 20
+    replies that were written to another post, compared with as many replies as a draft is. The
+    scale says what share of people's held-out replies, of shuffled ones (to yet other posts than
+    those that set the bar) and of truncated ones (their first half) passes by it; None where a
+    reply is compared with itself alone."""
+    whole = [post for post in posts if len(post.replies) > 1]
     single = len(whole) < 2
     if single:                               # one reply a post: it is scored beside itself
-        whole = session.posts
+        whole = posts
     posts, own = zip(*map(held_out, whole))
 
     def earn(posts, texts):
@@ -259,8 +270,20 @@ def measure_run(session, run, settings, scale, config):
         log.write(json.dumps(end) + "\n")
 
 
+SOME = 32  # posts whose drafts are embedded and scored together: a bound on memory
+
+
 def make_records(session, mine, samples, texts):
-    """One record for each of the posts of indices `mine` (fields: report.py)."""
+    """One record for each of the posts of indices `mine` (fields: report.py), some at a time, in
+    as many rounds on every rank."""
+    rounds = max(1, len(session.posts) // session.ranks.world // SOME)
+    edges = [len(mine) * i // rounds for i in range(rounds + 1)]
+    return [record for start, end in zip(edges, edges[1:])
+            for record in some_records(session, mine[start:end], samples.tokens[start:end],
+                                       samples.finished[start:end], texts[start:end])]
+
+
+def some_records(session, mine, tokens, finished, texts):
     domain, posts = session.domain, [session.posts[i] for i in mine]
     joint = DECODERS[session.args.decoder].joint
     embeddings = session.embedder(texts)
@@ -268,11 +291,12 @@ def make_records(session, mine, samples, texts):
     sets = embeddings.unflatten(1, (-1, size))                       # (P, sets, size, dim)
     spread = diversity(sets.flatten(0, 1)).view(len(posts), -1).mean(1).tolist()
     vendi = [[vendi_score(s) for s in some] for some in sets.cpu().numpy()]
-    rewards = None if domain.voices else session.reward(posts, texts, range(len(posts)))
+    reward = session.selector if domain.voices else session.reward
+    rewards = reward and reward(posts, texts, range(len(posts)))
     records = []
     for i, post in enumerate(posts):
         record = {"id": post.id, "post": post.post, "intent": post.intent, "drafts": texts[i],
-                  "finished": samples.finished[i], "semantic": spread[i],
+                  "finished": finished[i], "semantic": spread[i],
                   "vendi": sum(vendi[i]) / len(vendi[i])}
         record |= {"set": size} if joint else {}
         if domain.voices:  # the reward is the exact mean over readers
@@ -280,11 +304,12 @@ def make_records(session, mine, samples, texts):
             right = [list(domain.voices_of(post, t)) for t in texts[i]]
             record |= {"voices": right, "readers": readers, "alike": alike(domain, post),
                        "rewards": [math.fsum(readers[v] for v in voices) for voices in right]}
+            record |= {"scores": {session.args.reward: rewards[i]}} if reward else {}
         else:
             passed = [r > session.threshold for r in rewards[i]]
             record |= {"rewards": rewards[i], "passed": passed}
         records.append(record)
-    add_likelihoods(session, records, list(zip(map(session.prompt, mine), samples.tokens)))
+    add_likelihoods(session, records, list(zip(map(session.prompt, mine), tokens)))
     if session.agreement is not None:
         add_agreement(session, records, posts, embeddings)
     if session.judge:
@@ -440,7 +465,11 @@ def parser():
     add("--seed", type=int, default=1,
         help="of --bare's drafts; a run's drafts use the run's own seed")
     add("--reward", default="auto", choices=("auto", *REWARDS),
-        help="what a draft earns, in domains without a verifier")
+        help="what a draft earns, in domains without a verifier; model or judge, in the others: "
+             "another selector of the best of k")
+    add("--pass-above", type=float, default=None,
+        help="the reward above which a draft passes, for posts without people's replies; default: "
+             "0.5 with --reward judge")
     add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge, or a folder "
                                "of rewards.py train")
     add("--spread-penalty", type=float, default=1.0,

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from adapters import (Budget, adapter, add_lora, frozen_copy, load_adapter, read_adapter_config,
                       trained)
 from data import InputError, command
+from metrics import duplicate_rate
 from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
@@ -715,7 +716,6 @@ def spread_weight(args, own, spread, tally):
 def tally_rollout(drawn, advantages, args, tally):
     """What the log says of a rollout."""
     group, samples = drawn.group, drawn.samples
-    diversity = args.diversity
     posts, drafts = group.rewards.shape[0], group.rewards.numel()
     tally.add("reward", group.rewards.sum(), drafts)
     tally.add("reward_std", group.rewards.std(1, correction=0).sum(), posts)
@@ -726,11 +726,12 @@ def tally_rollout(drawn, advantages, args, tally):
         tally.add("valid", group.valid.sum(), drafts)
     if group.quality is not None:
         tally.add("quality", group.quality.sum(), drafts)
-    if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[diversity].embeds):
+    tally.add("different", sum(1 - duplicate_rate(t) for t in group.texts), posts * (group.k > 1))
+    if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[args.diversity].embeds):
         plain = dataclasses.replace(group, quality=None)
-        tally.add("D", measure(diversity, plain)[0].sum(), posts)
+        tally.add("D", measure(args.diversity, plain)[0].sum(), posts)
         if group.quality is not None:
-            tally.add("gated_D", measure(diversity, group)[0].sum(), posts)
+            tally.add("gated_D", measure(args.diversity, group)[0].sum(), posts)
 
 
 def grpo_step(session, step):
@@ -764,9 +765,9 @@ def grpo_step(session, step):
     return tally
 
 
-LOGGED = ["reward", "valid", "D", "entropy", "gated_D", "quality", "D_share", "D_weight", "reward_std",
-          "advantage", "zero_variance", "clipped", "kl", "k1", "k2", "mismatch", "length",
-          "truncated"]
+LOGGED = ["reward", "valid", "D", "different", "entropy", "gated_D", "quality", "D_share",
+          "D_weight", "reward_std", "advantage", "zero_variance", "clipped", "kl", "k1", "k2",
+          "mismatch", "length", "truncated"]
 
 
 def run_grpo(args):

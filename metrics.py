@@ -205,12 +205,13 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     so no reader is simulated; coverage@k is the same under even tastes. `valid` is the share of
     right drafts, `stances` the number of voices among them. Without voices c is the number of
     passed drafts, and recall@k, where a post has several people's replies, the share of them that
-    some of k drafts agrees with. longest@k and pick_X@k are how often the draft passes that a
-    reader takes of k who picks by length or by X: reward, likelihood, random, the record's own
-    "scores". `words` is the mean length in tokens, `truncated` the share cut off. Of a record with
-    "set", whose drafts hang together in sets of that size, each metric is the mean over the sets
-    that have it, and k is that size alone. distinct-n, ead and self-bleu are absent where no draft
-    is long enough. ValueError says which field is wrong."""
+    some of k drafts agrees with. longest@k and pick_X@k, from k = 2, are how often the draft
+    passes that a reader takes of k who picks by length or by X: reward, likelihood, random, the
+    record's own "scores"; an oracle's pick is pass@k. `words` is the mean length in tokens,
+    `truncated` the share cut off. Of a record with "set", whose drafts hang together in sets of
+    that size, each metric is the mean over the sets that have it, and k is that size alone.
+    distinct-n, ead and self-bleu are absent where no draft is long enough. ValueError says which
+    field is wrong."""
     drafts, n = record["drafts"], len(record["drafts"])
     check_record(record)
     if "set" in record:
@@ -231,7 +232,7 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     picks = {k: math.fsum(math.comb(n - 1 - i, k - 1) * p for i, p in enumerate(by_length))
              for k in ks if k > 1}
     out |= {f"longest@{k}": total / math.comb(n, k) for k, total in picks.items()}
-    out |= picked(record, passed, [k for k in ks if k == PICK])
+    out |= picked(record, passed, [k for k in ks if k > 1])
     if max(lengths) >= 1:  # where every draft is too short there is nothing to count
         out["ead"] = expectation_adjusted_distinct(drafts, vocabulary)
         if n > 1:
@@ -297,9 +298,6 @@ def pleasing(record, ks):
     out |= {f"coverage@{k}": math.fsum(p.values()) / len(p) for k, p in chances.items()}
     out |= {"valid": sum(map(bool, record["voices"])) / n, "stances": float(len(counts))}
     return out, [math.fsum(readers[v] for v in set(right)) for right in record["voices"]]
-
-
-PICK = 5  # what a reader picks one of
 
 
 def picked(record, passed, ks):

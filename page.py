@@ -25,6 +25,7 @@ h1{font-size:1.7rem;line-height:1.2}h2{font-size:1.2rem;margin-top:2.2em}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--grid);vertical-align:top}
 th:first-child,td:first-child{text-align:left;font-weight:600}
+.scroll{overflow-x:auto}.scroll th,.scroll td{overflow-wrap:normal}
 figure{margin:1em 0;border:1px solid var(--grid);border-radius:8px}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:12px}
 .figures figure{margin:0}
@@ -49,11 +50,15 @@ border-radius:8px;background:var(--card);color:var(--ink)}[hidden]{display:none!
 table,tbody,tr,td{display:block}thead{display:none}
 tr{border:1px solid var(--grid);border-radius:8px;margin:8px 0;padding:4px 0}
 td{display:flex;justify-content:space-between;gap:12px;border:0;padding:2px 10px}
-td::before{content:attr(data-name);color:var(--soft);font-weight:400;text-align:left}
+td::before{content:attr(data-name);color:var(--soft);font-weight:400;text-align:left;flex:none}
 td:first-child::before{content:none}}
 @media print{:root{--paper:#fff;--ink:#000;--soft:#444;--grid:#ccc;--card:#fff;--good:#00714f}
-nav{display:none}.post[hidden]{display:block!important}figure,.set,tr{break-inside:avoid}
-body{max-width:none;font-size:11pt}}
+@page{size:A4 landscape;margin:12mm}
+body{max-width:none;padding:0;font-size:10pt}nav{display:none}
+.post[hidden]{display:block!important}figure,.set,tr{break-inside:avoid}
+h2,h4,blockquote{break-after:avoid}h2{margin-top:1.4em}table{font-size:7.5pt}th,td{padding:2px 4px}
+.scroll{overflow:visible}.figures,.sets{gap:8px}.figures{grid-template-columns:1fr 1fr}
+.sets{grid-template-columns:repeat(4,1fr);font-size:8pt}.post blockquote{margin:.2em 0 .5em}}
 """
 SCRIPT = """
 const posts=[...document.querySelectorAll('.post')],nav=document.querySelector('nav');let at=0;
@@ -71,9 +76,18 @@ def plain(text):
     return escape(printable(str(text)), quote=True)
 
 
+def measured_as(summary):
+    """How the drafts were written and scored: settings that are off or not there are not named."""
+    told = {name: value for name, value in summary["measured"].items()
+            if value is not None and value is not False and not isinstance(value, (dict, list))}
+    said = ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in told.items())
+    return f"Measured on {summary['posts']} posts: {said}"
+
+
 def html_page(summary, tables, notes, pictures, samples):
     """The whole page as a text. tables: [(title, header, rows)]; pictures: [(SVG, the same
-    for phones), ..], drawn by this program; samples: [{"seed", "post", "sets": {arm: [(draft, is it right), ..]}}]."""
+    for phones), ..], drawn by this program;
+    samples: [{"seed", "post", "sets": {arm: [(draft, is it right), ..]}}]."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
               "base-uri 'none'; form-action 'none'")
@@ -81,10 +95,8 @@ def html_page(summary, tables, notes, pictures, samples):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>Polychromic LoRA: report</title><style>{STYLE}</style></head><body><main>"]
-    told = {k: v for k, v in summary["measured"].items() if not isinstance(v, dict)}
-    about = ", ".join(f"{name} {value}" for name, value in told.items())
     body = ["<h1>Drafts that differ: the report</h1>", f'<p class="question">{QUESTION}</p>',
-            f'<p class="soft">Measured on {summary["posts"]} posts: {plain(about)}.</p>']
+            f'<p class="soft">{plain(measured_as(summary))}.</p>']
     tables = [html_table(*table) for table in tables]
     body += [tables[0], '<h2>Pictures</h2><div class="figures">',
              *(f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
@@ -101,13 +113,14 @@ def html_page(summary, tables, notes, pictures, samples):
 
 def html_table(title, header, rows):
     names = [plain(name) for name in header]
-    out = [f"<h2>{plain(title)}</h2><table><thead><tr>",
+    out = [f'<h2>{plain(title)}</h2><div class="scroll"><table><thead><tr>',
            *(f'<th scope="col">{name}</th>' for name in names), "</tr></thead><tbody>"]
     for row in rows:
+        row = [word.replace(" p ", " p\xa0") for word in row]                   # one line
         cells = (f'<td data-name="{name}"><bdi>{plain(word)}</bdi></td>'
                  for name, word in zip(names, row))
         out.append("<tr>" + "".join(cells) + "</tr>")
-    return "\n".join([*out, "</tbody></table>"])
+    return "\n".join([*out, "</tbody></table></div>"])
 
 
 def drafts_part(samples):

@@ -705,6 +705,11 @@ def run_sft(args):
     if not session.open_run():
         return
     session.load()
+    bare = [at for (_, claim), at in data.kinds_of(session.posts).items()
+            if claim == data.Stories.name]
+    if bare:
+        raise InputError(f"the post {data.short(session.posts[bare[0]].id)} has no reply to learn "
+                         "from: give posts with replies (grpo.py and evaluate.py need none)")
     drafting = args.lam or args.lambda_share
     if args.loss == "bonbon":
         from rewards import make_reward  # which is made of what stands here

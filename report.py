@@ -21,7 +21,7 @@ import numpy as np
 from data import InputError, printable, write_text
 from metrics import (KS, front, holm, interval, mean_limit, pareto_front, post_metrics,
                      reader_shares, sign_flip)
-from page import html_page
+from page import html_page, measured_as
 
 # ---- Runs and their summary ----------------------------------------------------------------------
 
@@ -101,6 +101,7 @@ def sample_of(record):
 
 
 CURVES = {"ce": "cross-entropy of people's replies", "D": "diversity D of a post's drafts",
+          "different": "share of a post's drafts that differ",
           "entropy": "entropy of the policy, nats a token", "reward": "reward of drafts",
           "valid": "share of valid drafts"}
 
@@ -386,8 +387,7 @@ def tables(summary):
         rows = [[arm, str(len(runs["seeds"])), *cells(runs)] for arm, runs in arms.items()]
         return title, ["arm", "seeds", *names], rows
     passes = [] if summary["refused"] else [f"pass@{k}" for k in ks]
-    whom = "For the readers of the reward" if summary["limits"] else "Drafts that pass"
-    title = f"{whom}: mean, ± half the 95% interval over seeds and posts"
+    title = f"{who_is_pleased(summary)}: mean, ± half the 95% interval over seeds and posts"
     out = [by_arm(title, [*passes, "valid"], "{:.3f} ±{half:.3f}")]
     if summary["limits"]:
         rows = [limit_cells(arm, a, summary) for arm, a in arms.items()]
@@ -401,9 +401,13 @@ def tables(summary):
     out.append(by_arm("Diversity and the rest: mean", [
         "distinct-1", "distinct-2", "ead", "self-bleu", "semantic", "vendi", "duplicates", "reward",
         f"max@{ks[-1]}", "words", "truncated", "entropy", "logprob", "perplexity"], "{:.3f}"))
-    picks = ["longest@5", *(name for name in known if name.startswith(("pick_", "judge-")))]
-    out.append(by_arm("What a reader picks of 5 who goes by this, and a judge's mean verdicts", [
-        *picks, *(f"recall@{k}" for k in ks)], "{:.3f}"))
+    one_of = 5 if 5 in ks else ks[-1]        # all k are in report.json
+    picks = [name for name in known if name.startswith(("longest@", "pick_"))
+             and name.endswith(f"@{one_of}")]
+    verdicts = [name for name in known if name.startswith("judge-")]
+    title = f"What a reader picks of {one_of} who goes by this"
+    out.append(by_arm(title + ", and a judge's mean verdicts" * bool(verdicts), [
+        *picks, *verdicts, *(f"recall@{k}" for k in ks)], "{:.3f}"))
     if any(len(a["seeds"]) > 1 for a in arms.values()):
         names = [*passes, "valid", "semantic", "reward"]
         out.append(by_arm("Standard deviation over seeds", names, "{:.3f}", "sd_over_seeds"))
@@ -424,6 +428,20 @@ def tables(summary):
                 for row in summary["stages"]]
         out.append(("Training: mean over seeds, largest peak", header, rows))
     return out
+
+
+def who_is_pleased(summary):
+    """What Pass@k counts: a reader's taste, or a bar, with how often people's replies pass it."""
+    if summary["limits"]:
+        return "For the readers of the reward"
+    return "Drafts that pass" + (f" ({scale_words(summary['scale'])})" if summary["scale"] else "")
+
+
+def scale_words(scale):
+    said = [f"a {name} one {scale[key]:.0%}" for name, key in
+            (("held-out human", "people"), ("shuffled", "shuffled"), ("truncated", "truncated"))
+            if scale.get(key) is not None]
+    return f"of replies, this share passes by the same measure: {', '.join(said)}"
 
 
 def limit_cells(arm, row, summary):
@@ -454,15 +472,12 @@ def notes_of(summary):
                            for k, v in summary["limits"].items())
         out.append(f"The best attainable Pass@k of independent, always valid drafts: {limits}.")
     if summary["scale"]:
-        scale = summary["scale"]
-        said = ", ".join(f"a {name} one {scale[key]:.0%}" for name, key in
-                         (("held-out human", "people"), ("shuffled", "shuffled"),
-                          ("truncated", "truncated")) if scale.get(key) is not None)
-        out.append(f"Of replies, this share passes by the same measure: {said}.")
+        out.append(f"{scale_words(summary['scale']).capitalize()}.")
     trained_by = sorted({a["trained_by"] for a in summary["arms"].values() if a["trained_by"]})
     judged_by = summary["measured"].get("embedder")
-    out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by "
-               f"{', '.join(trained_by) or 'none'}.")
+    if judged_by:
+        out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by "
+                   f"{', '.join(trained_by) or 'none'}.")
     out += [summary["refused"]] if summary["refused"] else []
     best = ", ".join(summary["pareto"])
     out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")
@@ -487,9 +502,7 @@ def notes_of(summary):
 
 def write_tables(summary):
     """summary -> (report.txt with aligned columns, report.md, report.csv)."""
-    told = {k: v for k, v in summary["measured"].items() if not isinstance(v, dict)}
-    about = ", ".join(f"{name} {value}" for name, value in told.items())
-    about = f"Measured on {summary['posts']} posts: {about}"
+    about = measured_as(summary)
     text, page = [about, ""], ["# Report", "", about, ""]
     sheet = []
     for title, header, rows in tables(summary):
@@ -573,6 +586,14 @@ def svg_seeds(places, colour):
     return [dot.format(x, y, colour) for x, y in places]
 
 
+def svg_cross(x, y, across, up, colour):
+    """The intervals of a point, in pixels: (left, right) and (low, high)."""
+    left, right = across
+    low, high = up
+    return [svg_line([(left, y), (right, y)], colour, 'opacity="0.5"'),
+            svg_line([(x, low), (x, high)], colour, 'opacity="0.5"')]
+
+
 def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks, wide=WIDE):
     """The whole picture: white ground, titles, grid, then the marks. Titles that are too long for
     the width are set in lines, and the picture grows upwards by these."""
@@ -600,9 +621,20 @@ def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks, wide=W
     return "\n".join([*out, *marks, "</svg>"]) + "\n"
 
 
+def within(row, most=1.0):
+    """The interval as it is drawn: no further than the metric can go, from 0 to `most`."""
+    return max(row["low"], 0.0), min(row["high"], most)
+
+
+def svg_band(xs, lows, highs, colour, opacity):
+    edge = [*zip(xs, highs), *reversed([*zip(xs, lows)])]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
+    return f'<polygon fill="{colour}" opacity="{opacity:.2f}" points="{path}"/>'
+
+
 def draw_pass_at_k(summary, wide=WIDE):
-    """summary -> SVG of Pass@k against k (log), a line an arm, whiskers the interval, names at
-    the ends."""
+    """summary -> SVG of Pass@k against k (log), a line an arm, its band the interval, names at the
+    ends; of an arm with one k alone a point with whiskers."""
     ks, right = summary["ks"], wide - 180
     limits = summary["limits"]
     if summary["refused"]:
@@ -614,42 +646,52 @@ def draw_pass_at_k(summary, wide=WIDE):
         lines |= {arm: line} if line else {}
     if not lines:
         return svg_page("Pass@k", "No arm has it.", "", "", [], [], right, [], wide)
-    ends = [end for line in lines.values() for _, row in line for end in (row["low"], row["high"])]
+    ends = [end for line in lines.values() for _, row in line for end in within(row)]
     ends += [limits[str(k)][kind] for k in ks if limits for kind in ("independent", "joint")]
     at_y, y_grid = scale(ends, BOTTOM, TOP)
     widest = math.log(max(ks[-1], 2))
     at_x = {k: LEFT + 24 + (right - LEFT - 48) * math.log(k) / widest for k in ks}
-    order = sorted(lines, key=lambda arm: -lines[arm][-1][1]["mean"])
-    gap, places = min(17, (BOTTOM - TOP) / len(order)), {}
-    # Names in the order of the line ends, a line apart: pushed down, then back up into the frame.
-    for i, arm in enumerate(order):
-        places[arm] = max(at_y(lines[arm][-1][1]["mean"]), places[order[i - 1]] + gap if i else TOP)
-    for i, arm in enumerate(reversed(order)):
-        places[arm] = min(places[arm], BOTTOM - i * gap)
-    marks = []
+    heights = {arm: at_y(line[-1][1]["mean"]) for arm, line in lines.items()}
+    tops = {kind: [(at_x[k], at_y(limits[str(k)][kind])) for k in ks]
+            for kind in ("independent", "joint") if limits}
+    places, marks = name_places(heights | {(k,): line[-1][1] for k, line in tops.items()}), []
+    for kind, line in tops.items():
+        dashed = f'stroke-width="1.5" stroke-dasharray="{"2 4" if kind == "joint" else "6 4"}"'
+        y = places[kind,]
+        marks += [svg_line(line, "#666", dashed), svg_text(right + 32, y + 4, f"limit, {kind}"),
+                  svg_line([(right + 4, y), (right + 28, y)], "#666", dashed)]
+    fill = min(0.16, 0.8 / len(lines))
     for i, (arm, line) in enumerate(lines.items()):
-        colour, shift = COLOURS[i % 7], min(4, 40 / len(lines)) * (i - (len(lines) - 1) / 2)
-        # Shifted, so that whiskers stand abreast.
-        points = [(at_x[k] + shift, at_y(row["mean"])) for k, row in line]
-        end, faint = points[-1][1], 'stroke-width="1.5" opacity="0.55"'
-        marks += [svg_line([(x, at_y(row["low"])), (x, at_y(row["high"]))], colour, faint)
-                  for (x, _), (_, row) in zip(points, line)]
+        points = [(at_x[k], at_y(row["mean"])) for k, row in line]
+        xs, lows, highs = zip(*((at_x[k], *map(at_y, within(row))) for k, row in line))
+        colour, end = COLOURS[i % 7], points[-1][1]
+        if len(line) > 1:
+            marks.append(svg_band(xs, lows, highs, colour, fill))
+        else:
+            marks.append(svg_line([(xs[0], lows[0]), (xs[0], highs[0])], colour))
         lead = [(points[-1][0] + 7, end), (right + 2, end), (right + 16, places[arm])]
         marks += [svg_line(points, colour, 'stroke-width="2"'),
                   *(svg_marker(i, *point) for point in points),
                   svg_line(lead, colour, 'stroke-width="0.8"'),
                   svg_marker(i, right + 22, places[arm]),
                   svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
-    bounds = (("joint", "2 4", len(ks) // 2, 6), ("independent", "6 4", -1, 10))
-    for kind, dash, i, above in bounds if limits else ():
-        line = [(at_x[k], at_y(limits[str(k)][kind])) for k in ks]
-        (x, y), halo = line[i], 'stroke="#fff" stroke-width="3" paint-order="stroke"'
-        marks += [svg_line(line, "#666", f'stroke-width="1.5" stroke-dasharray="{dash}"'),
-                  svg_text(x, y - above, f"limit of {kind} drafts", f'{halo} text-anchor="end"')]
-    note = f"mean over {summary['posts']} posts and all seeds; whiskers: 95% interval over both"
+    note = f"mean over {summary['posts']} posts and all seeds; bands: 95% interval over both"
+    note += "; dashed: the best that drafts can reach" * bool(limits)
     x_grid = [(x, str(k)) for k, x in at_x.items()]
     return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
                     "Pass@k", x_grid, y_grid, right, marks, wide)
+
+
+def name_places(heights):
+    """{name: y of its line's end} -> {name: y of the name}, in the order of the ends and a line
+    apart: pushed down, then back up into the frame."""
+    order = sorted(heights, key=heights.get)
+    gap, places = min(17, (BOTTOM - TOP) / len(order)), {}
+    for i, name in enumerate(order):
+        places[name] = max(heights[name], places[order[i - 1]] + gap if i else TOP)
+    for i, name in enumerate(reversed(order)):
+        places[name] = min(places[name], BOTTOM - i * gap)
+    return places
 
 
 def named(centres, wide):
@@ -687,25 +729,23 @@ def draw_pass1_passk(summary, k, limit, wide=WIDE):
     rows = {arm: both for arm, both in rows.items() if None not in [x["mean"] for x in both]}
     own = {arm: summary["arms"][arm]["limits"][str(k)] for arm in rows}
     xs, ys = ([value for both in rows.values() for value in (
-        both[axis]["low"], both[axis]["high"], *both[axis]["per_seed"])] for axis in (0, 1))
+        *within(both[axis]), *both[axis]["per_seed"])] for axis in (0, 1))
     at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, wide - 20)
     at_y, y_grid = scale([*ys, *own.values(), *(y for _, y in limit)], BOTTOM, TOP)
     line = [(at_x(x), at_y(y)) for x, y in limit]
     marks = [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"')]
-    centres, curves = {}, {}
+    centres = {}
     for i, (arm, (x, y)) in enumerate(rows.items()):
-        colour, bar = COLOURS[i % 7], 'opacity="0.5"'
         u, v = centres[arm] = at_x(x["mean"]), at_y(y["mean"])
-        marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, bar),
-                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, bar),
-                  svg_line([(u, v), (u, at_y(own[arm]))], colour, 'stroke-dasharray="1 4"'),
-                  svg_line([(u - 4, at_y(own[arm])), (u + 4, at_y(own[arm]))], colour)]
-        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
-        curves.setdefault(arm.partition("@")[0], []).append((u, v))
-    marks += [svg_line(sorted(curve), "#999", 'stroke-width="1"')
-              for curve in curves.values() if len(curve) > 1]
-    note = ("bars: 95% interval; faint: seeds; dashed: the limit of independent, always valid "
-            "drafts; dotted: up to the limit at the arm's own share of valid drafts")
+        marks += svg_cross(u, v, map(at_x, within(x)), map(at_y, within(y)), COLOURS[i % 7])
+        marks += [svg_line([(u, v), (u, at_y(own[arm]))], COLOURS[i % 7],
+                           'stroke-dasharray="1 4"'),
+                  svg_line([(u - 4, at_y(own[arm])), (u + 4, at_y(own[arm]))], COLOURS[i % 7])]
+        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), COLOURS[i % 7])
+    marks += knob_curves(centres)
+    note = ("bars: 95% interval; faint: seeds; joined: one method's knob; dashed: the limit of "
+            "independent, always valid drafts; dotted: up to the limit at the arm's own share of "
+            "valid drafts")
     title = {5: "One draft against five", 10: "One draft against ten"}[k]
     return svg_page(title, note, "Pass@1 for the readers", f"Pass@{k} for the readers", x_grid,
                     y_grid, wide - 20, marks + named(centres, wide), wide)
@@ -716,13 +756,11 @@ def draw_quality_diversity(summary, wide=WIDE):
     Pareto front."""
     rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"])
             for arm, a in summary["arms"].items()}
-    xs, ys = ([value for row in axis for value in (row["low"], row["high"], *row["per_seed"])]
-              for axis in zip(*rows.values()))
+    across, up = zip(*rows.values())         # a cosine distance may pass 1
+    xs = [value for row in across for value in (*within(row, 2.0), *row["per_seed"])]
+    ys = [value for row in up for value in (*within(row), *row["per_seed"])]
     (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, wide - 20), scale(ys, BOTTOM, TOP)
     centres = {arm: (at_x(x["mean"]), at_y(y["mean"])) for arm, (x, y) in rows.items()}
-    joined = {}
-    for arm, place in centres.items():
-        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), place))
     front, edge = [], LEFT
     # More diversity, less quality: steps.
     for x, y in sorted(centres[arm] for arm in summary["pareto"]):
@@ -730,22 +768,28 @@ def draw_quality_diversity(summary, wide=WIDE):
     dashed = 'stroke-width="1.5" stroke-dasharray="5 4"'
     marks = [svg_line([*front, (edge, BOTTOM)], "#999", dashed)]
     for i, (arm, (x, y)) in enumerate(rows.items()):
-        (u, v), colour = centres[arm], COLOURS[i % 7]
-        marks += [svg_line([(at_x(x["low"]), v), (at_x(x["high"]), v)], colour, 'opacity="0.5"'),
-                  svg_line([(u, at_y(y["low"])), (u, at_y(y["high"]))], colour, 'opacity="0.5"')]
-        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
-    marks += [svg_line([place for _, place in sorted(line)], "#999", 'stroke-width="1"')
-              for line in joined.values() if len(line) > 1]
-    marks += named(centres, wide)
+        bars = map(at_x, within(x, 2.0)), map(at_y, within(y))
+        marks += svg_cross(*centres[arm], *bars, COLOURS[i % 7])
+        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), COLOURS[i % 7])
+    marks += knob_curves(centres) + named(centres, wide)
     note = "bars: 95% interval; faint: seeds; dashed: Pareto front; joined: one method's knob"
     return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
                     "share of valid drafts", x_grid, y_grid, wide - 20, marks, wide)
 
 
 def knob(arm):
-    """Where an arm named BASE@KNOB stands along its curve: the number in KNOB, BASE itself first."""
+    """Where an arm named BASE@KNOB stands on its curve: the number in KNOB, BASE itself first."""
     number = re.search(r"-?\d+\.?\d*(e-?\d+)?", arm.partition("@")[2])
     return float(number[0]) if number else -math.inf
+
+
+def knob_curves(centres):
+    """{arm: (x, y)} -> a line through the arms of each BASE, in the order of their knob."""
+    joined = {}
+    for arm, place in centres.items():
+        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), place))
+    return [svg_line([place for _, place in sorted(line)], "#999", 'stroke-width="1"')
+            for line in joined.values() if len(line) > 1]
 
 
 def curve_file(curve):
@@ -769,9 +813,8 @@ def draw_curve(curve, order, wide=WIDE):
     for row, (arm, line) in enumerate(lines.items()):
         i, y = order.index(arm), TOP + 8 + row * gap
         xs = [at_x(step) for step in line["steps"]]
-        edge = [*zip(xs, map(at_y, line["high"])), *reversed([*zip(xs, map(at_y, line["low"]))])]
-        path = " ".join(f"{x:.1f},{v:.1f}" for x, v in edge)
-        marks += [f'<polygon fill="{COLOURS[i % 7]}" opacity="{fill:.2f}" points="{path}"/>',
+        band = map(at_y, line["low"]), map(at_y, line["high"])
+        marks += [svg_band(xs, *band, COLOURS[i % 7], fill),
                   svg_line([*zip(xs, map(at_y, line["mean"]))], COLOURS[i % 7],
                            'stroke-width="1.8"'),
                   svg_marker(i, xs[-1], at_y(line["mean"][-1])), svg_marker(i, right + 22, y),

@@ -6,6 +6,15 @@ import sys
 from pathlib import Path
 
 
+def test_the_measure_of_many_drafts_runs(monkeypatch, capsys):
+    import bench_measure
+    import torch
+    monkeypatch.setitem(bench_measure.DECODERS, "sampling", bench_measure.DECODERS["sampling"])
+    assert bench_measure.one(100, torch.get_num_threads()) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["drafts"] == 100 and min(row["measure"], row["report"], row["processor"], row["written"]) > 0
+
+
 def test_quick_run_prints_a_table_and_writes_every_time(tmp_path):
     file = tmp_path / "bench.json"
     bench = Path(__file__).with_name("bench.py")

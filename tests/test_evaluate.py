@@ -430,6 +430,15 @@ def test_likelihoods_picks_and_verdicts_by_hand():
     assert got["pick_likelihood@5"] == 0 and got["pick_model@5"] == 0.3
     assert got["pick_random@5"] == pytest.approx(got["pass@1"]) and got["pick_reward@5"] == pytest.approx(1.3 / 3)
     assert (got["judge-relevance"], got["judge-wins"], got["judge-ties"]) == (0.5, 0.5, 0.5)
+    for k in (2, 3, 4):                      # every k, and each selector by brute force
+        made = post_metrics(record(voices, n=n, **changed), ks=(k,))
+        worth = [sum(READERS[v] for v in set(right)) for right in voices]
+        for name, scores in (("likelihood", changed["logprobs"]), ("model", changed["scores"]["model"]), ("random", [0] * n)):
+            taken = []
+            for subset in itertools.combinations(range(n), k):
+                top = [i for i in subset if scores[i] == max(scores[j] for j in subset)]
+                taken.append(np.mean([worth[i] for i in top]))
+            assert made[f"pick_{name}@{k}"] == pytest.approx(np.mean(taken)), (name, k)
     assert not {"pick_likelihood@5", "entropy", "judge-wins"} & set(post_metrics(record(n=4), ks=(1,)))
     for wrong in (dict(logprobs=[0.0]), dict(scores={"model": [1.0]}), dict(tokens=[])):
         with pytest.raises(ValueError, match="entries"):
@@ -546,14 +555,68 @@ def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     text = (out / "report.txt").read_text()
     assert capsys.readouterr().out == text and "distinct-2 in 6 posts of base" in text and "0.292 ±" in text
     assert "poly <&> \\|" in (out / "report.md").read_text()
-    assert {"limit of independent drafts", "limit of joint drafts"} <= set(re.findall(
-        "limit of [a-z]+ drafts", (out / "pass_at_k.svg").read_text()))
+    assert {"limit, independent", "limit, joint"} <= set(re.findall(
+        "limit, [a-z]+", (out / "pass_at_k.svg").read_text()))
     for name in ("pass_at_k.svg", "pass1_pass5.svg", "pass1_pass10.svg", "quality_diversity.svg"):
         page = (out / name).read_text()
         words_in = [element.text for element in ElementTree.fromstring(page).iter() if element.text]
         assert {"lora-grpo", "poly <&> |", "base"} <= set(words_in)
         assert "href" not in page and page.count("http") == 1  # the namespace alone: nothing is fetched
         assert "nan" not in page
+
+
+def polygons(page):
+    """[[(x, y), ..] of each band] of a picture."""
+    return [[tuple(map(float, point.split(","))) for point in element.get("points").split()]
+            for element in ElementTree.fromstring(page).iter() if element.tag.endswith("polygon")]
+
+
+def test_bands_and_bars_stay_where_a_metric_can_be(tmp_path):
+    """Two posts and two seeds give intervals far below 0 and above 1: they are drawn to the edge, no further, and
+    the numbers stay. Each arm has a band along its k; one with a single k has whiskers."""
+    runs = [write_run(tmp_path / f"{arm}{seed}", seed, arm, lambda i: (some + 6 * seed) * (i % 2), posts=2)
+            for arm, some in (("few", 1), ("many", 6)) for seed in (0, 1)]
+    summary = evaluate.report(runs, tmp_path / "out")
+    rows = [row for arm in summary["arms"].values() for name, row in arm["metrics"].items() if name in ("pass@5", "valid")]
+    assert min(row["low"] for row in rows) < -0.5 and max(row["high"] for row in rows) > 1.5
+    for name in ("pass_at_k.svg", "pass1_pass5.svg", "quality_diversity.svg"):
+        page = (tmp_path / "out" / name).read_text()
+        labels = [float(e.text) for e in ElementTree.fromstring(page).iter()
+                  if e.get("text-anchor") == "end" and e.text.replace(".", "").replace("-", "").isdecimal()]
+        assert min(labels) == 0 and max(labels) == 1, (name, labels)
+    bands = polygons((tmp_path / "out" / "pass_at_k.svg").read_text())
+    assert [len(band) for band in bands] == [2 * len(summary["ks"])] * 2
+    joint = write_run(tmp_path / "joint", 0, "few@list", lambda i: 3, posts=2, **{"set": 3},
+                      settings={"decoding": {"name": "list", "independent": False, "set_size": 3}})
+    evaluate.report([*runs, joint], tmp_path / "out")
+    assert len(polygons((tmp_path / "out" / "pass_at_k.svg").read_text())) == 2
+
+
+def test_arms_of_one_knob_are_joined_in_its_order(tmp_path):
+    """poly@0.1, @1 and @10 and poly itself, first: in both pictures, however they lie and however they are given."""
+    runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: right, semantic=spread)
+            for n, (arm, right, spread) in enumerate([("poly@10", 2, 0.1), ("poly", 3, 0.6), ("other", 5, 0.5),
+                                                      ("poly@0.1", 6, 0.2), ("poly@1", 4, 0.4)])]
+    evaluate.report(runs, tmp_path / "out")
+    for name in ("pass1_pass5.svg", "quality_diversity.svg"):
+        root = ElementTree.parse(tmp_path / "out" / name).getroot()
+        line, = [e.get("points").split() for e in root.iter() if e.tag.endswith("polyline") and e.get("stroke") == "#999"
+                 and e.get("stroke-width") == "1"]
+        heights = [float(point.split(",")[1]) for point in line]
+        assert len(line) == 4 and sorted(range(4), key=lambda i: heights[i]) == [1, 2, 0, 3], (name, heights)
+
+
+def test_settings_that_are_off_are_not_named(runs, tmp_path):
+    for run in runs:
+        path = Path(run) / "evaluation.json"
+        whole = json.loads(path.read_text())
+        whole["settings"] |= {"reward_model": None, "nf4": False, "dtype": "torch.float32", "top_p": 1.0}
+        path.write_text(json.dumps(whole))
+    evaluate.report(runs, tmp_path / "out")
+    for name in ("report.txt", "report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "dtype float32, top_p 1.0" in text, name
+        assert not any(word in text for word in ("None", "reward_model", "nf4", "torch.")), name
 
 
 def test_report_of_one_run_and_few_drafts_leaves_out_what_n_cannot_show(tmp_path):
@@ -702,12 +765,16 @@ def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
     text = (tmp_path / "out" / "report.txt").read_text()
     assert summary["refused"] is None and "pass@5" in text and "a shuffled one 5%" in text
     assert "a held-out human one 60%" in text and "Drafts that pass" in text and "readers" not in text
+    assert "(of replies, this share passes" in (tmp_path / "out" / "report.md").read_text().partition("| arm")[0]
     for name, scale, passed in (("easy", good | {"shuffled": 0.4}, 1), ("full", good, 9)):
         runs = [plain_run(tmp_path / f"{name}0", 0, "base", passed, scale),
                 plain_run(tmp_path / f"{name}1", 0, "poly", 10, scale)]
-        summary = evaluate.report(runs, tmp_path / name)
+        summary = evaluate.report(runs, tmp_path / name, "base", endpoint=("poly", "base"))
         text = (tmp_path / name / "report.txt").read_text()
         assert summary["refused"] in text and "pass@5" not in text.replace("Pass@", "")
+        assert list(summary["differences"]["poly"]) == ["valid"] and "could see" not in text
+        assert all(row["mean"] is None for n, row in summary["arms"]["poly"]["metrics"].items()
+                   if n.partition("@")[0] in ("pass", "longest", "pick_random", "pick_reward"))
         assert summary["arms"]["poly"]["metrics"]["pass@5"]["mean"] is None
         ElementTree.parse(tmp_path / name / "pass_at_k.svg")
         summary = evaluate.report(runs, tmp_path / name, "base", endpoint=("poly", "base"))

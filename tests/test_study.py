@@ -585,6 +585,80 @@ def test_every_decoder_is_measured_and_reported_as_an_arm_of_its_own(world, tmp_
     assert evaluate.main([*common, "--name", "a/b"]) == 2
 
 
+def test_prompts_for_stories_from_file_to_report(world, tmp_path, capsys):
+    """Prompts alone can be measured and trained on by GRPO, not by SFT; a judge passes above a half, or
+    above what the user says."""
+    asked = [{"id": i, "prompt": f"Tell a story about the {TOPICS[i % 6]}, number {i}"} for i in range(6)]
+    told = [line | {"prompt": f"Please: {line['prompt']}", "reply": f"Poor {TOPICS[i % 6]}, I feel you"}
+            for i, line in enumerate(asked)]
+    for name, rows, size in (("bare", asked, "eval=6"), ("told", told, "sft=6")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        domain = ["--domain", "stories"] * (name == "told")
+        assert data.main(["split", "--data", str(tmp_path / f"{name}.jsonl"), "--sizes", size, "--out", str(tmp_path / name), *domain]) == 0
+    posts, run = str(tmp_path / "bare" / "eval.jsonl"), str(tmp_path / "poly")
+    sft = lambda file, out: sft_args(world, out, "--data", str(file), "--out", str(tmp_path / out), "--lambda", "0.3", "--gate", "none")
+    assert polylora.main(sft(posts, "none")) == 2 and "no reply to learn from" in capsys.readouterr().err
+    assert polylora.main(sft(tmp_path / "told" / "sft.jsonl", "poly")) == 0
+    judge = ["--reward", "judge", "--reward-model", world["model"]]
+    assert grpo.main(grpo_args(world, "ours", "--start", run, "--data", posts, "--out", str(tmp_path / "grpo"), *judge)) == 0
+    assert all(0 < line["different"] <= 1 for line in lines(tmp_path / "grpo") if "reward" in line)
+    measure = ["measure", run, str(tmp_path / "grpo"), "--data", posts, "--n", "10", "--max-new-tokens", "5"]
+    assert evaluate.main(measure) == 2 and "--pass-above" in capsys.readouterr().err
+    assert evaluate.main([*measure, *judge, "--judge", world["model"], "--judge-drafts", "2"]) == 0
+    records = json.loads((tmp_path / "poly" / "evaluation.json").read_text())["records"]
+    assert all(r["passed"] == [x > 0.5 for x in r["rewards"]] and "pairs" not in r["judge"] for r in records)
+    assert evaluate.main([*measure, *judge, "--pass-above", "0.9"]) == 0
+    again = json.loads((tmp_path / "poly" / "evaluation.json").read_text())
+    assert [r["drafts"] for r in again["records"]] == [r["drafts"] for r in records] and again["settings"]["pass_above"] == 0.9
+    assert all(r["passed"] == [x > 0.9 for x in r["rewards"]] for r in again["records"])
+    assert evaluate.main(["report", run, str(tmp_path / "grpo"), "--out", str(tmp_path / "report"), "--against", "poly"]) == 0
+    arm = json.loads((tmp_path / "report" / "report.json").read_text())["arms"]["poly"]["metrics"]
+    assert {"valid", "max@10", "semantic", "ead"} <= set(arm)
+
+
+class Preferring:
+    """A judge that prefers a place, and beyond that one text: says yes by what it is asked."""
+
+    def __call__(self, posts, drafts):
+        def yes(question):
+            if "Reply A" not in question:
+                return 0.5
+            a, b = question.partition("Reply A:\n\n")[2].partition("\n\nReply B:\n\n")[::2]
+            better = "best" in a or ("worst" in b and "best" not in b)
+            worse = "worst" in a or "best" in b
+            return 0.9 if better else 0.1 if worse else 0.7                    # else the first place
+        return [[yes(q) for q in row] for row in drafts]
+
+
+def test_a_judge_sees_each_pair_in_both_orders():
+    """A win is one in both places; a judge that goes by the place alone gives ties, and a tie counts half."""
+    session = SimpleNamespace(args=SimpleNamespace(judge_drafts=3), judge=Preferring())
+    records = [{"drafts": ["the best one", "the worst one", "like any", "never read"]}]
+    evaluate.add_judgement(session, records, [data.Post("p", "a post", ("a person's reply",))])
+    judge = records[0]["judge"]
+    assert judge["pairs"] == [pytest.approx([0.9, 0.9]), pytest.approx([0.1, 0.1]), pytest.approx([0.7, 0.3])]
+    assert all(len(judge[name]) == 3 for name in evaluate.RUBRICS)
+    from metrics import judged
+    assert judged(records[0])["judge-wins"] == 0.5 and judged(records[0])["judge-ties"] == pytest.approx(1 / 3)
+
+
+def test_drafts_are_scored_alike_some_posts_at_a_time(world, tmp_path, monkeypatch):
+    """In rounds, so that memory does not grow with the posts: the same records, but for rounding."""
+    args = ["--data", world["eval"], "--model", world["model"], "--n", "10", "--max-new-tokens", "5"]
+    made, embed, sizes = [], polylora.Embedder.__call__, []
+    monkeypatch.setattr(polylora.Embedder, "__call__", lambda e, texts: sizes.append(len(texts)) or embed(e, texts))
+    for some in (32, 2):
+        monkeypatch.setattr(evaluate, "SOME", some)
+        assert evaluate.main(["measure", "--bare", str(tmp_path / str(some)), *args]) == 0
+        made.append(json.loads((tmp_path / str(some) / "evaluation.json").read_text())["records"])
+    assert [r["id"] for r in made[0]] == [r["id"] for r in made[1]] and len(made[0]) == 6
+    assert 6 in sizes and [n for n in sizes if len(made[0]) > n > 1][-3:] == [2, 2, 2]
+    for a, b in zip(*made):
+        assert a["drafts"] == b["drafts"] and a["semantic"] == pytest.approx(b["semantic"], abs=1e-5)
+        assert a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-3)
+
+
 def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):
     """Trained on one revision, GRPO and measuring took the newest."""
     run = tmp_path / "run"
