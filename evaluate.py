@@ -65,6 +65,8 @@ def measure(args):
         return
     jobs = [job for job in jobs_of(session, runs) if not measured(job[1], job[2])]
     session.ranks.barrier()
+    session.say(f"measure: {len(session.posts)} posts with {args.n} drafts, {len(jobs)} runs "
+                f"({len(runs) + bool(args.bare) - len(jobs)} done already)")
     scale = load_measures(session) if jobs else None
     for run, to, own, config in jobs:
         if args.shard:  # modules of a sharded model cannot be exchanged
@@ -81,13 +83,17 @@ def measure(args):
 
 
 def rehearse(session, some=8):
-    """--dry-run: the time that drafts for a few posts take, for all posts of one run."""
-    visits = [Visit(i, 0) for i in range(min(some, len(session.posts)))]
-    decode, helper = DECODERS[session.args.decoder].function, decoding_helper(session)
-    decode(session, visits[:1], session.args.n, None, helper)
-    began = time.perf_counter()
-    decode(session, visits, session.args.n, None, helper)
-    seconds = (time.perf_counter() - began) / len(visits) * len(session.posts) / session.ranks.world
+    """--dry-run: the time that drafts for a few posts take, and scoring them, for all posts of one
+    run."""
+    decode, few = DECODERS[session.args.decoder].function, min(some, len(session.posts))
+    load_measures(session)
+    for count in (1, few):                   # the first one warms up
+        began, mine = time.perf_counter(), list(range(count))
+        samples, texts = decode(session, [Visit(i, 0) for i in mine], session.args.n, None,
+                                session.helper)
+        make_records(session, mine, samples, texts)
+    seconds = time.perf_counter() - began
+    seconds *= len(session.posts) / few / session.ranks.world
     session.say(f"plan measure: {len(session.posts)} posts with {session.args.n} drafts, a run: "
                 f"about {seconds:.0f} s")
     session.ranks.close()
