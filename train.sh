@@ -44,6 +44,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --embedder NAME    what embeds drafts for D: base, or the folder or hub name of an embedding model
   --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
   --samples N        drafts for each held-out post (default: 40; with --model 20)
+  --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told so)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
   --jobs N           seeds worked on side by side without --model (default: one a core)
@@ -55,7 +56,7 @@ END
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
-share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=()
+share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
 arms="" study="" temperatures="" k=8 set_size=4 gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
@@ -66,6 +67,9 @@ while [[ $# -gt 0 ]]; do
     --reward-model|--embedder|--judge-embedder|--samples|--jobs)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       flag="${1#--}"; printf -v "${flag//-/_}" '%s' "$2"; shift 2 ;;
+    --allow-code-execution)
+      code=(--allow-code-execution yes); shift
+      [[ "${1:-}" != as-root ]] || { code=(--allow-code-execution as-root); shift; } ;;
     --nf4|--shard) held+=("$1"); shift ;;
     *) fail "unknown argument $1: see --help" ;;
   esac
@@ -251,7 +255,7 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
   fi
   local first=(--model "$base" --data "$from/sft.jsonl" "${adapter[@]}" "${sft[@]}")
   local second=(--model "$base" --data "$from/grpo.jsonl" "${grpo[@]}")
-  local common=(--seed "$seed" --resume ${held[@]+"${held[@]}"})
+  local common=(--seed "$seed" --resume ${held[@]+"${held[@]}"} ${code[@]+"${code[@]}"})
   while read -r name phase start flags; do
     [[ " $arms " == *" $name "* ]] || continue
     [[ -n "$dry" ]] || measured="$measured $to/$name"
@@ -261,7 +265,7 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
     esac
   done <<< "$table"
   stage evaluate measure --model "$base" --data "$from/eval.jsonl" --bare "$to/base" --seed "$seed" "${judge[@]}" \
-    ${held[@]+"${held[@]}"} --n "$samples" --max-new-tokens "$length" $measured
+    ${code[@]+"${code[@]}"} ${held[@]+"${held[@]}"} --n "$samples" --max-new-tokens "$length" $measured
   local t
   for t in $temperatures; do               # RUN@t, each an arm of its own
     stage evaluate measure --model "$base" --data "$from/eval.jsonl" --seed "$seed" "${judge[@]}" --n "$samples" \

@@ -385,7 +385,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
              r"&>>|\|&|;&|\[-1\]|\bEPOCH|\$\{!?\w+: -\d|\[\[ -v ")
     assert re.search(newer, text) is None
     empty = set(re.findall(r"\b(\w+)=\(\)", text))
-    assert {"held", "split", "until"} <= empty
+    assert {"held", "split", "until", "code", "extra"} <= empty
     for name in empty - {"workers", "runs"}:                                   # which hold something where they are used
         every, guarded = f'"${{{name}[@]}}"', f'${{{name}[@]+"${{{name}[@]}}"}}'
         assert text.count(every) == text.count(guarded), name
