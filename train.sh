@@ -136,7 +136,8 @@ if [[ -z "$model" ]]; then
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
     [[ -z "$world" ]] || split=(--popularity 0.7 --writers 3)
-    base_steps="${base_steps:-1200}" noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
+    base_steps="${base_steps:-$([[ "$world" == pocket-stories ]] && echo 500 || echo 1200)}"  # tales are soon learnt
+    noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
   fi
   length=24; [[ "$world" != pocket-stories ]] || length=48
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
