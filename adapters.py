@@ -256,7 +256,8 @@ class AdaLoRALinear(LoRALinear):
 
 class LoRILinear(LoRALinear):
     """y = W x + (alpha / r) (B * M) A x: A stays as it was drawn, and of B only the tenth trains
-    that is largest, over all layers, after a calibration (arXiv 2504.07448; see Budget)."""
+    that is largest, over all layers, after a calibration: a tenth of the steps, where the paper
+    makes a whole run for it (arXiv 2504.07448; see Budget)."""
     kind, trains = "lori", ("lora_B.weight",)
 
     def __init__(self, linear, *args, **kwargs):
@@ -286,13 +287,14 @@ class ParallelLinear(LoRALinear):
 
 
 class MultiLoRALinear(ParallelLinear):
-    """g_i is a learned number, zero at first, so that the first forward is the base's although B is
-    random as A is (arXiv 2311.11501)."""
+    """g_i is learned, a number for each output, zero at first: so the first forward is the base's
+    although B is random as A is (arXiv 2311.11501)."""
     kind, trains = "multilora", (*LoRALinear.trains, "lora_gates")
 
     def __init__(self, linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.lora_gates = nn.Parameter(torch.zeros(self.members, device=linear.weight.device))
+        zeros = torch.zeros(self.members, self.out_features, device=linear.weight.device)
+        self.lora_gates = nn.Parameter(zeros)
 
     def start(self, generator):
         for part in (self.lora_A.weight, self.lora_B.weight):
@@ -300,7 +302,7 @@ class MultiLoRALinear(ParallelLinear):
         self.lora_gates.zero_()
 
     def factors(self):
-        return self.lora_A.weight, self.lora_B.weight * self.spread(self.lora_gates)
+        return self.lora_A.weight, self.lora_B.weight * self.spread(self.lora_gates.t())
 
 
 class MoALinear(ParallelLinear):
