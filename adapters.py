@@ -822,3 +822,29 @@ def interpolate_adapters(folder_a, folder_b, weight, out, scale=1.0):
     with beside(out / "adapter_model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(out / "adapter_config.json", config)
+
+
+def wise_command(sub):
+    """`wise`: what lies between two adapters (WiSE-FT)."""
+    w = sub.add_parser("wise", help="an adapter between two others, as a run to measure")
+    add = w.add_argument
+    add("folders", nargs=2, metavar=("A", "B"), help="finished runs, or their adapter folders")
+    add("--weight", type=float, default=0.5, help="of B's update; A's has 1 - weight")
+    add("--scale", type=float, default=1.0, help="of the sum: 0.5 halves the adapter's alpha")
+    add("--out", required=True, help="folder to make: a run's if B is a run")
+    w.set_defaults(run=run_wise)
+
+
+def run_wise(args):
+    runs, out = [Path(f) for f in args.folders], Path(args.out)
+    inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
+    if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
+        raise InputError("--weight is from 0 to 1, and --scale above 0")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} exists: choose another --out")
+    is_run = inside[1] != runs[1]
+    interpolate_adapters(*inside, args.weight, out / "adapter" if is_run else out, args.scale)
+    if is_run:  # what `evaluate.py measure` reads of a run
+        mark = {"wise": [str(run) for run in runs], "weight": args.weight, "scale": args.scale}
+        for name in ("config.json", "done.json"):
+            write_json(out / name, read_json(runs[1] / name) | mark)

@@ -292,7 +292,7 @@ def ucpo_advantages(rewards, logprobs, lengths, tau=0.2):
 
 
 def mara_advantages(rewards, reference, beta, threshold=1.0):
-    """MARA (arXiv 2510.20817) as we read it: with z the draft that the reference finds likeliest
+    """MARA (arXiv 2510.20817, algorithm 1): with z the draft that the reference finds likeliest
     among those of reward `threshold` or more, each of these earns R(z) + beta (log ref(z) - log
     ref(y)), others their reward. Under the loss's KL of weight beta the best policy then is even
     over all good drafts. k/(k - 1) (r - mean): the KL's gradient has the weight k."""
@@ -415,7 +415,7 @@ OBJECTIVES = {
     "ucpo": Objective(ucpo_advantages, "rewards logprobs lengths",
                       "more for the rarer right drafts (UCPO, arXiv 2605.00365)"),
     "mara": Objective(mara_advantages, "rewards reference beta",
-                      "MARA as we read it, with --beta (arXiv 2510.20817)",
+                      "MARA, with --beta (arXiv 2510.20817)",
                       lambda group: group.k),
     "soft-spo": Objective(soft_advantages, "rewards logprobs reference beta",
                           "Soft Policy Optimization as we read it, with --beta (arXiv 2503.05453)"),
@@ -517,7 +517,8 @@ def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence
     (N,), fp32; gradient through `logp` alone; draft (N,): which draft each token is of.
 
     ratio = exp(logp - old_logp). With sequence_ratio it is that of the whole draft, the geometric
-    mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
+    mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14);
+    a draft weighs by its tokens, where GSPO weighs all alike.
     k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that of
     KL(policy || reference) on policy, which k1's (zero) and k3's own are not. tokens and chosen
     (N,): a name of TOKENS and what it chose. Returns (loss, the number of clipped tokens, the KL

@@ -32,7 +32,7 @@ FUNCTIONS = {
         draft_means policy_loss overlong_penalty""",
     "rewards.py": """kept_share preference_loss draw_pair usable padded preference_step""",
     "polylora.py": """gated pair_distances pair_mean diversity pair_advantages diversity_advantages leave_one_out log_det
-        vendi alike distinct_answers answer_classes edit_distance ngram_distance word_distances DIVERSITIES measure
+        vendi alike distinct_answers answer_classes word_distances DIVERSITIES measure
         diversity_loss gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss
         base_states SFT_LOSSES reply_losses sed_loss ba_lora_nlu_loss covariance_penalty repeated_tokens add_unlikely
         bonbon_loss add_bonbon"""}
