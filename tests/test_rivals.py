@@ -2,6 +2,7 @@
 two ranks take one rank's step, and a step is a function of the trained tensors and of the files of the run alone.
 """
 
+import copy
 import json
 import math
 import threading
@@ -682,15 +683,20 @@ def straight_session(parts, *flags, ranks=None):
     return sft_session(parts, *flags, ranks=ranks)
 
 
-def test_straight_through_is_the_gradient_of_d_of_relaxed_drafts(parts):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_straight_through_is_the_gradient_of_d_of_relaxed_drafts(parts, kind):
     """Written out in one graph: one-hot vectors with a softmax's slope, read by the frozen base, pooled, centred, D."""
-    s = straight_session(parts, "--gumbel-heat", "0.6")
+    s, frozen = straight_session(parts, "--gumbel-heat", "0.6"), copy.deepcopy(parts[2])
+    if kind == "full":
+        add_adapter(polylora.drop_lora(s.model), "full", 0, 0)
+        for p in s.model.parameters():
+            p.data.add_(0.01 * torch.randn(p.shape))
     visits = batch_visits(len(s.posts), 2, 0, 4)
     got, tally = gradient(s, lambda t: polylora.add_diversity(s, visits, 0, t))
 
     def plain(_):
         prompts, samples, texts = s.sample_drafts(visits, 0, 3)
-        table, total = s.model.model.embed_tokens.weight[:s.model.vocab], 0
+        table, total = frozen.model.embed_tokens.weight[:s.model.vocab], 0
         for visit, prompt, drafts, words in zip(visits, prompts, samples.tokens, texts):
             vectors = []
             for d, draft in enumerate(drafts):
@@ -703,8 +709,7 @@ def test_straight_through_is_the_gradient_of_d_of_relaxed_drafts(parts):
                 soft = ((logp + (scores - logp).detach()) / 0.6).softmax(-1)
                 x = (hard + soft - soft.detach()) @ table
                 kept = max(1, sum(t not in s.stops for t in draft))
-                with polylora.base(s.model):
-                    mine, text = s.model.hidden(x[None])[0, :kept].mean(0), s.embedder.vectors([words[d]])[0]
+                mine, text = frozen.hidden(x[None])[0, :kept].mean(0), s.embedder.vectors([words[d]])[0]
                 vectors.append(text - s.embedder.centre + mine - mine.detach())
             total = total + polylora.diversity(F.normalize(torch.stack(vectors), dim=-1)[None])[0] / 2
         (-total).backward()
