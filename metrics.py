@@ -132,6 +132,17 @@ def ngram_distance(a, b):
     return len(a ^ b) / max(len(a | b), 1)
 
 
+def repeated_tokens(ids, n=4):
+    """For each of the ids: does it lie in an n-gram that the list had before?"""
+    seen, flags = set(), [False] * len(ids)
+    for start in range(len(ids) - n + 1):
+        gram = tuple(ids[start:start + n])
+        if gram in seen:
+            flags[start:start + n] = [True] * n
+        seen.add(gram)
+    return flags
+
+
 def near_duplicates(texts, share=0.8):
     """For each text the index of the first earlier one that it nearly repeats, or None: of the
     words of both (metrics.words, letters and digits alone), `share` or more are common (Dice's

@@ -28,10 +28,10 @@ from torch import nn
 import data
 from adapters import (  # noqa: F401  (LoRA by the door through which it is looked for)
     ADAPTERS, LINEARS, Budget, LoRALinear, adapter, adapter_state, add_adapter, add_lora, base,
-    drop_lora, frozen_copy, load_adapter, lora_layers, merge_lora, read_adapter_config, save_adapter,
-    trained, wise_command)
+    drop_lora, frozen_copy, load_adapter, lora_layers, merge_lora, read_adapter_config,
+    save_adapter, trained, wise_command)
 from data import InputError, command
-from metrics import edit_distance, ngram_distance
+from metrics import edit_distance, ngram_distance, repeated_tokens
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
 from trainer import (Session, Tally, add_cross_entropy, announce, base_command, batch_visits,
@@ -479,17 +479,6 @@ def base_states(session, rows):
         return predicting_states(session.model, rows), rows.draft
 
 
-def repeated_tokens(ids, n=4):
-    """For each of the ids: does it lie in an n-gram that the list had before?"""
-    seen, flags = set(), [False] * len(ids)
-    for start in range(len(ids) - n + 1):
-        gram = tuple(ids[start:start + n])
-        if gram in seen:
-            flags[start:start + n] = [True] * n
-        seen.add(gram)
-    return flags
-
-
 def add_unlikely(session, visits, step, tally, weight=1.0):
     """Adds sequence-level unlikelihood (arXiv 1908.04319, eq. 7-8): weight times the sum of -log(1
     - p) over those tokens of k drafts that repeat an earlier 4-gram, over the drafts' tokens. (The
@@ -893,8 +882,8 @@ def check_sft(args):
     check_diversity(args)
     if args.d_gradient != "score" and (args.diversity != "cosine" or args.embedder != "base"
                                        or args.shard or args.gumbel_heat <= 0):
-        raise InputError(f"--d-gradient {args.d_gradient} is for --diversity cosine with --embedder "
-                         "base, without --shard, at a --gumbel-heat above 0")
+        raise InputError(f"--d-gradient {args.d_gradient} is for --diversity cosine with "
+                         "--embedder base, without --shard, at a --gumbel-heat above 0")
     if args.loss_value is not None and not SFT_LOSSES[args.loss].knob:
         raise InputError(f"--loss-value has no meaning for --loss {args.loss}")
     if args.loss == "bonbon" and args.k < 2:
