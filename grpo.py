@@ -43,7 +43,8 @@ from trainer import (Session, Tally, Visit, announce, batch_visits, check_common
 
 def group_advantages(rewards, *, normalise=True):
     """GRPO (arXiv 2402.03300): (r - mean) / (std + 1e-4) in the group, population std;
-    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean.
+    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean: also RLOO (arXiv 2402.14740), r less
+    the others' mean, but for a factor k/(k - 1) that Adam does not feel.
 
     A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the
     mean of equal numbers divided by a tiny std would give advantages of order one."""
@@ -73,8 +74,7 @@ def passk_advantages(rewards, k):
 
     R = 1 - C(neg,k)/C(N,k), s = sqrt(R(1-R)); right: (1-R)/s, wrong: (1 - R -
     C(neg-1,k-1)/C(N-1,k-1))/s. It is each draft's mean, over the k-subsets that hold it, of the
-    standardised subset reward. Zero where s is (all or none pass).
-    """
+    standardised subset reward. Zero where s is (all or none pass)."""
     n = rewards.shape[-1]
     check_size(k, n)
     check_binary(rewards)
