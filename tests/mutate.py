@@ -131,7 +131,11 @@ class Seen:
     """A plugin of pytest: which functions and classes of the rooms each test comes to, and how long it takes."""
 
     def __init__(self, folder):
-        self.folder, self.tests = str(folder), {}
+        self.folder, self.tests, self.failed = str(folder), {}, []
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.append(f"{report.nodeid}: {str(report.longrepr)[-500:]}")
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -162,7 +166,7 @@ def passes(folder, tests, match="", seconds=120, seen=None):
         plugin = Seen(folder)
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", match, *tests], [plugin] if seen else [])
         if seen:
-            seen.write_text(json.dumps(plugin.tests))
+            seen.write_text(json.dumps([plugin.tests, plugin.failed]))
         os._exit(int(code))
     return os.waitpid(child, 0)[1] == 0
 
@@ -194,9 +198,11 @@ def main():
                  for change in changes(sources[room], [n for n in names.split() if n in (args.only or names)])]
         if args.sample:
             every = random.Random(args.seed).sample(every, min(args.sample, len(every)))
-        if not passes(folder, [f"tests/{f}" for f in args.tests], args.match, 3600, folder / "seen.json"):
-            sys.exit("the tests fail as they are: mend them first")
-        tests = sorted((took, test, found) for test, (took, found) in json.loads((folder / "seen.json").read_text()).items())
+        good = passes(folder, [f"tests/{f}" for f in args.tests], args.match, 3600, folder / "seen.json")
+        seen, failed = json.loads((folder / "seen.json").read_text())
+        if not good:
+            sys.exit("the tests fail as they are: mend them first\n" + "\n".join(failed))
+        tests = sorted((took, test, found) for test, (took, found) in seen.items())
         print(f"{len(every)} changes, {len(tests)} tests seen in {time.perf_counter() - began:.0f} s", flush=True)
         for room, change in every:
             if time.perf_counter() - began > 60 * args.minutes:
