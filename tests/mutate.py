@@ -141,15 +141,15 @@ class Seen:
     def pytest_runtest_protocol(self, item):
         found, began = set(), time.perf_counter()
 
-        def note(frame, event, arg):
+        def note(frame, event, arg):                                           # of calls alone: it returns None
             code = frame.f_code
-            if event == "call" and code.co_filename.rpartition("/")[0] == self.folder:
+            if code.co_filename.startswith(self.folder):
                 found.add(code.co_qualname.partition(".")[0])
-        threading.setprofile(note)
-        sys.setprofile(note)
+        threading.settrace(note)
+        sys.settrace(note)
         yield
-        sys.setprofile(None)
-        threading.setprofile(None)
+        sys.settrace(None)
+        threading.settrace(None)
         self.tests[item.nodeid] = time.perf_counter() - began, sorted(found)
 
 
