@@ -43,8 +43,7 @@ from trainer import (Session, Tally, Visit, announce, batch_visits, check_common
 
 def group_advantages(rewards, *, normalise=True):
     """GRPO (arXiv 2402.03300): (r - mean) / (std + 1e-4) in the group, population std;
-    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean: also RLOO (arXiv 2402.14740), r less
-    the others' mean, but for a factor k/(k - 1) that Adam does not feel.
+    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean; times k/(k - 1) RLOO (2402.14740).
 
     A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the
     mean of equal numbers divided by a tiny std would give advantages of order one."""
@@ -415,8 +414,7 @@ OBJECTIVES = {
     "ucpo": Objective(ucpo_advantages, "rewards logprobs lengths",
                       "more for the rarer right drafts (UCPO, arXiv 2605.00365)"),
     "mara": Objective(mara_advantages, "rewards reference beta",
-                      "MARA, with --beta (arXiv 2510.20817)",
-                      lambda group: group.k),
+                      "MARA, with --beta (arXiv 2510.20817)", lambda group: group.k),
     "soft-spo": Objective(soft_advantages, "rewards logprobs reference beta",
                           "Soft Policy Optimization as we read it, with --beta (arXiv 2503.05453)"),
     "single-stream-spo": Objective(stream_advantages, "rewards values",

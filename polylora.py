@@ -31,6 +31,7 @@ from adapters import (  # noqa: F401  (LoRA by the door through which it is look
     drop_lora, frozen_copy, load_adapter, lora_layers, merge_lora, read_adapter_config,
     save_adapter, trained, wise_command)
 from data import InputError, command
+from generate import straight_through_loss
 from metrics import edit_distance, ngram_distance, repeated_tokens
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
@@ -604,18 +605,6 @@ def diversity_loss(logp, draft, advantages, posts):
     pi summed over the draft's tokens, stop token included. logp (N,) and draft (N,): which draft
     each token is of; advantages: flat, one a draft."""
     return -(advantages.detach()[draft] * logp).sum() / posts
-
-
-def straight_through_loss(logp, target, noise, slope, heat):
-    """-D (N,) by the straight-through Gumbel estimator (arXiv 1611.01144): BIASED, an ablation. D's
-    slope at the one-hot vectors of the tokens `target` is slope (N, V). By uniform noise (N, V),
-    log p + g are Gumbel scores, the largest the target's; their softmax at temperature `heat`, with
-    g held, stands for the one-hot vector."""
-    clocks, own = -noise.clamp(min=1e-20).log(), target[:, None]
-    first = clocks.gather(1, own)                                  # exp(-score) of the target
-    scores = -(clocks / logp.exp() + first).scatter(1, own, first).log()
-    soft = ((logp + (scores - logp).detach()) / heat).softmax(-1)
-    return -(soft * slope).sum(-1)
 
 
 def token_slopes(session, rows, slopes):

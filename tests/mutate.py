@@ -43,7 +43,8 @@ FUNCTIONS = {
         vendi alike distinct_answers answer_classes word_distances DIVERSITIES measure
         diversity_loss gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss
         base_states SFT_LOSSES reply_losses sed_loss ba_lora_nlu_loss covariance_penalty add_unlikely
-        bonbon_loss add_bonbon straight_through_loss token_slopes add_straight_through add_diversity""",
+        bonbon_loss add_bonbon token_slopes add_straight_through add_diversity""",
+    "generate.py": "straight_through_loss",
     "metrics.py": "edit_distance ngram_distance repeated_tokens",
     "adapters.py": """kaiming LoRALinear RsLoRALinear DoRALinear PiSSALinear AdaLoRALinear LoRILinear ParallelLinear
         MultiLoRALinear MoALinear EnsembleLinear add_lora train_in_full adapter_state Budget shape_of beside_start
