@@ -192,6 +192,7 @@ def test_verbalized_replies_are_drawn_by_their_probabilities():
         first[drawn[0]] += 1
     for reply, p in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
         assert abs(first[reply] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
+    assert read_verbalized("50% | a\n0.5 | b", [0.3, 0.3]) == ["a", "b"]         # per cent are hundredths: both ring at once
     assert read_verbalized("", noise[0]) == []
 
 
