@@ -256,7 +256,8 @@ class AdaLoRALinear(LoRALinear):
 
 class LoRILinear(LoRALinear):
     """y = W x + (alpha / r) (B * M) A x: A stays as it was drawn, and of B only the tenth trains
-    that is largest, over all layers, after a calibration (arXiv 2504.07448; see Budget)."""
+    that is largest, over all layers, after a calibration: a tenth of the steps, where the paper
+    makes a whole run for it (arXiv 2504.07448; see Budget)."""
     kind, trains = "lori", ("lora_B.weight",)
 
     def __init__(self, linear, *args, **kwargs):
@@ -286,13 +287,14 @@ class ParallelLinear(LoRALinear):
 
 
 class MultiLoRALinear(ParallelLinear):
-    """g_i is a learned number, zero at first, so that the first forward is the base's although B is
-    random as A is (arXiv 2311.11501)."""
+    """g_i is learned, a number for each output, zero at first: so the first forward is the base's
+    although B is random as A is (arXiv 2311.11501)."""
     kind, trains = "multilora", (*LoRALinear.trains, "lora_gates")
 
     def __init__(self, linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.lora_gates = nn.Parameter(torch.zeros(self.members, device=linear.weight.device))
+        zeros = torch.zeros(self.members, self.out_features, device=linear.weight.device)
+        self.lora_gates = nn.Parameter(zeros)
 
     def start(self, generator):
         for part in (self.lora_A.weight, self.lora_B.weight):
@@ -300,7 +302,7 @@ class MultiLoRALinear(ParallelLinear):
         self.lora_gates.zero_()
 
     def factors(self):
-        return self.lora_A.weight, self.lora_B.weight * self.spread(self.lora_gates)
+        return self.lora_A.weight, self.lora_B.weight * self.spread(self.lora_gates.t())
 
 
 class MoALinear(ParallelLinear):
@@ -820,3 +822,29 @@ def interpolate_adapters(folder_a, folder_b, weight, out, scale=1.0):
     with beside(out / "adapter_model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(out / "adapter_config.json", config)
+
+
+def wise_command(sub):
+    """`wise`: what lies between two adapters (WiSE-FT)."""
+    w = sub.add_parser("wise", help="an adapter between two others, as a run to measure")
+    add = w.add_argument
+    add("folders", nargs=2, metavar=("A", "B"), help="finished runs, or their adapter folders")
+    add("--weight", type=float, default=0.5, help="of B's update; A's has 1 - weight")
+    add("--scale", type=float, default=1.0, help="of the sum: 0.5 halves the adapter's alpha")
+    add("--out", required=True, help="folder to make: a run's if B is a run")
+    w.set_defaults(run=run_wise)
+
+
+def run_wise(args):
+    runs, out = [Path(f) for f in args.folders], Path(args.out)
+    inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
+    if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
+        raise InputError("--weight is from 0 to 1, and --scale above 0")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} exists: choose another --out")
+    is_run = inside[1] != runs[1]
+    interpolate_adapters(*inside, args.weight, out / "adapter" if is_run else out, args.scale)
+    if is_run:  # what `evaluate.py measure` reads of a run
+        mark = {"wise": [str(run) for run in runs], "weight": args.weight, "scale": args.scale}
+        for name in ("config.json", "done.json"):
+            write_json(out / name, read_json(runs[1] / name) | mark)

@@ -181,7 +181,8 @@ def rewarded(session, visits, prompts, tokens, texts, helper):
 
 def informative(session, visits, prompts, tokens, texts, helper):
     """MMI-antiLM (arXiv 1510.03055, eq. 9): log p(y | x) - lambda log p(y), in which y without x is
-    the reply to an empty post. The paper's reward for length is left out."""
+    the reply to an empty post. The paper's reward for length is left out, and all tokens of y
+    count, where it takes the first ones."""
     empty = data.encode_prompt(session.tokenizer, session.domain.messages(data.Post("", "", ())),
                                session.chat)
     given, _ = draft_scores(session, list(zip(prompts, tokens)))

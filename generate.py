@@ -189,6 +189,18 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     return token.squeeze(-1), (p.gather(-1, token) / total).log().float().squeeze(-1)
 
 
+def straight_through_loss(logp, target, noise, slope, heat):
+    """-D (N,) by the straight-through Gumbel estimator (arXiv 1611.01144): BIASED, an ablation. D's
+    slope at the one-hot vectors of the tokens `target` is slope (N, V). By uniform noise (N, V),
+    log p + g are Gumbel scores, the largest the target's; their softmax at temperature `heat`, with
+    g held, stands for the one-hot vector."""
+    clocks, own = -noise.clamp(min=1e-20).log(), target[:, None]
+    first = clocks.gather(1, own)                                  # exp(-score) of the target
+    scores = -(clocks / logp.exp() + first).scatter(1, own, first).log()
+    soft = ((logp + (scores - logp).detach()) / heat).softmax(-1)
+    return -(soft * slope).sum(-1)
+
+
 def uniforms(seeds, k, length):
     """(prompts, k, length) float64 numbers in [0, 1): draft d of a prompt with seed s reads the
     stream of (s, d), whatever rank or batch it is in. SplitMix64 (Steele, Lea and Flood 2014):

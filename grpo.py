@@ -43,7 +43,7 @@ from trainer import (Session, Tally, Visit, announce, batch_visits, check_common
 
 def group_advantages(rewards, *, normalise=True):
     """GRPO (arXiv 2402.03300): (r - mean) / (std + 1e-4) in the group, population std;
-    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean.
+    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean; times k/(k - 1) RLOO (2402.14740).
 
     A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the
     mean of equal numbers divided by a tiny std would give advantages of order one."""
@@ -73,8 +73,7 @@ def passk_advantages(rewards, k):
 
     R = 1 - C(neg,k)/C(N,k), s = sqrt(R(1-R)); right: (1-R)/s, wrong: (1 - R -
     C(neg-1,k-1)/C(N-1,k-1))/s. It is each draft's mean, over the k-subsets that hold it, of the
-    standardised subset reward. Zero where s is (all or none pass).
-    """
+    standardised subset reward. Zero where s is (all or none pass)."""
     n = rewards.shape[-1]
     check_size(k, n)
     check_binary(rewards)
@@ -292,7 +291,7 @@ def ucpo_advantages(rewards, logprobs, lengths, tau=0.2):
 
 
 def mara_advantages(rewards, reference, beta, threshold=1.0):
-    """MARA (arXiv 2510.20817) as we read it: with z the draft that the reference finds likeliest
+    """MARA (arXiv 2510.20817, algorithm 1): with z the draft that the reference finds likeliest
     among those of reward `threshold` or more, each of these earns R(z) + beta (log ref(z) - log
     ref(y)), others their reward. Under the loss's KL of weight beta the best policy then is even
     over all good drafts. k/(k - 1) (r - mean): the KL's gradient has the weight k."""
@@ -415,8 +414,7 @@ OBJECTIVES = {
     "ucpo": Objective(ucpo_advantages, "rewards logprobs lengths",
                       "more for the rarer right drafts (UCPO, arXiv 2605.00365)"),
     "mara": Objective(mara_advantages, "rewards reference beta",
-                      "MARA as we read it, with --beta (arXiv 2510.20817)",
-                      lambda group: group.k),
+                      "MARA, with --beta (arXiv 2510.20817)", lambda group: group.k),
     "soft-spo": Objective(soft_advantages, "rewards logprobs reference beta",
                           "Soft Policy Optimization as we read it, with --beta (arXiv 2503.05453)"),
     "single-stream-spo": Objective(stream_advantages, "rewards values",
@@ -517,7 +515,8 @@ def policy_loss(logp, old_logp, advantages, *, denominator, draft=None, sequence
     (N,), fp32; gradient through `logp` alone; draft (N,): which draft each token is of.
 
     ratio = exp(logp - old_logp). With sequence_ratio it is that of the whole draft, the geometric
-    mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
+    mean over its tokens, with each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14);
+    a draft weighs by its tokens, where GSPO weighs all alike.
     k3 = exp(ref - logp) - 1 - (ref - logp), and times the ratio its expected gradient is that of
     KL(policy || reference) on policy, which k1's (zero) and k3's own are not. tokens and chosen
     (N,): a name of TOKENS and what it chose. Returns (loss, the number of clipped tokens, the KL

@@ -116,6 +116,33 @@ def duplicate_rate(texts):
     return 1 - len({normalise(text) or "".join(text.split()) for text in texts}) / len(texts)
 
 
+def edit_distance(a, b):
+    """Levenshtein's distance of two lists of words, over the longer one's length."""
+    row = range(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1] / max(len(a), len(b), 1)
+
+
+def ngram_distance(a, b):
+    """The share of words and word pairs that only one of two lists of words has (Jaccard)."""
+    a, b = ({*words, *zip(words, words[1:])} for words in (a, b))
+    return len(a ^ b) / max(len(a | b), 1)
+
+
+def repeated_tokens(ids, n=4):
+    """For each of the ids: does it lie in an n-gram that the list had before?"""
+    seen, flags = set(), [False] * len(ids)
+    for start in range(len(ids) - n + 1):
+        gram = tuple(ids[start:start + n])
+        if gram in seen:
+            flags[start:start + n] = [True] * n
+        seen.add(gram)
+    return flags
+
+
 def near_duplicates(texts, share=0.8):
     """For each text the index of the first earlier one that it nearly repeats, or None: of the
     words of both (metrics.words, letters and digits alone), `share` or more are common (Dice's

@@ -255,13 +255,14 @@ class Qwen3(nn.Module):
         return weight[:rows or self.vocab]
 
     def hidden(self, tokens, positions=None, attend=None):
-        """Final normed hidden states (B, T, hidden) of tokens (B, T); positions (B, T), by
-        default 0..T-1."""
+        """Final normed hidden states (B, T, hidden) of tokens (B, T), or of what stands for their
+        embeddings (B, T, hidden); positions (B, T), by default 0..T-1."""
         if self.lockstep:
             self.lockstep()
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        attend, x = attend or full_attention(), self.model.embed_tokens(tokens)
+        attend = attend or full_attention()
+        x = tokens if tokens.is_floating_point() else self.model.embed_tokens(tokens)
         rope = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,9 +28,11 @@ from torch import nn
 import data
 from adapters import (  # noqa: F401  (LoRA by the door through which it is looked for)
     ADAPTERS, LINEARS, Budget, LoRALinear, adapter, adapter_state, add_adapter, add_lora, base,
-    drop_lora, frozen_copy, interpolate_adapters, load_adapter, lora_layers, merge_lora,
-    read_adapter_config, save_adapter, trained)
+    drop_lora, frozen_copy, load_adapter, lora_layers, merge_lora, read_adapter_config,
+    save_adapter, trained, wise_command)
 from data import InputError, command
+from generate import straight_through_loss
+from metrics import edit_distance, ngram_distance, repeated_tokens
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
 from trainer import (Session, Tally, add_cross_entropy, announce, base_command, batch_visits,
@@ -140,22 +141,6 @@ def answer_classes(domain, posts, texts):
         seen = {}
         ids.append([seen.setdefault(key, len(seen)) if key else -1 for key in keys])
     return torch.tensor(ids)
-
-
-def edit_distance(a, b):
-    """Levenshtein's distance of two lists of words, over the longer one's length."""
-    row = range(len(b) + 1)
-    for i, x in enumerate(a, 1):
-        above, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1] / max(len(a), len(b), 1)
-
-
-def ngram_distance(a, b):
-    """The share of words and word pairs that only one of two lists of words has (Jaccard)."""
-    a, b = ({*words, *zip(words, words[1:])} for words in (a, b))
-    return len(a ^ b) / max(len(a | b), 1)
 
 
 def word_distances(distance):
@@ -399,7 +384,8 @@ def gem_loss(logits, target, beta=0.7, logsigmoid=False):
 
 
 def entropy_loss(logits, target, weight=0.1):
-    """Cross-entropy less weight times the entropy of the token's distribution."""
+    """Cross-entropy less weight times the entropy of the token's distribution (the confidence
+    penalty, arXiv 1701.06548)."""
     logp = logits.log_softmax(-1)
     return F.nll_loss(logp, target, reduction="none") + weight * (logp.exp() * logp).sum(-1)
 
@@ -440,7 +426,8 @@ def ba_lora_regularizer(logits, base_logits, draft, heat=2.0, top=20, leading=10
     || model) at temperature `heat`; minus the entropy of the renormalised `top` largest logits;
     minus the `leading` singular values' sum over the Frobenius norm. That is of each reply's own
     logits (its tokens, V), draft (N,), where the paper's code takes the batch's: so the gradient
-    does not depend on how replies are packed."""
+    does not depend on how replies are packed. The first weight stays, where its code lets it fall
+    to a tenth."""
     model, teacher = ((z / heat).log_softmax(-1) for z in (logits, base_logits))
     drift = heat ** 2 * (teacher.exp() * (teacher - model)).sum(-1)
     best = logits.topk(min(top, logits.shape[-1])).values.log_softmax(-1)
@@ -491,17 +478,6 @@ def base_states(session, rows):
     """The base's final hidden states (N, hidden), and the token's draft (N,)."""
     with torch.no_grad(), base(session.model):
         return predicting_states(session.model, rows), rows.draft
-
-
-def repeated_tokens(ids, n=4):
-    """For each of the ids: does it lie in an n-gram that the list had before?"""
-    seen, flags = set(), [False] * len(ids)
-    for start in range(len(ids) - n + 1):
-        gram = tuple(ids[start:start + n])
-        if gram in seen:
-            flags[start:start + n] = [True] * n
-        seen.add(gram)
-    return flags
 
 
 def add_unlikely(session, visits, step, tally, weight=1.0):
@@ -582,14 +558,16 @@ class Loss(NamedTuple):
 SFT_LOSSES = {
     "ce": Loss("cross-entropy"),
     "gem": Loss("GEM, linear; value: beta, 0.7 (arXiv 2408.16673)", gem_loss, "beta"),
-    "gem-logsigmoid": Loss("GEM's default form; value: beta", partial(gem_loss, logsigmoid=True),
-                           "beta"),
-    "entropy": Loss("less entropy; value: its weight, 0.1", entropy_loss, "weight"),
+    "gem-logsigmoid": Loss("GEM's default form; value: beta, 0.7 (arXiv 2408.16673)",
+                           partial(gem_loss, logsigmoid=True), "beta"),
+    "entropy": Loss("less the entropy; value: its weight, 0.1 (arXiv 1701.06548)", entropy_loss,
+                    "weight"),
     "unlikelihood": Loss("against repeated tokens; value: weight, 1 (arXiv 1908.04319)",
                          unlikelihood_loss, "weight", earlier_tokens),
     "ba-lora": Loss("three regularizers; value: times their weights, 1 (arXiv 2408.04556)",
                     ba_lora_loss, "weight", base_states),
-    "ba-lora-nlu": Loss("its form for understanding, on hidden states; value: as ba-lora",
+    "ba-lora-nlu": Loss("its form for understanding, on hidden states; value: as ba-lora "
+                        "(arXiv 2408.04556)",
                         ba_lora_nlu_loss, "weight", base_states, covariance_penalty),
     "sed": Loss("SED-SFT; value: its weight, 0.2 (arXiv 2602.07464)", sed_loss, "weight"),
     "unlikelihood-sequence": Loss("against 4-grams that k drafts repeat; value: weight, 1 (arXiv "
@@ -629,6 +607,45 @@ def diversity_loss(logp, draft, advantages, posts):
     return -(advantages.detach()[draft] * logp).sum() / posts
 
 
+def token_slopes(session, rows, slopes):
+    """(N, V): what D gains by a little of each token at each place, passed back from `slopes` at
+    the drafts' embeddings (drafts, dim) through the frozen base, which reads mixtures of its token
+    vectors as it reads tokens."""
+    order = rows.draft.unique_consecutive()
+    with base(session.model):
+        table = session.model.model.embed_tokens.weight.detach()[:session.model.vocab]
+        x = table[rows.target].requires_grad_()
+        words = ~torch.isin(rows.target, torch.tensor(sorted(session.stops), device=x.device))
+        lengths = torch.stack([words[rows.draft == d].sum() for d in order]).clamp(min=1)
+        padded = nn.utils.rnn.pad_sequence([x[rows.draft == d] for d in order], batch_first=True)
+        pooled = session.embedder.pool(padded, lengths)
+        back, = torch.autograd.grad((pooled * slopes[order]).sum(), x)
+    return back.float() @ table.float().t()
+
+
+def add_straight_through(session, streams, drafts, pairs, posts):
+    """Adds the gradient of -D, a mean over `posts`, by straight_through_loss. Beside its own bias,
+    what a token does to the chances of later ones is left out."""
+    args, k, device = session.args, session.args.k, session.ranks.device
+    vectors = session.embedder.vectors([t for texts in drafts.texts for t in texts])
+    vectors = (vectors - session.embedder.centre).cpu().unflatten(0, (-1, k)).requires_grad_()
+    unit = dataclasses.replace(drafts, embeddings=F.normalize(vectors, dim=-1))
+    slopes, = torch.autograd.grad(measure(args.diversity, unit)[0].sum() / posts, vectors)
+    for rows in session.micro_batches(pairs):
+        slope = token_slopes(session, rows, slopes.flatten(0, 1).to(device))
+        logits = F.linear(predicting_states(session.model, rows), session.model.head_weight())
+        draws = {d: torch.Generator().manual_seed(seed_of(streams[d // k], d % k))
+                 for d in rows.draft.unique_consecutive().tolist()}
+        noise = [torch.rand(logits.shape[1], generator=draws[d]) for d in rows.draft.tolist()]
+        logp = (logits.float() / args.temperature).log_softmax(-1)
+        straight_through_loss(logp, rows.target, torch.stack(noise).to(device), slope,
+                              args.gumbel_heat).sum().backward()
+
+
+D_GRADIENTS = {"score": ("the score function's, unbiased",), "straight-through": (
+    "straight-through Gumbel softmax, BIASED, an ablation (arXiv 1611.01144)",)}
+
+
 def add_diversity(session, visits, step, tally):
     """Adds the gradient of -D, D the mean over the step's drafting posts of the diversity of k
     fresh drafts."""
@@ -642,7 +659,11 @@ def add_diversity(session, visits, step, tally):
     drafts = Drafts(texts, embeddings, quality, classes, args.gate_floor)
     value, advantages = measure(args.diversity, drafts)
     advantages = advantages.flatten().to(session.ranks.device)
-    for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
+    pairs = list(zip(prompts, samples.tokens))
+    if args.d_gradient == "straight-through":
+        streams = [session.stream("gumbel", step, visit) for visit in mine]
+        add_straight_through(session, streams, drafts, pairs, len(visits))
+    for rows in session.micro_batches(pairs) if args.d_gradient == "score" else ():
         logp, _ = token_logprobs(session.model, rows, args.temperature)
         diversity_loss(logp, rows.draft, advantages, len(visits)).backward()
         tally.add("tokens", rows.tokens.numel() + len(logp))
@@ -824,38 +845,16 @@ def parser():
         help="instead of --lambda: the norm of D's part of a drafting step's gradient over the "
              "cross-entropy's, held by setting lambda at each such step")
     draft_flags(f, 4)
+    add("--d-gradient", default="score", choices=list(D_GRADIENTS),
+        help=f"how D's gradient is estimated. {listed(D_GRADIENTS)}")
+    add("--gumbel-heat", type=float, default=1.0,
+        help="temperature of straight-through's softmax: lower, less biased and noisier")
     add("--draft-every", type=int, default=1, help="steps between those that sample drafts")
     add("--draft-posts", type=int, default=8,
         help="posts of such a step that get k drafts, over all ranks")
     f.set_defaults(run=run_sft)
     wise_command(sub)
     return p
-
-
-def wise_command(sub):
-    """`wise`: what lies between two adapters (WiSE-FT)."""
-    w = sub.add_parser("wise", help="an adapter between two others, as a run to measure")
-    add = w.add_argument
-    add("folders", nargs=2, metavar=("A", "B"), help="finished runs, or their adapter folders")
-    add("--weight", type=float, default=0.5, help="of B's update; A's has 1 - weight")
-    add("--scale", type=float, default=1.0, help="of the sum: 0.5 halves the adapter's alpha")
-    add("--out", required=True, help="folder to make: a run's if B is a run")
-    w.set_defaults(run=run_wise)
-
-
-def run_wise(args):
-    runs, out = [Path(f) for f in args.folders], Path(args.out)
-    inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
-    if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
-        raise InputError("--weight is from 0 to 1, and --scale above 0")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} exists: choose another --out")
-    is_run = inside[1] != runs[1]
-    interpolate_adapters(*inside, args.weight, out / "adapter" if is_run else out, args.scale)
-    if is_run:  # what `evaluate.py measure` reads of a run
-        mark = {"wise": [str(run) for run in runs], "weight": args.weight, "scale": args.scale}
-        for name in ("config.json", "done.json"):
-            data.write_json(out / name, data.read_json(runs[1] / name) | mark)
 
 
 def check_sft(args):
@@ -870,6 +869,10 @@ def check_sft(args):
         raise InputError("--temperature must be above 0: the gradient of D needs drafts that are "
                          "sampled")
     check_diversity(args)
+    if args.d_gradient != "score" and (args.diversity != "cosine" or args.embedder != "base"
+                                       or args.shard or args.gumbel_heat <= 0):
+        raise InputError(f"--d-gradient {args.d_gradient} is for --diversity cosine with "
+                         "--embedder base, without --shard, at a --gumbel-heat above 0")
     if args.loss_value is not None and not SFT_LOSSES[args.loss].knob:
         raise InputError(f"--loss-value has no meaning for --loss {args.loss}")
     if args.loss == "bonbon" and args.k < 2:

@@ -106,7 +106,7 @@ case "$study" in
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
   adapters) asked="lora poly $(named lora- "$adapters")" ;;
-  diversities) asked="lora poly $(named poly- "$diversities")" ;;
+  diversities) asked="lora poly $(named poly- "$diversities straight-through")" ;;
   objectives) asked="$six lora-gspo lora-dapo $(named lora- "$objectives")" ;;
   controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood poly-then-grpo poly-then-passk" ;;
@@ -200,6 +200,7 @@ lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
 lora-gspo           grpo  lora  --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
 lora-dapo           grpo  lora  --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
 lora-long           sft   -     --lambda 0 --steps 112
+poly-straight-through sft -     $strength $poly --d-gradient straight-through
 END
   local x
   for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done

@@ -170,7 +170,8 @@ def test_the_formulas_of_the_low_rank_ones():
             V = W + 2 * torch.cat((B[:1], 0 * B[1:3], B[3:])) @ A
         else:
             g = layer.lora_gates
-            V = W + 2 * (g[0] * B[:, :3] @ A[:3] + g[1] * B[:, 3:] @ A[3:])
+            assert g.shape == (2, 5)                                           # a number for each output
+            V = W + 2 * (torch.diag(g[0]) @ B[:, :3] @ A[:3] + torch.diag(g[1]) @ B[:, 3:] @ A[3:])
         assert gap(layer(x), x @ V.t()) < 1e-5 and gap(layer.merged_weight(), V) < 1e-5, kind
         assert gap(layer(x[None, :, None])[0, :, 0], x @ V.t()) < 1e-5
 

@@ -192,6 +192,7 @@ def test_verbalized_replies_are_drawn_by_their_probabilities():
         first[drawn[0]] += 1
     for reply, p in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
         assert abs(first[reply] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
+    assert read_verbalized("50% | a\n0.5 | b", [0.3, 0.3]) == ["a", "b"]         # per cent are hundredths: both ring at once
     assert read_verbalized("", noise[0]) == []
 
 
@@ -201,7 +202,13 @@ def test_every_decoder_names_its_paper_and_bad_flags_are_refused():
     for name, way in DECODERS.items():
         assert "arXiv" in way.paper and way.about
         check_decoder(SimpleNamespace(decoder=name, **flags), 10)
-    for name, wrong in (("mmi", dict(pool=0)), ("sampling", dict(plausible=2)), ("beams", dict(beam_groups=2)),
+    for name, good in (("mmi", dict(pool=1, mmi=0)), ("sampling", dict(plausible=0)), ("sampling", dict(plausible=1)),
+                       ("beams", dict(beam_penalty=0, beam_groups=1)), ("beams", dict(set_size=10, beam_groups=5)),
+                       ("list", dict(set_size=1)), ("list", dict(set_size=10)), ("verbalized", dict(pool=5))):
+        check_decoder(SimpleNamespace(decoder=name, **flags | good), 10)
+    for name, wrong in (("mmi", dict(pool=0)), ("sampling", dict(plausible=2)), ("sampling", dict(plausible=-0.1)),
+                        ("beams", dict(beam_groups=2)), ("beams", dict(beam_groups=-1)), ("beams", dict(beam_penalty=-1)),
+                        ("beams", dict(set_size=6, beam_groups=4)), ("list", dict(set_size=0)),
                         ("list", dict(set_size=11)), ("verbalized", dict(pool=4)), ("mmi", dict(mmi=-1))):
         with pytest.raises(data.InputError, match="--"):
             check_decoder(SimpleNamespace(decoder=name, **flags | wrong), 10)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import data
+import evaluate
 import grpo
 import polylora
 import rewards
 from data import InputError
+from decoders import DECODERS
 from grpo import OBJECTIVES, Group, advantages_of, group_advantages
 from model import pack, predicting_states
 from polylora import DIVERSITIES, Drafts, measure
@@ -754,13 +756,21 @@ def test_flags_that_say_nothing_are_refused(flags, word):
         polylora.check_sft(args)
 
 
-def test_help_lists_every_line_of_the_registers():
-    for parser, tables in ((grpo.parser(), (OBJECTIVES, DIVERSITIES, grpo.REWARDS)),
-                           (polylora.parser()._subparsers._group_actions[0].choices["sft"],
-                            (polylora.SFT_LOSSES, DIVERSITIES))):
-        said = " ".join(parser.format_help().split()).replace("- ", "-")     # lines break at hyphens
-        for name in (name for table in tables for name in table):
-            assert f"{name}: " in said, name
+OWN = {"coverage", "ce", "cosine", "distinct", "ngram", "levenshtein", "all", "score", "full", *grpo.REWARDS}  # no paper's
+
+
+def test_help_lists_every_line_of_the_registers_with_its_paper():
+    command = lambda room, name: room.parser()._subparsers._group_actions[0].choices[name]
+    decoders = {name: (f"{way.about} ({way.paper})",) for name, way in DECODERS.items()}
+    tables = (polylora.SFT_LOSSES, polylora.ADAPTERS, polylora.D_GRADIENTS, DIVERSITIES)
+    for parser, tables in ((grpo.parser(), (OBJECTIVES, DIVERSITIES, grpo.TOKENS, grpo.REWARDS)),
+                           (command(polylora, "sft"), tables), (command(evaluate, "measure"), (decoders,))):
+        plain = lambda text: " ".join(text.split()).replace("- ", "-")         # lines break at hyphens
+        said = plain(parser.format_help())
+        for name, row in (pair for table in tables for pair in table.items()):
+            line = getattr(row, "about", row[-1])
+            assert plain(f"{name}: {line}") in said, name
+            assert name in OWN or "arXiv" in line or "same paper" in line, name
 
 
 def test_a_post_s_advantages_do_not_hang_on_the_posts_beside_it():

@@ -16,7 +16,7 @@ import grpo
 import rewards
 from data import InputError
 from test_polylora import Share, build, files, gap, nearly, parts
-from test_rivals import on_two_ranks
+from test_rivals import both_take
 from tiny import command, whole_and_cut
 from trainer import Visit
 
@@ -216,8 +216,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss_less_the_spread(parts):
     assert means["disagreement"] > 0
     cut, _, _ = step_of(parts, "--member-spread", "0.5", "--micro-tokens", "60")
     nearly(cut, got)
-    one, two = on_two_ranks(lambda ranks: step_of(parts, "--member-spread", "0.5", ranks=ranks)[0])
-    nearly({n: one[n] + two[n] for n in got}, got)
+    both_take(lambda ranks: step_of(parts, "--member-spread", "0.5", ranks=ranks)[0], got)
     single, tally, _ = step_of(parts, members="1")
     assert "spread" not in tally.sums and max(float(g.abs().max()) for g in single.values()) > 0
 

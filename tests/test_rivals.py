@@ -2,7 +2,7 @@
 two ranks take one rank's step, and a step is a function of the trained tensors and of the files of the run alone.
 """
 
-import itertools
+import copy
 import json
 import math
 import threading
@@ -15,16 +15,18 @@ import torch.nn.functional as F
 import data
 import grpo
 import polylora
+import ranks as ranks_room
 import rewards
+from adapters import ADAPTERS, Budget, add_adapter
 from data import InputError
 from grpo import OBJECTIVES, Group, group_advantages, policy_loss
 from polylora import DIVERSITIES, SFT_LOSSES
 from test_methods import (RIGHT, grpo_session, packed, rewards_by_length, rewards_of, sft_session, slope, tokens,
                           voices_by_length)
-from test_polylora import (Share, adapter_state, all_tuples, exact_gradient, expected_estimate, files, gap,
+from test_polylora import (OUTCOMES, Share, adapter_state, all_tuples, exact_gradient, expected_estimate, files, gap,
                            gradient, in_double, nearly, parts, policy, save_adapter)
 from tiny import command, whole_and_cut
-from trainer import Visit, batch_visits
+from trainer import Ranks, Visit, batch_visits
 
 REFERENCE = torch.tensor([0.5, 0.1, 0.3, 0.1]).double()                        # of four outcomes
 
@@ -398,37 +400,49 @@ def test_drafts_that_say_nothing_are_refused(flags, word):
 # ---- Ranks and resumption --------------------------------------------------------------------------------
 
 def on_two_ranks(work):
-    """work(ranks) of two ranks in two threads, which do add and gather; what they returned."""
-    board, barrier, out, wrong = [None, None], threading.Barrier(2), [None, None], []
+    """work(ranks) of two ranks in two threads, by ranks.Ranks' own code over a torch.distributed that adds and gathers
+    between them; what they returned."""
+    board, barrier, out, wrong, here = [None, None], threading.Barrier(2), [None, None], [], threading.local()
 
-    class Two(Share):
-        def swap(self, mine):
-            board[self.rank] = mine
-            barrier.wait(60)
-            both = list(board)
-            barrier.wait(60)
-            return both
+    def swap(mine):
+        board[here.rank] = mine
+        barrier.wait(60)
+        both = list(board)
+        barrier.wait(60)
+        return both
 
-        def sum(self, values):
-            return [sum(x) for x in zip(*self.swap(list(values)))]
+    class Wire:
+        @staticmethod
+        def all_reduce(x):
+            x.copy_(sum(swap(x.clone())))
 
-        def gather(self, items):
-            both = self.swap(list(items))
-            pairs = itertools.zip_longest(*both, fillvalue=barrier)
-            return [x for pair in pairs for x in pair if x is not barrier]
+        @staticmethod
+        def all_gather_object(parts, items):
+            parts[:] = swap(items)
 
     def run(rank):
+        here.rank, each = rank, Ranks.__new__(Ranks)
+        each.rank, each.world, each.main, each.device = rank, 2, rank == 0, torch.device("cpu")
+        each.restarts, each.watch = 0, None
         try:
-            out[rank] = work(Two(rank, 2))
+            out[rank] = work(each)
         except BaseException as e:
             wrong.append(e)
             barrier.abort()
     threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks_room, "dist", Wire)
+        [t.start() for t in threads]
+        [t.join() for t in threads]
     if wrong:
-        raise wrong[0]
+        raise next((e for e in wrong if not isinstance(e, threading.BrokenBarrierError)), wrong[0])
     return out
+
+
+def both_take(go, want):
+    """Two ranks, go(ranks) each, end with the gradient of one."""
+    for got in on_two_ranks(go):
+        nearly(got, want)
 
 
 def grads_of(s, step):
@@ -441,20 +455,41 @@ def rl_step(parts, ranks, *flags, steps=1):
     s = grpo_session(parts, *flags)
     s.ranks, s.reward, s.domain.voices_of = ranks, rewards_by_length, voices_by_length(s.domain)
     s.start = {n: 0.5 * p for n, p in s.start.items()}
+    grads = {}
     for step in range(steps):
         grpo.grpo_step(s, step)
-    return grads_of(s, 0)
+        grads |= {f"{step} {n}": g for n, g in grads_of(s, step).items()}
+    return grads
 
 
 @pytest.mark.parametrize("flags", ["--advantage single-stream-spo --beta 0.1", "--advantage mara --beta 0.3",
                                    "--advantage soft-spo --beta 0.3", "--advantage passk-bootstrap", "--advantage ucpo",
                                    "--advantage evol", "--tokens clip-cov --token-share 0.3",
-                                   "--tokens kl-cov --token-share 0.3 --updates 2"])
+                                   "--tokens kl-cov --token-share 0.3 --updates 2", "--advantage darling --overlong 4",
+                                   "--advantage passk-full --ratio sequence --updates 2 --entropy-weight 0.1",
+                                   "--diversity-share 0.5 --diversity ngram --gate verifier", "--batch 5"])
 def test_two_ranks_take_the_step_of_one(parts, flags):
-    steps = 2                                                                  # no optimizer: the sum of both
-    want = rl_step(parts, Share(), *flags.split(), steps=steps)
-    one, two = on_two_ranks(lambda ranks: rl_step(parts, ranks, *flags.split(), steps=steps))
-    nearly({n: one[n] + two[n] for n in want}, want)
+    """Two steps without an optimizer."""
+    go = lambda ranks: rl_step(parts, ranks, *flags.split(), steps=2)
+    both_take(go, go(Share()))
+
+
+@pytest.mark.parametrize("useful", [4, 12])
+def test_two_ranks_resample_as_one(parts, useful):
+    """Posts of equal rewards are replaced by others; every twelfth post is useful, so that a rank ends with none."""
+    def go(ranks):
+        s = grpo_session(parts, "--resample", "5", "--beta", "0.1", "--diversity-weight", "0.2")
+        places = {post.key: i for i, post in enumerate(s.posts)}
+        s.ranks, s.start = ranks, {n: 0.5 * p for n, p in s.start.items()}
+        s.reward = lambda posts, drafts, streams: [[float(i % 3 == 0 and places[p.key] % useful == 0) for i in range(len(ds))]
+                                                   for p, ds in zip(posts, drafts)]
+        tally = grpo.grpo_step(s, 0)
+        empty.append(not s.batches)
+        assert tally.sums["zero_variance"][0] > 0
+        return grads_of(s, 0)
+    empty = []
+    both_take(go, go(Share()))
+    assert any(empty) == (useful == 12)
 
 
 @pytest.mark.parametrize("useful", [(0, 2, 3, 4), (0, 2)])
@@ -483,50 +518,82 @@ def test_ranks_that_keep_more_posts_than_others_mark_their_own_tokens(parts, use
     one, two = on_two_ranks(go)
     assert one[1] == two[1] == count > 0 and sorted(one[2] + two[2]) == sorted(marked)
     assert (not two[2]) == (useful == (0, 2)) and sum(c for _, c in marked) > 1
-    nearly({n: one[0][n] + two[0][n] for n in want}, want)
+    nearly(one[0], want)
+    nearly(two[0], want)
 
 
 @pytest.mark.parametrize("name", ["unlikelihood-sequence", "bonbon", "ba-lora-nlu", "sed"])
 def test_two_ranks_take_the_sft_step_of_one(parts, name):
     def go(ranks):
         s = sft_session(parts, "--loss", name, "--max-new-tokens", "7", ranks=ranks)
+        if name == "unlikelihood-sequence":                                    # a random model repeats nothing
+            fixed_drafts(s, lambda visit: [[9, 8, 7, 6, 9, 8, 7, 6, 5], [5, 6, 5, 6, 7]][:1 + visit.index % 2])
         polylora.sft_step(s, 0)
         return grads_of(s, 0)
-    want = go(Share())
-    one, two = on_two_ranks(go)
-    nearly({n: one[n] + two[n] for n in want}, want)
+    both_take(go, go(Share()))
 
 
-def after(s, step_fn, tmp_path, steps=3):
-    """The adapter after `steps`; and its state before the last, with the optimizer's."""
-    optimizer = torch.optim.AdamW(s.params, lr=1e-2)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_two_ranks_take_the_step_of_one_with_every_adapter(parts, kind):
+    """Both phases: replies and drafts of five posts, what the kind adds beside the gradient (Budget) once."""
+    def session(make, *flags, ranks):
+        s = make(parts, *flags, "--batch", "5", "--max-new-tokens", "4")
+        draw = torch.Generator().manual_seed(3)
+        s.ranks, s.model = ranks, add_adapter(polylora.drop_lora(s.model), kind, 2, 4, **{} if kind == "full" else {"members": 2})
+        s.params = polylora.trained(s.model)
+        for p in s.params:
+            p.data.add_(0.05 * torch.randn(p.shape, generator=draw))
+        return s
+
+    def go(ranks):
+        s = session(sft_session, "--lambda", "1", "--k", "3", "--draft-posts", "3", ranks=ranks)
+        polylora.sft_step(s, 0)
+        Budget(s.model, 10).before()
+        first = grads_of(s, 0)
+        s = session(grpo_session, "--beta", "0.2", "--diversity-weight", "0.5", ranks=ranks)
+        s.reward, s.start = rewards_by_length, {n: 0.9 * p.detach() for n, p in adapter_state(s.model).items()}
+        grpo.grpo_step(s, 0)
+        return first | {f"grpo {n}": g for n, g in grads_of(s, 0).items()}
+    both_take(go, go(Share()))
+
+
+def after(s, step_fn, tmp_path, steps=20, cut=17):
+    """The adapter after `steps`, which have moved all of it and nothing else; its state at `cut` is kept, with the
+    optimizer's."""
+    optimizer = torch.optim.AdamW(s.params, lr=3e-3)
+    own = {id(p) for p in s.params}
+    others = [(p, p.clone()) for p in (*s.model.parameters(), *s.model.buffers()) if id(p) not in own]
+    first = [p.detach().clone() for p in s.params]
     for step in range(steps):
-        if step == steps - 1:
-            kept = [p.detach().clone() for p in s.params], optimizer.state_dict()
-            kept = torch.save(kept, tmp_path / "kept.pt")
+        if step == cut:
+            torch.save(([p.detach().clone() for p in s.params], optimizer.state_dict()), tmp_path / "kept.pt")
+        step_fn(s, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(p).all() and not torch.equal(p, was) for p, was in zip(s.params, first))
+    assert others and all(torch.equal(p, was) for p, was in others)
+    return [p.detach().clone() for p in s.params]
+
+
+def resumed(s, step_fn, tmp_path, steps=20, cut=17):
+    """The last steps by a session that knows nothing but the tensors and the run's files."""
+    params, state = torch.load(tmp_path / "kept.pt")
+    optimizer = torch.optim.AdamW(s.params, lr=3e-3)
+    optimizer.load_state_dict(state)
+    for p, kept in zip(s.params, params):
+        p.data.copy_(kept)
+    for step in range(cut, steps):
         step_fn(s, step)
         optimizer.step()
         optimizer.zero_grad()
     return [p.detach().clone() for p in s.params]
 
 
-def resumed(s, step_fn, tmp_path, step=2):
-    """The same last step by a session that knows nothing but the tensors and the run's files."""
-    params, state = torch.load(tmp_path / "kept.pt")
-    optimizer = torch.optim.AdamW(s.params, lr=1e-2)
-    optimizer.load_state_dict(state)
-    for p, kept in zip(s.params, params):
-        p.data.copy_(kept)
-    step_fn(s, step)
-    optimizer.step()
-    return [p.detach().clone() for p in s.params]
-
-
-@pytest.mark.parametrize("name", [*OBJECTIVES, "clip-cov", "kl-cov"])
-def test_a_grpo_step_is_a_function_of_tensors_and_files(parts, tmp_path, name):
+@pytest.mark.parametrize("name", [*OBJECTIVES, *(name for name in grpo.TOKENS if name != "all")])
+def test_20_grpo_steps_move_the_adapter_alone_and_are_a_function_of_tensors_and_files(parts, tmp_path, name):
     def make():
         flags = ("--advantage", name, "--beta", "0.1") if name in OBJECTIVES else ("--tokens", name)
-        s = grpo_session(parts, *flags)
+        s = grpo_session(parts, *flags, "--batch", "2", "--max-new-tokens", "3")
         s.reward, s.domain.voices_of = rewards_by_length, voices_by_length(s.domain)
         s.run, s.posts = types.SimpleNamespace(folder=tmp_path), s.posts[:4]   # posts come again
         return s
@@ -534,11 +601,13 @@ def test_a_grpo_step_is_a_function_of_tensors_and_files(parts, tmp_path, name):
     assert all(torch.equal(a, b) for a, b in zip(whole_run, resumed(make(), grpo.grpo_step, tmp_path)))
 
 
-@pytest.mark.parametrize("name", [*SFT_LOSSES, *DIVERSITIES])
-def test_an_sft_step_is_a_function_of_tensors_and_files(parts, tmp_path, name):
+@pytest.mark.parametrize("name", [*SFT_LOSSES, *DIVERSITIES, "straight-through"])
+def test_20_sft_steps_move_the_adapter_alone_and_are_a_function_of_tensors_and_files(parts, tmp_path, name):
     def make():
-        flags = ("--loss", name) if name in SFT_LOSSES else ("--lambda", "1", "--diversity", name, "--draft-posts", "2")
-        s = sft_session(parts, *flags, "--k", "3")
+        flags = ("--loss", name) if name in SFT_LOSSES else ("--lambda", "1", "--draft-posts", "2", "--draft-every", "2",
+                                                             *(("--diversity", name) if name in DIVERSITIES else
+                                                               ("--d-gradient", name)))
+        s = sft_session(parts, *flags, "--k", "3", "--batch", "2", "--max-new-tokens", "3")
         s.domain.voices_of = voices_by_length(s.domain)
         return s
     whole_run = after(make(), polylora.sft_step, tmp_path)
@@ -558,3 +627,115 @@ def test_a_run_with_values_resumes_bit_for_bit(parts, files, tmp_path, monkeypat
     assert any(float(x.abs().max()) > 0 for x in whole.values())
     lines = [json.loads(x) for x in (tmp_path / "cut" / "values.jsonl").read_text().split("\n") if x]
     assert [x["step"] for x in lines] == [0, 1, 2, 3, 2, 3, 4] and lines[2] == lines[4]
+
+
+# ---- D's gradient, straight through ----------------------------------------------------------------------
+
+def straight_through_mean(theta, drawn, heat, draws=1500):
+    """The estimate's expectation, over all tuples and, by many draws, over its noise."""
+    vectors = OUTCOMES[drawn].clone().requires_grad_()
+    slope, = torch.autograd.grad(polylora.diversity(F.normalize(vectors, dim=-1)).sum(), vectors)
+    slope = (slope @ OUTCOMES.T).flatten(0, 1)                                 # at the one-hot vectors
+    logp, tokens = theta.log_softmax(0), drawn.flatten()
+    chance = logp.detach()[drawn].sum(1).exp().repeat_interleave(drawn.shape[1])
+    noise = torch.rand(draws, len(tokens), 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    loss = polylora.straight_through_loss(logp.expand(draws * len(tokens), 4), tokens.repeat(draws),
+                                          noise.flatten(0, 1), slope.repeat(draws, 1), heat)
+    return -torch.autograd.grad((loss * chance.repeat(draws)).sum() / draws, theta, retain_graph=True)[0]
+
+
+def test_straight_through_is_biased_and_points_nearly_where_the_gradient_of_d_does(monkeypatch):
+    """Two drafts of a token each, by enumeration: the score function's estimate is the exact gradient; this one is a
+    quarter as long at heat 1 and not half as long at 0.2, and turned, though lower heat helps."""
+    in_double(monkeypatch)
+    theta, drawn = policy(4, seed=2), all_tuples(4, 2)
+    exact = exact_gradient(theta, drawn, polylora.diversity(OUTCOMES[drawn]))
+    assert gap(expected_estimate(theta, drawn, polylora.diversity_advantages(OUTCOMES[drawn])), exact) < 1e-6
+    found = [straight_through_mean(theta, drawn, heat) for heat in (1.0, 0.5, 0.2)]
+    lengths = [float(g.norm() / exact.norm()) for g in found]
+    turns = [float(F.cosine_similarity(g, exact, dim=0)) for g in found]
+    assert lengths == pytest.approx([0.26, 0.36, 0.45], abs=0.03)
+    assert turns == pytest.approx([0.956, 0.981, 0.992], abs=0.005)
+
+
+def test_the_scores_are_gumbel_s_given_the_largest():
+    """Noise drawn for a token drawn by p: unconditionally the scores are log p + Gumbel, each by itself: so is their
+    softmax on average, and their largest is the token's."""
+    p, draw = torch.tensor([0.5, 0.3, 0.2]).double(), torch.Generator().manual_seed(1)
+    n, logp = 60_000, p.log().expand(60_000, 3)
+    token = torch.multinomial(p, n, True, generator=draw)
+    noise = torch.rand(n, 3, generator=draw, dtype=torch.float64)
+    soft = lambda heat: torch.stack([-polylora.straight_through_loss(logp, token, noise, torch.eye(3).double()[[v]], heat)
+                                     for v in range(3)], 1)
+    assert gap(soft(1e-4), F.one_hot(token, 3)) < 0.5 and torch.equal(soft(0.7).argmax(1), token)
+    free = p.log() - (-torch.rand(n, 3, generator=draw, dtype=torch.float64).log()).log()
+    for heat in (0.5, 2.0):
+        for power in (1, 2):
+            assert gap(soft(heat).pow(power).mean(0), (free / heat).softmax(-1).pow(power).mean(0)) < 0.006
+    x = logp[:50].clone().requires_grad_()                                     # g is held: the slope of a softmax of x + g
+    weight = torch.tensor([[1.0, -2.0, 0.5]]).double()
+    got, = torch.autograd.grad(polylora.straight_through_loss(x, token[:50], noise[:50], weight, 0.7).sum(), x)
+    q = soft(0.7)[:50]
+    assert gap(got, -q * (weight - (q * weight).sum(-1, keepdim=True)) / 0.7) < 1e-9
+
+
+def straight_session(parts, *flags, ranks=None):
+    flags = ("--lambda", "1", "--d-gradient", "straight-through", "--draft-posts", "4", "--k", "3", "--temperature", "0.8", *flags)
+    return sft_session(parts, *flags, ranks=ranks)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_straight_through_is_the_gradient_of_d_of_relaxed_drafts(parts, kind):
+    """Written out in one graph: one-hot vectors with a softmax's slope, read by the frozen base, pooled, centred, D."""
+    s, frozen = straight_session(parts, "--gumbel-heat", "0.6"), copy.deepcopy(parts[2])
+    if kind == "full":
+        add_adapter(polylora.drop_lora(s.model), "full", 0, 0)
+        for p in s.model.parameters():
+            p.data.add_(0.01 * torch.randn(p.shape))
+    visits = batch_visits(len(s.posts), 2, 0, 4)
+    got, tally = gradient(s, lambda t: polylora.add_diversity(s, visits, 0, t))
+
+    def plain(_):
+        prompts, samples, texts = s.sample_drafts(visits, 0, 3)
+        table, total = frozen.model.embed_tokens.weight[:s.model.vocab], 0
+        for visit, prompt, drafts, words in zip(visits, prompts, samples.tokens, texts):
+            vectors = []
+            for d, draft in enumerate(drafts):
+                draw = torch.Generator().manual_seed(polylora.seed_of(s.stream("gumbel", 0, visit), d))
+                logits = s.model(torch.tensor([prompt + draft]))[0, len(prompt) - 1:-1, :s.model.vocab]
+                logp, noise = (logits / 0.8).log_softmax(-1), torch.rand(len(draft), s.model.vocab, generator=draw)
+                hard = F.one_hot(torch.tensor(draft), s.model.vocab).float()
+                first = -(hard * noise).sum(-1, keepdim=True).log()
+                scores = -torch.where(hard > 0, first, -noise.log() / logp.exp() + first).log()
+                soft = ((logp + (scores - logp).detach()) / 0.6).softmax(-1)
+                x = (hard + soft - soft.detach()) @ table
+                kept = max(1, sum(t not in s.stops for t in draft))
+                mine, text = frozen.hidden(x[None])[0, :kept].mean(0), s.embedder.vectors([words[d]])[0]
+                vectors.append(text - s.embedder.centre + mine - mine.detach())
+            total = total + polylora.diversity(F.normalize(torch.stack(vectors), dim=-1)[None])[0] / 2
+        (-total).backward()
+    want, _ = gradient(s, plain)
+    nearly(got, want, 1e-3)
+    assert tally.means(s.ranks, ["D"])["D"] > 0
+
+
+def test_straight_through_moves_the_adapter_elsewhere_however_it_is_packed_or_dealt(parts):
+    def go(*flags, ranks=None):
+        s = straight_session(parts, *flags, ranks=ranks)
+        polylora.sft_step(s, 0)
+        return grads_of(s, 0)
+    want, score = go(), go("--d-gradient", "score")
+    nearly(go("--micro-tokens", "40"), want)
+    both_take(lambda ranks: go(ranks=ranks), want)
+    size = max(float(g.abs().max()) for g in score.values())
+    assert max(gap(want[n], score[n]) for n in want) > 0.05 * size
+    with pytest.raises(AssertionError):
+        nearly(go("--gumbel-heat", "0.3"), want, 1e-3)
+
+
+@pytest.mark.parametrize("flags", ["--diversity vendi", "--embedder x", "--shard", "--gumbel-heat 0"])
+def test_straight_through_is_for_the_plain_d(flags):
+    args = polylora.parser().parse_args(["sft", "--model", "-", "--data", "-", "--out", "-", "--lambda", "1", "--d-gradient",
+                                         "straight-through", *flags.split()])
+    with pytest.raises(InputError, match="--d-gradient straight-through is for"):
+        polylora.check_sft(args)

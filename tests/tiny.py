@@ -158,6 +158,10 @@ def write_adapter(folder, weights, rank, alpha, **changes):
     return folder
 
 
+class BrokenOff(Exception):
+    """No error that a command would put into words."""
+
+
 def whole_and_cut(go, room, step_name, at, parts=("adapter",), before=True):
     """A command that leaves the same whether it was broken off or not. `go(name, *more)` runs it into folder `name`
     and returns its exit code: "whole" from start to end, "cut" broken off in step `at` (before its work is done, or
@@ -169,9 +173,9 @@ def whole_and_cut(go, room, step_name, at, parts=("adapter",), before=True):
     def until(session, i):
         tally = None if before and i == at else step(session, i)
         if i == at:
-            raise InterruptedError
+            raise BrokenOff
         return tally
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BrokenOff):
         patch.setattr(room, step_name, until)
         go("cut")
     assert go("cut") == 2 and go("cut", "--resume") == 0                       # never over another run, unasked
