@@ -6,7 +6,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 usage() { cat <<END
 The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k training, one report.
 
-  torchrun train.sh                    the pocket study, from nothing: 2 cores, some twelve minutes
+  torchrun train.sh                    the pocket study, from nothing: 2 cores, a quarter of an hour
   torchrun train.sh --data pocket-code        the same in another small world (or pocket-stories)
   torchrun train.sh --data FILE        the same on your posts with replies by voice; makes a small base
   torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl      the full study
@@ -34,7 +34,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --lambda X         weight of D in the polychromic SFT phase
   --share X          instead: D's share of that phase's gradient (default with --model: 0.3)
   --targets A,B      linear layers with LoRA (default: all seven)
-  --weight X         weight of D in the polychromic GRPO phase
+  --weight X         weight of D in the polychromic GRPO phase (default: 4; with --model D's part of the
+                     advantages is held at the reward's own norm, and gated by the reward)
   --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 1440 and 320)
   --steps N          optimizer steps of SFT and GRPO each (default: 40 and 120; 120 and 80 with --data;
                      with --model one pass, on a CPU 90 and 20)
@@ -150,7 +151,7 @@ if [[ -z "$model" ]]; then
   cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
 else
   arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
-  seeds="${seeds:-1}"; weight="${weight:-1}"; gate=likelihood floor=0 passk=maxk samples="${samples:-20}"
+  seeds="${seeds:-1}"; gate=likelihood floor=0 passk=maxk samples="${samples:-20}"
   # The likelihood's scale and the embedder decide what a lambda does: D's share of the gradient is held instead.
   strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
@@ -173,6 +174,8 @@ grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--r
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
 poly="--k 8 --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
 spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
+# Gated by likelihood a language model was paid for longer, likelier drafts: see LOG.md.
+[[ -n "$weight" ]] || spread="--diversity-share 1 --gate reward"
 [[ "$jobs" -ge 1 ]] || jobs=1
 [[ -z "$dry" ]] || out="$out-dry-run"      # removed again
 
@@ -189,9 +192,9 @@ poly-grpo           grpo  poly  --advantage group $spread
 poly-then-grpo      grpo  poly  --advantage group
 poly-then-passk     grpo  poly  --advantage $passk --set-size $set_size
 lora-d              grpo  lora  --advantage group $spread
-lora-d-free         grpo  lora  --advantage group --diversity-weight $weight --gate none
-lora-d-reward       grpo  lora  --advantage group --diversity-weight $weight --gate reward
-lora-d-likelihood   grpo  lora  --advantage group --diversity-weight $weight --gate likelihood
+lora-d-free         grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate none
+lora-d-reward       grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate reward
+lora-d-likelihood   grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate likelihood
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
 lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1
