@@ -65,8 +65,8 @@ def measure(args):
         return
     jobs = [job for job in jobs_of(session, runs) if not measured(job[1], job[2])]
     session.ranks.barrier()
-    session.say(f"measure: {len(session.posts)} posts with {args.n} drafts, {len(jobs)} runs "
-                f"({len(runs) + bool(args.bare) - len(jobs)} done already)")
+    session.say(f"measure: {len(session.posts)} posts with {args.n} drafts, {len(jobs)} of "
+                f"{len(runs) + bool(args.bare)} runs")
     scale = load_measures(session) if jobs else None
     for run, to, own, config in jobs:
         if args.shard:  # modules of a sharded model cannot be exchanged

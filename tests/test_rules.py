@@ -109,7 +109,7 @@ def test_training_and_measuring_ask_one_verifier(parts):
     s.reward = grpo.make_reward("valid", s)
     strange = lambda post, text: s.domain.voices[:len(text) % 2]
     s.domain.voices_of = strange
-    s.args.decoder, s.agreement, s.judge = "sampling", None, None
+    s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
     visits = [Visit(i, 0) for i in range(3)]
     drawn = grpo.draw(s, visits, 0)
     records = evaluate.make_records(s, [0, 1, 2], drawn.samples, drawn.texts)
