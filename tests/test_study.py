@@ -431,6 +431,22 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
     assert wanted.get(study, set()) <= names
 
 
+def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tmp_path):
+    fake, said, posts = tmp_path / "python", tmp_path / "said", tmp_path / "posts.jsonl"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    fake.chmod(0o755)
+    posts.write_text("")
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
+    for more, share, weight, gate in ((), 1, 0, "reward"), (("--weight", "2"), 0, 2, "likelihood"):
+        said.unlink(missing_ok=True)
+        ran = subprocess.run(["bash", "train.sh", "--model", "some/model", "--data", str(posts), "--out", str(tmp_path / "o"),
+                              "--jobs", "1", *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        line, = (x for x in said.read_text().splitlines() if "grpo.py" in x and "seed1/poly-grpo" in x)
+        args = grpo.parser().parse_args(line.split()[1:])
+        assert (args.diversity_share, args.diversity_weight, args.gate) == (share, weight, gate)
+
+
 def test_train_sh_help():
     ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "--lambda" in ran.stdout
