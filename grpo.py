@@ -697,9 +697,9 @@ def rollout(session, step, tally):
 
 
 def spread_weight(args, own, spread, tally):
-    """D's weight in this step, from the squared norms, over all ranks, of the objective's advantages
-    and of D's at weight 1. --diversity-share sets it so that D's part has that share of the
-    objective's norm. The log's D_share is left out where the objective's is zero, and D is then
+    """D's weight in this step, from the squared norms, over all ranks, of the objective's
+    advantages and of D's at weight 1. --diversity-share sets it so that D's part has that share of
+    the objective's norm. The log's D_share is left out where the objective's is zero, and D is then
     left out where its share is to be held."""
     if not own:
         return 0.0 if args.diversity_share else args.diversity_weight
@@ -855,8 +855,8 @@ def parser():
         help="weight of D beside what --advantage maximises: in standard deviations of reward "
              "where that divides by them, else in units of reward")
     add("--diversity-share", type=float, default=0.0,
-        help="instead of --diversity-weight: how large D's part of each step's advantages is beside "
-             "the objective's, as a share of its norm")
+        help="instead of --diversity-weight: how large D's part of each step's advantages is "
+             "beside the objective's, as a share of its norm")
     add("--entropy-weight", type=float, default=0.0,
         help="weight of the entropy of whole drafts, in nats, beside the reward")
     add("--reward", default="auto", choices=("auto", *REWARDS),

@@ -418,8 +418,8 @@ def same_layout(folder, model, shapes):
                            ("has an unknown", shapes.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"the checkpoint in {folder} {problem} tensor {short(min(names))}{more}:"
-                             " its config.json describes another network")
+            raise InputError(f"the checkpoint in {folder} {problem} tensor {short(min(names))}"
+                             f"{more}: its config.json describes another network")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise InputError(f"tensor {name!r} in {folder} has shape {shapes[name]}, config.json "

@@ -626,15 +626,15 @@ def token_slopes(session, rows, slopes):
 def add_straight_through(session, streams, drafts, pairs, posts):
     """Adds the gradient of -D, a mean over `posts`, by straight_through_loss. Beside its own bias,
     what a token does to the chances of later ones is left out."""
-    args, k, device = session.args, session.args.k, session.ranks.device
+    args, device = session.args, session.ranks.device
     vectors = session.embedder.vectors([t for texts in drafts.texts for t in texts])
-    vectors = (vectors - session.embedder.centre).cpu().unflatten(0, (-1, k)).requires_grad_()
+    vectors = (vectors - session.embedder.centre).cpu().unflatten(0, (-1, args.k)).requires_grad_()
     unit = dataclasses.replace(drafts, embeddings=F.normalize(vectors, dim=-1))
     slopes, = torch.autograd.grad(measure(args.diversity, unit)[0].sum() / posts, vectors)
     for rows in session.micro_batches(pairs):
         slope = token_slopes(session, rows, slopes.flatten(0, 1).to(device))
         logits = F.linear(predicting_states(session.model, rows), session.model.head_weight())
-        draws = {d: torch.Generator().manual_seed(seed_of(streams[d // k], d % k))
+        draws = {d: torch.Generator().manual_seed(seed_of(streams[d // args.k], d % args.k))
                  for d in rows.draft.unique_consecutive().tolist()}
         noise = [torch.rand(logits.shape[1], generator=draws[d]) for d in rows.draft.tolist()]
         logp = (logits.float() / args.temperature).log_softmax(-1)
