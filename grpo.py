@@ -680,10 +680,11 @@ def rollout(session, step, tally):
     if group.reference is not None:
         group.reference = group.reference.view_as(group.rewards)
     objective = OBJECTIVES[args.advantage]
-    parts = objective.advantages(group), torch.zeros_like(group.rewards)
+    squares = [0.0, 0.0]                     # of the objective's part and of D's, where D has one
     if args.diversity_weight or args.diversity_share:
-        parts = parts[0], objective.weight(group) * measure(args.diversity, group)[1]
-    squares = [float(part.double().square().sum()) for part in parts]
+        parts = (objective.advantages(group),
+                 objective.weight(group) * measure(args.diversity, group)[1])
+        squares = [float(part.double().square().sum()) for part in parts]
     count, *squares = session.ranks.sum([sum(map(len, logprobs)), *squares])
     weight = spread_weight(args, *squares, tally)
     advantages = advantages_of(objective, group, weight, args.diversity, args.entropy_weight)

@@ -269,12 +269,11 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
       grpo) stage grpo "${second[@]}" "${common[@]}" --start "$to/$start" --out "$to/$name" $flags < /dev/null ;;
     esac
   done <<< "$table"
-  stage evaluate measure --model "$base" --data "$from/eval.jsonl" --bare "$to/base" --seed "$seed" "${judge[@]}" \
-    ${code[@]+"${code[@]}"} ${held[@]+"${held[@]}"} --n "$samples" --max-new-tokens "$length" $measured
-  local t
+  local measure=(--model "$base" --data "$from/eval.jsonl" --seed "$seed" "${judge[@]}" --n "$samples"
+    --max-new-tokens "$length" ${code[@]+"${code[@]}"} ${held[@]+"${held[@]}"}) t
+  stage evaluate measure "${measure[@]}" --bare "$to/base" $measured
   for t in $temperatures; do               # RUN@t, each an arm of its own
-    stage evaluate measure --model "$base" --data "$from/eval.jsonl" --seed "$seed" "${judge[@]}" --n "$samples" \
-      --max-new-tokens "$length" --temperature "$t" --name "$t" $measured
+    stage evaluate measure "${measure[@]}" --temperature "$t" --name "$t" $measured
   done
 }
 

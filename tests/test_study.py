@@ -394,19 +394,25 @@ def test_train_sh_is_for_the_bash_of_macos_too():
 STUDIES = "primary trials lambda full losses adapters diversities objectives controls temperature valid few noisy blind".split()
 
 
+def asked(tmp_path, *flags):
+    """The commands of a launch of train.sh, [[program's path, word, ..], ..], by a python that only writes down
+    what it is asked."""
+    fake, said = tmp_path / "python", tmp_path / "said"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    fake.chmod(0o755)
+    said.unlink(missing_ok=True)
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
+    ran = subprocess.run(["bash", "train.sh", "--out", str(tmp_path / "o"), *flags], cwd=ROOT, env=env,
+                         capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    return [line.split() for line in said.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, study):
-    """By a python that only writes down what it is asked; each arm starts from one that came before it."""
-    fake, said = tmp_path / "python", tmp_path / "said"
-    fake.write_text(f'#!/bin/sh\nshift 0; echo "$@" >> {said}\n')
-    fake.chmod(0o755)
-    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
-    ran = subprocess.run(["bash", "train.sh", "--study", study, "--seeds", "11", "--out", str(tmp_path / "o")],
-                         cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
+    """And each arm starts from one that came before it."""
     made, measured = set(), []
-    for line in said.read_text().splitlines():
-        room, *words = line.split()
+    for room, *words in asked(tmp_path, "--study", study, "--seeds", "11"):
         room = Path(room).name
         if room == "data.py":
             continue
@@ -432,18 +438,12 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
 
 
 def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tmp_path):
-    fake, said, posts = tmp_path / "python", tmp_path / "said", tmp_path / "posts.jsonl"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
-    fake.chmod(0o755)
+    posts = tmp_path / "posts.jsonl"
     posts.write_text("")
-    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
     for more, share, weight, gate in ((), 1, 0, "reward"), (("--weight", "2"), 0, 2, "likelihood"):
-        said.unlink(missing_ok=True)
-        ran = subprocess.run(["bash", "train.sh", "--model", "some/model", "--data", str(posts), "--out", str(tmp_path / "o"),
-                              "--jobs", "1", *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-        assert ran.returncode == 0, ran.stderr
-        line, = (x for x in said.read_text().splitlines() if "grpo.py" in x and "seed1/poly-grpo" in x)
-        args = grpo.parser().parse_args(line.split()[1:])
+        said = asked(tmp_path, "--model", "some/model", "--data", str(posts), "--jobs", "1", *more)
+        line, = (x for x in said if x[0].endswith("grpo.py") and any(word.endswith("seed1/poly-grpo") for word in x))
+        args = grpo.parser().parse_args(line[1:])
         assert (args.diversity_share, args.diversity_weight, args.gate) == (share, weight, gate)
 
 
