@@ -323,15 +323,16 @@ def learning_rate(step, steps, peak, warmup, schedule):
 
 class DeadSignals:
     """Speaks up when a number that should teach has been dead for five steps: D, gate or reward all
-    zero, rewards all equal in every group. Reading the log again after a resume restores it."""
-    DEAD = {"D": 0.0, "gated_D": 0.0, "quality": 0.0, "D_share": 0.0, "reward": 0.0,
-            "reward_std": 0.0, "advantage": 0.0, "zero_variance": 1.0}
-    WHAT = {"D": "all drafts of a post are alike", "gated_D": "the gate lets no diversity through",
-            "quality": "the gate finds every draft worthless", "reward": "every reward is 0",
-            "D_share": "D has no part in the gradient",
-            "reward_std": "rewards of a post are all equal",
-            "advantage": "every advantage is 0",
-            "zero_variance": "every group's rewards are all equal"}
+    zero, the gate all one, rewards all equal in every group. Reading the log again after a resume restores it."""
+    DEAD = (("D", 0.0, "all drafts of a post are alike"),
+            ("gated_D", 0.0, "the gate lets no diversity through"),
+            ("quality", 0.0, "the gate finds every draft worthless"),
+            ("quality", 1.0, "the gate finds every draft perfect, and tells none from another"),
+            ("D_share", 0.0, "D has no part in the gradient"),
+            ("reward", 0.0, "every reward is 0"),
+            ("reward_std", 0.0, "rewards of a post are all equal"),
+            ("advantage", 0.0, "every advantage is 0"),
+            ("zero_variance", 1.0, "every group's rewards are all equal"))
 
     def __init__(self, steps=5):
         self.steps, self.count = steps, {}
@@ -340,14 +341,14 @@ class DeadSignals:
     def warnings_of(self, line):
         """The sentences that this line of the log gives cause to say, each once a run."""
         fresh = []
-        for name, dead in self.DEAD.items():
+        for name, dead, what in self.DEAD:
             if name in line:
-                self.count[name] = self.count.get(name, 0) + 1 if line[name] == dead else 0
-                if self.count[name] == self.steps:
-                    text = f"{name} was {dead:g} for {self.steps} steps: {self.WHAT[name]}"
-                    if text not in self.said:
-                        fresh.append(text)
-                        self.said.append(text)
+                key = name, dead
+                self.count[key] = self.count.get(key, 0) + 1 if line[name] == dead else 0
+                text = f"{name} was {dead:g} for {self.steps} steps: {what}"
+                if self.count[key] == self.steps and text not in self.said:
+                    fresh.append(text)
+                    self.said.append(text)
         return fresh
 
 

@@ -445,6 +445,9 @@ def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tm
         line, = (x for x in said if x[0].endswith("grpo.py") and any(word.endswith("seed1/poly-grpo") for word in x))
         args = grpo.parser().parse_args(line[1:])
         assert (args.diversity_share, args.diversity_weight, args.gate) == (share, weight, gate)
+        cpu = Path("/proc/cpuinfo")
+        native = cpu.exists() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+        assert args.dtype == ("bfloat16" if native else "auto")
 
 
 def test_train_sh_help():

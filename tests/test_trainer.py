@@ -409,6 +409,9 @@ def test_dead_signals_speak_once_at_once_and_after_a_resume():
     assert [text for _, text in said] == dead.said
     alive = DeadSignals()
     assert not any(alive.warnings_of({"reward": float(step % 5 == 4)}) for step in range(50))
+    assert not any(alive.warnings_of({"quality": float(step % 2)}) for step in range(50))
+    open_gate = [text for _ in range(9) for text in alive.warnings_of({"quality": 1.0})]
+    assert len(open_gate) == 1 and "perfect" in open_gate[0]
 
 
 def test_a_log_read_again_after_a_resume_goes_on_counting(tmp_path):
