@@ -34,8 +34,8 @@ from adapters import base, drop_lora, load_adapter, read_adapter_config
 from data import InputError, command, printable, read_json, write_text
 from decoders import DECODERS, check_decoder, draft_scores
 from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
-    KS, distinct_n, pareto_front, pass_at_k, self_bleu, vendi_score)
-from polylora import diversity, held_out, listed, load_embedder, same_domain
+    KS, distinct_n, pareto_front, pass_at_k, self_bleu, separation, vendi_score)
+from polylora import diversity, held_out, listed, load_embedder, pair_distances, same_domain
 from report import read_object, report
 from rewards import REWARDS, AgreementReward, JudgeReward, make_reward
 from trainer import (Session, Visit, allow_code_flag, file_hash, load_model, model_flags,
@@ -311,6 +311,11 @@ def some_records(session, mine, tokens, finished, texts):
             record |= {"voices": right, "readers": readers, "alike": alike(domain, post),
                        "rewards": [math.fsum(readers[v] for v in voices) for voices in right]}
             record |= {"scores": {session.args.reward: rewards[i]}} if reward else {}
+            # Does D see what is counted? Each right wording once: equal ones are never apart.
+            kept = list({text: j for j, text in enumerate(texts[i]) if right[j]}.values())
+            apart = pair_distances(embeddings[i:i + 1, kept])[0].cpu().numpy()
+            apart = separation(apart, [tuple(right[j]) for j in kept])
+            record |= {} if apart is None else {"separation": apart}
         else:
             passed = [r > session.threshold for r in rewards[i]]
             record |= {"rewards": rewards[i], "passed": passed}

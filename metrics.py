@@ -211,6 +211,19 @@ def vendi_score(embeddings):
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
+def separation(distances, answers):
+    """How well a distance tells answers apart, an AUC: of a pair of drafts with one answer and a
+    pair with two, how often is the latter the farther apart? Ties count half; .5 is chance.
+    distances (n, n); answers, n hashables. None where either kind of pair is missing."""
+    i, j = np.triu_indices(len(answers), 1)
+    far, same = distances[i, j], np.array([answers[a] == answers[b] for a, b in zip(i, j)], bool)
+    near, far = np.sort(far[same]), far[~same]
+    if not len(near) or not len(far):
+        return None
+    below = np.searchsorted(near, far, "left") + np.searchsorted(near, far, "right")
+    return float(below.mean() / 2 / len(near))
+
+
 def pareto_front(points):
     """Indices of the points (quality, diversity), both better when larger, that no other
     point beats.
@@ -235,10 +248,10 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     some of k drafts agrees with. longest@k and pick_X@k, from k = 2, are how often the draft
     passes that a reader takes of k who picks by length or by X: reward, likelihood, random, the
     record's own "scores"; an oracle's pick is pass@k. `words` is the mean length in tokens,
-    `truncated` the share cut off. Of a record with "set", whose drafts hang together in sets of
-    that size, each metric is the mean over the sets that have it, and k is that size alone.
-    distinct-n, ead and self-bleu are absent where no draft is long enough. ValueError says which
-    field is wrong."""
+    `truncated` the share cut off; `separation` is evaluate.py's own. Of a record with "set", whose
+    drafts hang together in sets of that size, each metric is the mean over the sets that have it,
+    and k is that size alone. distinct-n, ead and self-bleu are absent where no draft is long
+    enough. ValueError says which field is wrong."""
     drafts, n = record["drafts"], len(record["drafts"])
     check_record(record)
     if "set" in record:
@@ -270,6 +283,7 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
             f"max@{max(ks)}": max_at_k(record["rewards"], max(ks)), "words": sum(lengths) / n,
             "truncated": sum(not done for done in record["finished"]) / n}
     out |= likelihoods(record) | judged(record)
+    out |= {"separation": record["separation"]} if "separation" in record else {}
     for name, value in out.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}, not a finite number")

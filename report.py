@@ -478,6 +478,11 @@ def notes_of(summary):
     if judged_by:
         out.append(f"Semantic diversity is by the embedder {judged_by}; D was trained by "
                    f"{', '.join(trained_by) or 'none'}.")
+    told = [row["mean"] for a in summary["arms"].values()
+            if (row := a["metrics"].get("separation")) and row["mean"] is not None]
+    if told:
+        out.append("By it two right drafts in different voices are farther apart than two in one "
+                   f"voice with an AUC of {min(told):.2f} to {max(told):.2f}, an arm's mean.")
     out += [summary["refused"]] if summary["refused"] else []
     best = ", ".join(summary["pareto"])
     out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")

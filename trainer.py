@@ -323,7 +323,8 @@ def learning_rate(step, steps, peak, warmup, schedule):
 
 class DeadSignals:
     """Speaks up when a number that should teach has been dead for five steps: D, gate or reward all
-    zero, the gate all one, rewards all equal in every group. Reading the log again after a resume restores it."""
+    zero, the gate all one, rewards all equal in every group. Reading the log again after a resume
+    restores it."""
     DEAD = (("D", 0.0, "all drafts of a post are alike"),
             ("gated_D", 0.0, "the gate lets no diversity through"),
             ("quality", 0.0, "the gate finds every draft worthless"),

@@ -28,7 +28,7 @@ from evaluate import InputError  # noqa: E402
 from metrics import (  # noqa: E402
     attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
     interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
-    self_bleu, sign_flip, t_quantile, vendi_score, words)
+    self_bleu, separation, sign_flip, t_quantile, vendi_score, words)
 from report import csv_cell  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "self_bleu.json"
@@ -178,6 +178,21 @@ def test_self_bleu_limits_and_errors():
     for texts in (["alone"], ["", " "]):
         with pytest.raises(ValueError):
             self_bleu(texts)
+
+
+def test_separation_is_how_often_pairs_in_two_voices_are_the_farther_apart():
+    """D that does not see voices cannot make them; ties count half, and a kind that is missing is no number."""
+    rng = np.random.default_rng(3)
+    distances, answers = rng.integers(0, 4, (9, 9)) / 4, list("aabbbcaca")
+    pairs = {True: [], False: []}
+    for i, j in itertools.combinations(range(9), 2):
+        pairs[answers[i] == answers[j]].append(distances[i, j])
+    won = [(far > near) + (far == near) / 2 for far in pairs[False] for near in pairs[True]]
+    assert separation(distances, answers) == pytest.approx(sum(won) / len(won), abs=1e-12)
+    assert separation(distances, list("aaaaaaaaa")) is separation(distances, list("abcdefghi")) is None
+    assert separation(np.zeros((0, 0)), []) is None
+    line = np.abs(np.subtract.outer([0, 1, 9, 10], [0, 1, 9, 10]))
+    assert (separation(line, list("aabb")), separation(line, list("abab"))) == (1, 0.25)
 
 
 def test_vendi_score():

@@ -9,6 +9,7 @@ import data
 import evaluate
 import generate as engine
 import grpo
+import metrics
 import polylora
 from generate import DraftBatch, Reader, generate
 from model import pack
@@ -107,7 +108,7 @@ def test_training_and_measuring_ask_one_verifier(parts):
     """With rules of its own for the evaluation, a study measures something else than it trains."""
     s = session(parts, grpo.parser(), ["--start", "-", "--reward", "valid", "--k", "4"], stage="grpo")
     s.reward = grpo.make_reward("valid", s)
-    strange = lambda post, text: s.domain.voices[:len(text) % 2]
+    strange = lambda post, text: tuple(s.domain.voices[len(text) % 3 - 1:len(text) % 3])
     s.domain.voices_of = strange
     s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
     visits = [Visit(i, 0) for i in range(3)]
@@ -115,6 +116,15 @@ def test_training_and_measuring_ask_one_verifier(parts):
     records = evaluate.make_records(s, [0, 1, 2], drawn.samples, drawn.texts)
     assert [[float(bool(v)) for v in r["voices"]] for r in records] == drawn.group.rewards.tolist()
     assert 0 < float(drawn.group.rewards.mean()) < 1
+    found = [metrics.separation(*apart(s, r)) for r in records]
+    assert any(found) and [r.get("separation") for r in records] == pytest.approx(found, abs=1e-6)
+
+
+def apart(s, record):
+    """The cosine distances of a record's right drafts, each wording once, and their voices."""
+    right = {text: tuple(voices) for text, voices in zip(record["drafts"], record["voices"]) if voices}
+    vectors = s.embedder([list(right)])[0].double()
+    return (1 - vectors @ vectors.T).float().numpy(), list(right.values())
 
 
 def test_ranks_measure_every_post_once_and_in_order(monkeypatch, tmp_path, parts):
