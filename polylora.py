@@ -176,6 +176,8 @@ DIVERSITIES = {
     "dpp": Diversity("log-determinant of the embeddings' kernel (arXiv 2509.04784)", of=log_det),
     "vendi": Diversity("Vendi score of the embeddings (arXiv 2210.02410)", of=vendi),
     "distinct": Diversity("different right answers over k", of=distinct_answers, embeds=False),
+    "floor": Diversity("no distance: every pair counts 1, by a gate its quality alone (an ablation)",
+                       lambda drafts: torch.ones(alike(drafts.classes).shape), embeds=False),
     "ngram": Diversity("words and word pairs not shared", word_distances(ngram_distance),
                        embeds=False),
     "levenshtein": Diversity("edit distance of the words", word_distances(edit_distance),

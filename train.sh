@@ -24,7 +24,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        full         LoRA and full fine-tuning at three learning rates each
                        losses, adapters, diversities, objectives      every line of that register
                        controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
-                       temperature  the default's arms, each measured at 0.5 to 1.6
+                       temperature  the default's arms and GEM, each measured at 0.5 to 1.6
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
@@ -91,7 +91,7 @@ python="${STUDY_PYTHON:-python}"          # the interpreter that torchrun runs o
 
 losses="gem gem-logsigmoid entropy unlikelihood unlikelihood-sequence ba-lora ba-lora-nlu sed bonbon"
 adapters="rslora dora pissa adalora lori multilora moa ensemble"
-diversities="dpp vendi distinct ngram levenshtein"
+diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
@@ -110,8 +110,8 @@ case "$study" in
   diversities) asked="lora poly $(named poly- "$diversities straight-through")" ;;
   objectives) asked="$six lora-gspo lora-dapo $(named lora- "$objectives")" ;;
   controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-entropy lora-clip
-    lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood poly-then-grpo poly-then-passk" ;;
-  temperature) asked="$six" temperatures="0.5 0.75 1.25 1.6" ;;
+    lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
+  temperature) asked="$six sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   valid) asked="lora poly lora-grpo lora-passk poly-grpo" reward=valid ;;
   few) asked="$six" k=4 set_size=3 ;;
   noisy) asked="$six" extra=(--flip 0.15) ;;
@@ -196,6 +196,7 @@ lora-d              grpo  lora  --advantage group $spread
 lora-d-free         grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate none
 lora-d-reward       grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate reward
 lora-d-likelihood   grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate likelihood
+lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate $gate --diversity floor
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
 lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1

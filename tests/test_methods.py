@@ -161,7 +161,8 @@ def test_every_diversity_has_its_own_gradient(monkeypatch, name, k, gated):
     theta, drawn = policy(4, seed=k), all_tuples(4, k)
     value, advantages = measure(name, group_of(drawn, quality=QUALITY if gated else None))
     want = exact_gradient(theta, drawn, value)
-    assert float(want.abs().max()) > 0.005
+    flat = name == "floor" and not gated                                       # without a gate it is 1 for any drafts
+    assert (float(want.abs().max()) > 0.005) != flat
     assert gap(expected_estimate(theta, drawn, advantages), want) < 1e-7       # words are counted in fp32
     if k > 2:  # less than without the baseline: what a draft adds is not the whole D
         assert float(advantages.abs().sum()) < float(value.abs().sum() * k)
@@ -206,6 +207,15 @@ def test_distinct_answers_by_hand():
     assert a[0].tolist() == pytest.approx([2 / 5 - 2 / 4, 2 / 5 - 1 / 4, -0.1, -0.1, -0.1])
     q = [0.9, 0.4, 0.3, 1.0, 0.6]
     assert measure("distinct", drafts_of(quality=q, classes=classes))[0].item() == pytest.approx((0.6 + 0.4) / 5)
+
+
+def test_the_floor_alone_pays_pairs_for_being_good_whatever_they_say():
+    """(q0 q1 + q0 q2 + q1 q2) / 3 less the pair without each draft; ungated nothing is to be gained."""
+    value, a = measure("floor", drafts_of(quality=[0.5, 1.0, 0.2], classes=[0, 0, -1]))
+    assert value.item() == pytest.approx((0.5 + 0.1 + 0.2) / 3)
+    assert a[0].tolist() == pytest.approx([0.8 / 3 - 0.2, 0.8 / 3 - 0.1, 0.8 / 3 - 0.5])
+    value, a = measure("floor", drafts_of(classes=[0, 1, 2]))
+    assert value.item() == 1 and a.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("a, b, edits, shared, union", [
@@ -477,8 +487,10 @@ def test_every_diversity_pushes_both_phases(parts, name):
     """Its part of the gradient alone: not zero, and another one for another D."""
     s = session(parts, polylora.parser(), ["sft", "--model", "-", "--batch", "4", "--draft-posts", "4", "--k", "3",
                                            "--lambda", "1", "--diversity", name])
-    s.gate = polylora.Gate(s, "none")
     s.domain.voices_of = voices_by_length(s.domain)
+    s.gate = polylora.Gate(s, "none")
+    if name == "floor":                                                        # which is the quality's alone
+        s.gate = lambda mine, samples, texts, streams: torch.tensor([[1 / (1 + len(t)) for t in ts] for ts in texts])
     s.embedder = s.embedder if DIVERSITIES[name].embeds else None              # words need none
     assert DIVERSITIES[name].embeds == (name in ("cosine", "dpp", "vendi"))
     visits = [polylora.batch_visits(len(s.posts), 4, 0, 1)[i] for i in range(4)]
@@ -756,7 +768,7 @@ def test_flags_that_say_nothing_are_refused(flags, word):
         polylora.check_sft(args)
 
 
-OWN = {"coverage", "ce", "cosine", "distinct", "ngram", "levenshtein", "all", "score", "full", *grpo.REWARDS}  # no paper's
+OWN = {"coverage", "ce", "cosine", "distinct", "floor", "ngram", "levenshtein", "all", "score", "full", *grpo.REWARDS}  # no paper's
 
 
 def test_help_lists_every_line_of_the_registers_with_its_paper():
