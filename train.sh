@@ -20,6 +20,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --study NAME       one question, with arms and seeds of its own, for the small worlds:
                        primary      poly-grpo against Pass@k training, seeds 11 to 22
                        trials       how settings are chosen: four methods, six settings each, seeds 101 and 102
+                       map          D in one phase or both, beside Pass@k or coverage, within sets, by other measures
                        lambda       SFT at four weights of D, each with GRPO after it
                        full         LoRA and full fine-tuning at three learning rates each
                        losses, adapters, diversities, objectives      every line of that register
@@ -94,6 +95,7 @@ adapters="rslora dora pissa adalora lori multilora moa ensemble"
 diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
+others="dpp vendi distinct floor"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
 each() { local x r; for r in 1e-3 2e-3; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
 trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
@@ -103,6 +105,8 @@ case "$study" in
   primary) asked="lora poly lora-passk poly-grpo"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
+  map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
+    asked="$asked $(named poly-grpo- "$others")" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
@@ -192,6 +196,11 @@ lora-cover          grpo  lora  --advantage coverage --set-size $set_size
 poly-grpo           grpo  poly  --advantage group $spread
 poly-then-grpo      grpo  poly  --advantage group
 poly-then-passk     grpo  poly  --advantage $passk --set-size $set_size
+poly-then-cover     grpo  poly  --advantage coverage --set-size $set_size
+poly-passk-d        grpo  poly  --advantage $passk --set-size $set_size --diversity-weight 1 --gate $gate
+poly-cover-d        grpo  poly  --advantage coverage --set-size $set_size --diversity-weight 1 --gate $gate
+poly-set            grpo  poly  --advantage polychromic --set-size $set_size --gate $gate
+poly-set-distinct   grpo  poly  --advantage polyepo --set-size $set_size
 lora-d              grpo  lora  --advantage group $spread
 lora-d-free         grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate none
 lora-d-reward       grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate reward
@@ -223,6 +232,9 @@ END
   for x in $losses; do echo "sft-$x sft - --lambda 0 --loss $x --k 8"; done
   for x in $adapters; do echo "lora-$x sft - --lambda 0 --adapter $x"; done
   for x in $diversities; do echo "poly-$x sft - $strength $poly --diversity $x"; done
+  for x in $others; do  # another D in phase two, at the part of the advantages that cosine has at weight 4
+    echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share 3 --gate $gate"
+  done
   for x in $objectives; do
     case "$x" in mara|soft-spo) echo "lora-$x grpo lora --advantage $x --beta 0.1" ;;  # their pull to the start
       *) echo "lora-$x grpo lora --advantage $x --set-size $set_size" ;; esac
