@@ -299,21 +299,26 @@ def turned(verdicts, share, streams, purpose):
 
 class Gate:
     """The quality q in [0, 1] of drafts that D is multiplied with, on a scale set by people: 0 is
-    what a reply to another post scores, 1 what people's own replies score, both measured once on
-    the run's own posts. Without the scale a likelihood of 0.04 would make D a thousandth of itself.
+    what a reply to another post scores, 1 what people's own replies score, measured on the run's
+    posts. Without the scale a likelihood of 0.04 would make D a thousandth of itself.
 
     verifier    1 where the domain finds the draft right, which is on that scale already
     likelihood  mean log-probability per token under the frozen base
-    reward      the run's reward (phase two)
+    reward      the run's reward (phase two); a verifier's is on that scale already
+    auto        verifier where replies have voices, else reward, or likelihood in phase one
     """
 
     def __init__(self, session, name, sample=256):
+        if name == "auto":
+            scored = "likelihood" if session.reward is None else "reward"
+            name = "verifier" if session.domain.voices else scored
         self.session, self.name = session, name
         self.low, self.high = 0.0, 1.0
         if name == "verifier" and not session.domain.voices:
             raise InputError("--gate verifier needs a domain with a verifier: use --gate "
                              "likelihood for real posts")
-        if name in ("likelihood", "reward"):
+        scaled = getattr(session.reward, "verdict", False)
+        if name == "likelihood" or name == "reward" and not scaled:
             self.measure(session.posts[:sample])
 
     def measure(self, posts):
@@ -737,9 +742,6 @@ def run_sft(args):
     if args.loss == "bonbon":
         from rewards import make_reward  # which is made of what stands here
         session.reward = make_reward("valid" if session.domain.voices else "agreement", session)
-    if args.gate == "verifier" and drafting and not session.domain.voices:
-        raise InputError("--gate verifier needs a domain with a verifier: use --gate likelihood "
-                         "for real posts")
     add_adapter(session.model, args.adapter, args.rank, args.alpha, dropout=args.dropout,
                 targets=args.targets.split(","), seed=seed_of(args.seed, "lora"),
                 members=args.members)
@@ -807,9 +809,10 @@ def draft_flags(p, k):
         help="of sampling, and of the distribution whose log-probabilities are trained")
     add("--diversity", default="cosine", choices=list(DIVERSITIES),
         help=f"what D is, of the k drafts. {listed(DIVERSITIES)}")
-    add("--gate", default="none", choices=("none", "verifier", "likelihood", "reward"),
-        help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), the "
-             "domain's verifier, likelihood under the frozen base, or (phase two) the reward")
+    add("--gate", default="none", choices=("none", "auto", "verifier", "likelihood", "reward"),
+        help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), domain's "
+             "verifier, likelihood under the base, reward (phase two); auto: verifier where replies "
+             "have voices, else reward, or likelihood in phase one")
     add("--gate-floor", type=float, default=0.0,
         help="what a gated pair of drafts is worth even when alike, added to its distance: more "
              "weight on quality beside diversity")

@@ -38,6 +38,7 @@ class VerifierReward:
     valid_weight adds that much for being right in any voice; flip is the share of verdicts that are
     turned round, for studies of a noisy verifier.
     """
+    verdict = True                           # its 0 and 1 are people's scale: nothing to measure
 
     def __init__(self, domain, *, any_voice=False, valid_weight=0.0, flip=0.0):
         if not domain.voices:

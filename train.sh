@@ -36,7 +36,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --share X          instead: D's share of that phase's gradient (default with --model: 0.3)
   --targets A,B      linear layers with LoRA (default: all seven)
   --weight X         weight of D in the polychromic GRPO phase (default: 4; with --model D's part of the
-                     advantages is held at the reward's own norm, and gated by the reward)
+                     advantages is held at the reward's own norm, and gated by the verifier or
+                     the reward)
   --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 1440 and 320)
   --steps N          optimizer steps of SFT and GRPO each (default: 40 and 120; 120 and 80 with --data;
                      with --model one pass, on a CPU 90 and 20)
@@ -180,7 +181,7 @@ judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embe
 poly="--k 8 --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
 spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
 # Gated by likelihood a language model was paid for longer, likelier drafts: see LOG.md.
-[[ -n "$weight" ]] || spread="--diversity-share 1 --gate reward"
+[[ -n "$weight" ]] || spread="--diversity-share 1 --gate auto"
 [[ "$jobs" -ge 1 ]] || jobs=1
 [[ -z "$dry" ]] || out="$out-dry-run"      # removed again
 

@@ -440,7 +440,7 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
 def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tmp_path):
     posts = tmp_path / "posts.jsonl"
     posts.write_text("")
-    for more, share, weight, gate in ((), 1, 0, "reward"), (("--weight", "2"), 0, 2, "likelihood"):
+    for more, share, weight, gate in ((), 1, 0, "auto"), (("--weight", "2"), 0, 2, "likelihood"):
         said = asked(tmp_path, "--model", "some/model", "--data", str(posts), "--jobs", "1", *more)
         line, = (x for x in said if x[0].endswith("grpo.py") and any(word.endswith("seed1/poly-grpo") for word in x))
         args = grpo.parser().parse_args(line[1:])
