@@ -39,8 +39,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                      advantages is held at the reward's own norm, and gated by the verifier or
                      the reward)
   --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 1440 and 320)
-  --steps N          optimizer steps of SFT and GRPO each (default: 40 and 120; 120 and 80 with --data;
-                     with --model one pass, on a CPU 90 and 20)
+  --steps N[,M]      optimizer steps of SFT, and of GRPO if that has others (default: 40,120; with --data
+                     120,80; with --model one pass, on a CPU 90,20)
   --base-steps N     optimizer steps that make the small base, at most (the pocket's ends when it knows enough)
   --reward NAME      reward of GRPO, see grpo.py --help (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
@@ -127,6 +127,7 @@ esac
 
 # ---- Settings. Those of the small worlds were chosen on seeds that no report uses: see LOG.md ----------
 
+first_steps="${steps%,*}" then_steps="${steps#*,}"   # the same where one number is given
 name="$(basename "${study:-${data:-pocket}}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
   arms="${arms:-$asked}"
@@ -148,8 +149,8 @@ if [[ -z "$model" ]]; then
   length=24; [[ "$world" != pocket-stories ]] || length=48
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
-  sft=(--lr 2e-3 --batch 32 --steps "${steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
-  grpo=(--lr "$grpo_lr" --batch 16 --steps "${steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
+  sft=(--lr 2e-3 --batch 32 --steps "${first_steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
+  grpo=(--lr "$grpo_lr" --batch 16 --steps "${then_steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
   gate="${gate:-verifier}" floor=0 passk="${passk:-passk}" samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -161,14 +162,14 @@ else
   strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
     posts="${posts:-2500}"; jobs=1 length=100; adapter=(--rank 16 --alpha 16)
-    sft=(--lr 2e-4 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
-    grpo=(--lr 2e-5 --batch 16 --steps "${steps:-0}" --max-new-tokens 100 --checkpointing)
+    sft=(--lr 2e-4 --batch 16 --steps "${first_steps:-0}" --max-new-tokens 100 --checkpointing)
+    grpo=(--lr 2e-5 --batch 16 --steps "${then_steps:-0}" --max-new-tokens 100 --checkpointing)
   else                                     # a small language model, an hour or two
     [[ -n "$posts" ]] || sizes="sft=1440,grpo=320,eval=100"
     length=24; adapter=(--rank 16 --alpha 32)
     ! grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || held+=(--dtype bfloat16)  # twice as fast where the CPU has it
-    sft=(--lr 2e-3 --batch 16 --steps "${steps:-90}" --draft-every 3 --max-new-tokens 24 --micro-tokens 2048 --save-every 30)
-    grpo=(--lr 3e-4 --batch 8 --steps "${steps:-20}" --warmup 5 --max-new-tokens 24 --micro-tokens 4096 --save-every 10)
+    sft=(--lr 2e-3 --batch 16 --steps "${first_steps:-90}" --draft-every 3 --max-new-tokens 24 --micro-tokens 2048 --save-every 30)
+    grpo=(--lr 3e-4 --batch 8 --steps "${then_steps:-20}" --warmup 5 --max-new-tokens 24 --micro-tokens 4096 --save-every 10)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
   fi

@@ -450,6 +450,15 @@ def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tm
         assert args.dtype == ("bfloat16" if native else "auto")
 
 
+@pytest.mark.parametrize("given, sft, then", [("7,3", 7, 3), ("5", 5, 5)])
+def test_both_phases_may_have_steps_of_their_own(tmp_path, given, sft, then):
+    said = asked(tmp_path, "--seeds", "11", "--arms", "lora lora-grpo", "--steps", given)
+    steps = {Path(room).stem: vars(parser.parse_args(words))["steps"] for room, *words in said
+             for name, parser in (("polylora", polylora.parser()), ("grpo", grpo.parser()))
+             if Path(room).stem == name and words[0] != "base"}
+    assert steps == {"polylora": sft, "grpo": then}
+
+
 def test_train_sh_help():
     ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "--lambda" in ran.stdout
