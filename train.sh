@@ -18,7 +18,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's or study's
                      name; studies in one folder share the arms that are equal)
   --study NAME       one question, with arms and seeds of its own, for the small worlds:
-                       primary      poly-grpo against Pass@k training, seeds 11 to 22
+                       primary      the default's arms over seeds 11 to 22: poly-grpo against Pass@k training
                        trials       how settings are chosen: four methods, six settings each, seeds 101 and 102
                        map          D in one phase or both, beside Pass@k or coverage, within sets, by other measures
                        lambda       SFT at four weights of D, each with GRPO after it
@@ -35,9 +35,9 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --lambda X         weight of D in the polychromic SFT phase
   --share X          instead: D's share of that phase's gradient (default with --model: 0.3)
   --targets A,B      linear layers with LoRA (default: all seven)
-  --weight X         weight of D in the polychromic GRPO phase (default: 4; with --model D's part of the
-                     advantages is held at the reward's own norm, and gated by the verifier or
-                     the reward)
+  --weight X         weight of D in the polychromic GRPO phase (default: 8; 4 with --data; with --model D's
+                     part of the advantages is held at the reward's own norm, gated by the verifier
+                     where replies have voices, else by the reward)
   --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 1440 and 320)
   --steps N[,M]      optimizer steps of SFT, and of GRPO if that has others (default: 40,120; with --data
                      120,80; with --model one pass, on a CPU 90,20)
@@ -60,7 +60,7 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
-arms="" study="" temperatures="" k=8 set_size=4 gate="" passk="" extra=()
+arms="" study="" temperatures="" k=8 set_size="" cover="" gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -103,7 +103,7 @@ trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(ea
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six" ;;
-  primary) asked="lora poly lora-passk poly-grpo"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
+  primary) asked="$six"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
@@ -114,7 +114,7 @@ case "$study" in
   adapters) asked="lora poly $(named lora- "$adapters")" ;;
   diversities) asked="lora poly $(named poly- "$diversities straight-through")" ;;
   objectives) asked="$six lora-gspo lora-dapo $(named lora- "$objectives")" ;;
-  controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-entropy lora-clip
+  controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-fast lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
   temperature) asked="$six sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   valid) asked="lora poly lora-grpo lora-passk poly-grpo" reward=valid ;;
@@ -131,7 +131,7 @@ first_steps="${steps%,*}" then_steps="${steps#*,}"   # the same where one number
 name="$(basename "${study:-${data:-pocket}}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
   arms="${arms:-$asked}"
-  seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"; weight="${weight:-4}"
+  seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"
   sizes="base=$(( posts * 5 )),sft=$posts,grpo=$(( posts * 2 )),eval=$(( posts / 5 ))"
   if [[ -z "$data" ]]; then
     # Narrow writers: SFT pairs come from few voices, readers like them more evenly and each scene's in an
@@ -139,18 +139,19 @@ if [[ -z "$model" ]]; then
     split=(--by intent --popularity 0.7 --writers 3 --permute) noise=0.2
     # Some seeds learn the scenes a hundred steps later than others: each base ends at the same loss.
     [[ -n "$base_steps" ]] || { base_steps=600; until=(--until 0.70 --schedule constant); }
-    sft_steps=40 grpo_steps=120 grpo_lr=2e-3
+    sft_steps=40 grpo_steps=120 weight="${weight:-8}"
+    cover="--set-size ${set_size:-4} --lr 2e-3" set_size="${set_size:-6}"
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
     [[ -z "$world" ]] || split=(--popularity 0.7 --writers 3)
     base_steps="${base_steps:-$([[ "$world" == pocket-stories ]] && echo 500 || echo 1200)}"  # tales are soon learnt
-    noise=0.1; sft_steps=120 grpo_steps=80 grpo_lr=1e-3
+    noise=0.1; sft_steps=120 grpo_steps=80 weight="${weight:-4}"
   fi
   length=24; [[ "$world" != pocket-stories ]] || length=48
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
   adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
   sft=(--lr 2e-3 --batch 32 --steps "${first_steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
-  grpo=(--lr "$grpo_lr" --batch 16 --steps "${then_steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
+  grpo=(--lr 1e-3 --batch 16 --steps "${then_steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
   gate="${gate:-verifier}" floor=0 passk="${passk:-passk}" samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -175,6 +176,7 @@ else
   fi
   sizes="${sizes:-sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))}"
 fi
+set_size="${set_size:-4}"; cover="${cover:---set-size $set_size}"
 [[ -z "$targets" ]] || adapter+=(--targets "$targets")
 grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 [[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
@@ -194,15 +196,15 @@ lora                sft   -     --lambda 0
 poly                sft   -     $strength $poly
 lora-grpo           grpo  lora  --advantage group
 lora-passk          grpo  lora  --advantage $passk --set-size $set_size
-lora-cover          grpo  lora  --advantage coverage --set-size $set_size
+lora-cover          grpo  lora  --advantage coverage $cover
 poly-grpo           grpo  poly  --advantage group $spread
 poly-then-grpo      grpo  poly  --advantage group
 poly-then-passk     grpo  poly  --advantage $passk --set-size $set_size
-poly-then-cover     grpo  poly  --advantage coverage --set-size $set_size
-poly-passk-d        grpo  poly  --advantage $passk --set-size $set_size --diversity-weight 1 --gate $gate
-poly-cover-d        grpo  poly  --advantage coverage --set-size $set_size --diversity-weight 1 --gate $gate
-poly-set            grpo  poly  --advantage polychromic --set-size $set_size --gate $gate
-poly-set-distinct   grpo  poly  --advantage polyepo --set-size $set_size
+poly-then-cover     grpo  poly  --advantage coverage $cover
+poly-passk-d        grpo  poly  --advantage $passk --set-size $set_size --diversity-share 1 --gate $gate
+poly-cover-d        grpo  poly  --advantage coverage $cover --diversity-share 1 --gate $gate
+poly-set            grpo  poly  --advantage polychromic --set-size 4 --gate $gate
+poly-set-distinct   grpo  poly  --advantage polyepo --set-size 4
 lora-d              grpo  lora  --advantage group $spread
 lora-d-free         grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate none
 lora-d-reward       grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate reward
@@ -210,6 +212,7 @@ lora-d-likelihood   grpo  lora  --advantage group --diversity-weight ${weight:-1
 lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate $gate --diversity floor
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
+lora-fast           grpo  lora  --advantage group --lr 2e-3
 lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1
 lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
@@ -234,12 +237,12 @@ END
   for x in $losses; do echo "sft-$x sft - --lambda 0 --loss $x --k 8"; done
   for x in $adapters; do echo "lora-$x sft - --lambda 0 --adapter $x"; done
   for x in $diversities; do echo "poly-$x sft - $strength $poly --diversity $x"; done
-  for x in $others; do  # another D in phase two, at the part of the advantages that cosine has at weight 4
-    echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share 3 --gate $gate"
+  for x in $others; do  # another D in phase two, at the part of the advantages that cosine has at weight 8
+    echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share 6 --gate $gate"
   done
   for x in $objectives; do
     case "$x" in mara|soft-spo) echo "lora-$x grpo lora --advantage $x --beta 0.1" ;;  # their pull to the start
-      *) echo "lora-$x grpo lora --advantage $x --set-size $set_size" ;; esac
+      *) echo "lora-$x grpo lora --advantage $x --set-size 4" ;; esac
   done
 }
 table="$(every_arm)"; arms="$(echo $arms)"  # one blank between names
