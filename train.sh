@@ -6,7 +6,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 usage() { cat <<END
 The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k training, one report.
 
-  torchrun train.sh                    the pocket study, from nothing: 2 cores, a quarter of an hour
+  torchrun train.sh                    the pocket study, from nothing: a quarter of an hour on 2 cores
   torchrun train.sh --data pocket-code        the same in another small world (or pocket-stories)
   torchrun train.sh --data FILE        the same on your posts with replies by voice; makes a small base
   torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl      the full study
@@ -18,12 +18,13 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --out FOLDER       where runs and report go (default: runs/pocket, or runs/ and the data's or study's
                      name; studies in one folder share the arms that are equal)
   --study NAME       one question, with arms and seeds of its own, for the small worlds:
-                       primary      the default's arms over seeds 11 to 22: poly-grpo against Pass@k training
-                       trials       how settings are chosen: four methods, six settings each, seeds 101 and 102
-                       map          D in one phase or both, beside Pass@k or coverage, within sets, by other measures
+                       primary      the default's arms over seeds 11 to 22
+                       trials       how settings are chosen: four methods, six settings each, seeds 101, 102
+                       map          D in one phase or both, beside Pass@k or coverage, in sets, by other measures
                        lambda       SFT at four weights of D, each with GRPO after it
                        full         LoRA and full fine-tuning at three learning rates each
-                       losses, adapters, diversities, objectives      every line of that register
+                       losses, adapters, diversities, objectives      every line of that register, but
+                                    full fine-tuning, which the study above has
                        controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
                        temperature  the default's arms and GEM, each measured at 0.5 to 1.6
                        valid        the other reward: 1 for being right in any voice
@@ -31,26 +32,31 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo); an arm needs the arm that it starts from
   --seeds "1 2"      seeds of the study (default: "1 2 3"; of a --study "11 12 13 14 15"; with --model "1")
-  --dry-run          print every stage with its command, posts, steps, memory and time; train nothing
-  --lambda X         weight of D in the polychromic SFT phase
-  --share X          instead: D's share of that phase's gradient (default with --model: 0.3)
+  --dry-run          print every stage with its command, posts, steps, memory and time; train nothing but a
+                     small base's first step
+  --lambda X         weight of D in the polychromic SFT phase (default: 0.3)
+  --share X          with --model, instead: the norm of D's part of that phase's gradient over the
+                     cross-entropy's (default: 0.3)
   --targets A,B      linear layers with LoRA (default: all seven)
   --weight X         weight of D in the polychromic GRPO phase (default: 8; 4 with --data; with --model D's
                      part of the advantages is held at the reward's own norm, gated by the verifier
                      where replies have voices, else by the reward)
-  --posts N          posts of each phase (default: 1000; with --model 2500, on a CPU 1440 and 320)
+  --posts N          posts of SFT; GRPO has as many, the pocket's twice, a small base five times (default:
+                     1000; with --model 2500, on a CPU 1440 and 320)
   --steps N[,M]      optimizer steps of SFT, and of GRPO if that has others (default: 40,120; with --data
                      120,80; with --model one pass, on a CPU 90,20)
-  --base-steps N     optimizer steps that make the small base, at most (the pocket's ends when it knows enough)
+  --base-steps N     optimizer steps that make the small base, at most: the pocket's ends when it knows
+                     enough (default: 600; with --data 1200, pocket-stories 500)
   --reward NAME      reward of GRPO, see grpo.py --help (default: auto)
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
   --embedder NAME    what embeds drafts for D: base, or the folder or hub name of an embedding model
   --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
   --samples N        drafts for each held-out post (default: 40; with --model 20)
-  --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told so)
+  --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
-  --jobs N           seeds worked on side by side without --model (default: one a core)
+  --jobs N           seeds worked on side by side on a CPU (default: one a core; without --model all, if they
+                     are at most two a core)
 
 A stage that is done is not done again; an interrupted one goes on from its last checkpoint.
 END
@@ -60,7 +66,7 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
-arms="" study="" temperatures="" k=8 set_size="" cover="" gate="" passk="" extra=()
+arms="" study="" temperatures="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -79,6 +85,7 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
 [[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
+[[ -z "$share" || -n "$model" ]] || fail "--share needs --model: small worlds weigh D by --lambda"
 [[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
 [[ "$data" != pocket || -f "$data" || -n "$model" ]] || data=""                  # the default one
@@ -155,10 +162,12 @@ if [[ -z "$model" ]]; then
   gate="${gate:-verifier}" floor=0 passk="${passk:-passk}" samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
+  cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )) count="$(wc -w <<< "$seeds")"
+  # Three seeds on two cores all run at once: two rounds would leave a core idle in the second.
+  jobs="${jobs:-$(( count <= 2 * cores ? count : cores ))}"
 else
   arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
-  seeds="${seeds:-1}"; gate=likelihood floor=0 passk=maxk samples="${samples:-20}"
+  seeds="${seeds:-1}"; gate=likelihood then_gate=auto floor=0 passk=maxk samples="${samples:-20}"
   # The likelihood's scale and the embedder decide what a lambda does: D's share of the gradient is held instead.
   strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
@@ -182,7 +191,7 @@ grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--r
 [[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
 poly="--k 8 --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
-spread="--diversity-weight $weight --gate $gate --gate-floor $floor"
+spread="--diversity-weight $weight --gate ${then_gate:-$gate} --gate-floor $floor"
 # Gated by likelihood a language model was paid for longer, likelier drafts: see LOG.md.
 [[ -n "$weight" ]] || spread="--diversity-share 1 --gate auto"
 [[ "$jobs" -ge 1 ]] || jobs=1

@@ -371,7 +371,8 @@ def test_torchrun_leaves_the_programs_flags_alone():
 
 
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
-                                             (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model")])
+                                             (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model"),
+                                             (["--share", "1"], "--lambda")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
@@ -440,7 +441,7 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
 def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tmp_path):
     posts = tmp_path / "posts.jsonl"
     posts.write_text("")
-    for more, share, weight, gate in ((), 1, 0, "auto"), (("--weight", "2"), 0, 2, "likelihood"):
+    for more, share, weight, gate in ((), 1, 0, "auto"), (("--weight", "2"), 0, 2, "auto"):
         said = asked(tmp_path, "--model", "some/model", "--data", str(posts), "--jobs", "1", *more)
         line, = (x for x in said if x[0].endswith("grpo.py") and any(word.endswith("seed1/poly-grpo") for word in x))
         args = grpo.parser().parse_args(line[1:])
