@@ -535,9 +535,9 @@ def parser():
         help="folder of a measured run; runs whose config.json names the same arm are its seeds")
     add("--out", required=True, metavar="FOLDER", help="folder for the report, made if need be")
     add("--against", metavar="ARM", help="arm from which paired differences are taken")
-    add("--primary", nargs=2, metavar=("ARM", "RIVAL"),
-        help="test the primary endpoint: Pass@5 superior, then Pass@1 not inferior, then Pass@10 "
-             "superior")
+    add("--primary", nargs="+", metavar="ARM",
+        help="test the primary endpoint of the first arm against each of the others: Pass@5 "
+             "superior, then Pass@1 not inferior, then Pass@10 superior")
     add("--ks", type=numbers, default=KS, metavar="K,K", help="the k of Pass@k")
     r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
                                            endpoint=args.primary))

@@ -847,12 +847,15 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
     out_folder. -> report.json's dict.
 
     Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
-    endpoint the two arms of the primary comparison. Writes nothing on an InputError.
+    endpoint an arm and its rivals in the primary comparison. Writes nothing on an InputError.
     """
     arms = group_runs(run_folders, ks)
     summary = summarise(arms, against, ks)
     if endpoint and not summary["refused"]:
-        summary["notes"] += primary(arms, *endpoint)
+        arm, *rivals = endpoint
+        if not rivals:
+            raise InputError(f"--primary {arm} names no rival: give the arms to compare it with")
+        summary["notes"] += [note for rival in rivals for note in primary(arms, arm, rival)]
     text, page, sheet = write_tables(summary)
     files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
              "report.md": page, "report.txt": text, "report.csv": sheet}

@@ -350,7 +350,10 @@ if [[ "$RANK" == 0 ]]; then
   done
   against=base; primary=()
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
-  [[ " $arms " != *" lora-passk "*" poly-grpo "* ]] || primary=(--primary poly-grpo lora-passk)
+  for arm in lora-cover lora-passk; do
+    [[ " $arms " != *" $arm "* || " $arms " != *" poly-grpo "* ]] || primary=(${primary[@]+"${primary[@]}"} $arm)
+  done
+  (( ${#primary[@]} == 0 )) || primary=(--primary poly-grpo "${primary[@]}")
   stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${primary[@]+"${primary[@]}"}
   echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""

@@ -727,6 +727,10 @@ def test_seeds_may_have_posts_of_their_own(tmp_path):
     assert "not shown to be superior" in said[0] and len(said) == 2
     with pytest.raises(InputError, match="nobody"):
         evaluate.report(runs, tmp_path / "out", "lora", endpoint=("nobody", "poly"))
+    with pytest.raises(InputError, match="rival"):
+        evaluate.report(runs, tmp_path / "out", "lora", endpoint=("poly",))
+    both = evaluate.report(runs, tmp_path / "out", "lora", endpoint=("poly", "lora", "poly"))["notes"]
+    assert [note.split(":")[1].split()[-1] for note in both if note.startswith("pass@5")] == ["lora", "poly"]
 
 
 def test_the_limit_stands_beside_the_arms(runs, tmp_path):

@@ -430,6 +430,8 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
     assert measures and {args.reward for args in measures} == {"auto"}
     assert {Path(run) for run in report.runs if "@" not in Path(run).name} - {tmp_path / "o/seed11/base"} <= made
     names = {path.name for path in made}
+    if study == "primary":
+        assert report.primary == ["poly-grpo", "lora-cover", "lora-passk"]
     wanted = {"losses": {f"sft-{name}" for name in polylora.SFT_LOSSES if name != "ce"},
               "adapters": {f"lora-{name}" for name in polylora.ADAPTERS if name not in ("lora", "full")},
               "diversities": {f"poly-{name}" for name in polylora.DIVERSITIES if name != "cosine"},
