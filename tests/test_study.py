@@ -453,6 +453,27 @@ def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tm
         assert args.dtype == ("bfloat16" if native else "auto")
 
 
+@pytest.mark.parametrize("voices", [False, True])
+def test_the_full_study_s_own_commands_run_on_replies_with_and_without_voices(world, tmp_path, capsys, monkeypatch, voices):
+    """Phase two of `train.sh --model` ended in a sentence, after hours, on every file of replies by voice."""
+    posts = tmp_path / "posts.jsonl"
+    answers = lambda i: {"curious": f"Number {i}? Tell us more!", "warm": f"Poor {TOPICS[i % 6]}, I feel you"}
+    rows = [{"post": f"My {TOPICS[i % 6]} let me down, part {i}", "replies": answers(i)} for i in range(22)]
+    rows = rows if voices else [row | {"replies": list(row["replies"].values())} for row in rows]
+    posts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = asked(tmp_path, "--model", world["model"], "--data", str(posts), "--jobs", "1", "--posts", "10", "--steps", "2,2",
+                 "--samples", "10")
+    by_rewards, by_chance = polylora.Gate.measure, {"low": -8.0, "high": -6.0}  # a random model's likelihoods tell nothing
+    monkeypatch.setattr(polylora.Gate, "measure", lambda gate, some: vars(gate).update(by_chance)
+                        if gate.name == "likelihood" else by_rewards(gate, some))
+    rooms = {"data": data, "polylora": polylora, "grpo": grpo, "evaluate": evaluate}
+    for room, *words in said:
+        if words[0] != "import":                                               # torch.cuda is asked for first
+            assert rooms[Path(room).stem].main(words) == 0, capsys.readouterr().err
+    arms = json.loads((tmp_path / "o" / "report" / "report.json").read_text())["arms"]
+    assert set(arms) == {"base", "lora", "poly", "lora-grpo", "lora-passk", "poly-grpo"}
+
+
 @pytest.mark.parametrize("given, sft, then", [("7,3", 7, 3), ("5", 5, 5)])
 def test_both_phases_may_have_steps_of_their_own(tmp_path, given, sft, then):
     said = asked(tmp_path, "--seeds", "11", "--arms", "lora lora-grpo", "--steps", given)
