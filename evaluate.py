@@ -312,7 +312,8 @@ def some_records(session, mine, tokens, finished, texts):
                        "rewards": [math.fsum(readers[v] for v in voices) for voices in right]}
             record |= {"scores": {session.args.reward: rewards[i]}} if reward else {}
             # Does D see what is counted? Each right wording once: equal ones are never apart.
-            kept = list({text: j for j, text in enumerate(texts[i]) if right[j]}.values())
+            said = map(data.normalise, texts[i])
+            kept = list({text: j for j, text in enumerate(said) if right[j]}.values())
             apart = pair_distances(embeddings[i:i + 1, kept])[0].cpu().numpy()
             apart = separation(apart, [tuple(right[j]) for j in kept])
             record |= {} if apart is None else {"separation": apart}
@@ -536,8 +537,8 @@ def parser():
     add("--out", required=True, metavar="FOLDER", help="folder for the report, made if need be")
     add("--against", metavar="ARM", help="arm from which paired differences are taken")
     add("--primary", nargs="+", metavar="ARM",
-        help="test the primary endpoint of the first arm against each of the others: Pass@5 "
-             "superior, then Pass@1 not inferior, then Pass@10 superior")
+        help="after the runs: test the primary endpoint of the first arm against each of the "
+             "others: Pass@5 superior, then Pass@1 not inferior, then Pass@10 superior")
     add("--ks", type=numbers, default=KS, metavar="K,K", help="the k of Pass@k")
     r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
                                            endpoint=args.primary))

@@ -176,7 +176,7 @@ DIVERSITIES = {
     "dpp": Diversity("log-determinant of the embeddings' kernel (arXiv 2509.04784)", of=log_det),
     "vendi": Diversity("Vendi score of the embeddings (arXiv 2210.02410)", of=vendi),
     "distinct": Diversity("different right answers over k", of=distinct_answers, embeds=False),
-    "floor": Diversity("no distance: every pair counts 1, by a gate its quality alone (an ablation)",
+    "floor": Diversity("no distance: a pair counts its gate's quality alone (an ablation)",
                        lambda drafts: torch.ones(alike(drafts.classes).shape), embeds=False),
     "ngram": Diversity("words and word pairs not shared", word_distances(ngram_distance),
                        embeds=False),
@@ -310,15 +310,15 @@ class Gate:
 
     def __init__(self, session, name, sample=256):
         if name == "auto":
-            scored = "likelihood" if session.reward is None else "reward"
+            scored = "likelihood" if session.stage == "sft" else "reward"
             name = "verifier" if session.domain.voices else scored
         self.session, self.name = session, name
-        self.low, self.high = 0.0, 1.0
+        verdict = getattr(session.reward, "best", None) if name == "reward" else None
+        self.low, self.high = 0.0, verdict or 1.0
         if name == "verifier" and not session.domain.voices:
             raise InputError("--gate verifier needs a domain with a verifier: use --gate "
                              "likelihood for real posts")
-        scaled = getattr(session.reward, "verdict", False)
-        if name == "likelihood" or name == "reward" and not scaled:
+        if name == "likelihood" or name == "reward" and not verdict:
             self.measure(session.posts[:sample])
 
     def measure(self, posts):
@@ -794,6 +794,8 @@ def listed(table):
 
 
 def check_diversity(args):
+    if args.diversity == "floor" and args.gate == "none":
+        raise InputError("--diversity floor is a gate's quality and nothing else: give a --gate")
     if args.gate_floor and DIVERSITIES[args.diversity].of:
         raise InputError(f"--gate-floor is for distances of pairs: --diversity {args.diversity} "
                          "has none")
@@ -810,9 +812,9 @@ def draft_flags(p, k):
     add("--diversity", default="cosine", choices=list(DIVERSITIES),
         help=f"what D is, of the k drafts. {listed(DIVERSITIES)}")
     add("--gate", default="none", choices=("none", "auto", "verifier", "likelihood", "reward"),
-        help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), domain's "
-             "verifier, likelihood under the base, reward (phase two); auto: verifier where replies "
-             "have voices, else reward, or likelihood in phase one")
+        help="quality in [0, 1] that D is multiplied with, on people's scale: none (plain D), the "
+             "verifier, likelihood under the base, or reward (phase two); auto: verifier where "
+             "replies have voices, else reward, or likelihood in phase one")
     add("--gate-floor", type=float, default=0.0,
         help="what a gated pair of drafts is worth even when alike, added to its distance: more "
              "weight on quality beside diversity")

@@ -498,7 +498,7 @@ def notes_of(summary):
                        f"possible p is {least:.3g}, before Holm.")
     short = [f"{name} in {row['posts_left_out']} posts of {arm}"
              for arm, a in summary["arms"].items() for name, row in a["metrics"].items()
-             if row["posts_left_out"] and "@" not in name]
+             if row["posts_left_out"] and "@" not in name and name != "separation"]
     if short:
         out.append("Left out, because no draft of the post is long enough or it was not measured: "
                    f"{', '.join(short)}.")

@@ -38,14 +38,13 @@ class VerifierReward:
     valid_weight adds that much for being right in any voice; flip is the share of verdicts that are
     turned round, for studies of a noisy verifier.
     """
-    verdict = True                           # its 0 and 1 are people's scale: nothing to measure
-
     def __init__(self, domain, *, any_voice=False, valid_weight=0.0, flip=0.0):
         if not domain.voices:
             raise InputError("--reward reader and valid need replies by voice: use agreement, "
                              "relevance, model or judge for posts like these")
         self.domain, self.any_voice = domain, any_voice
         self.valid_weight, self.flip = valid_weight, flip
+        self.best = 1.0 + valid_weight       # a right draft's: people's scale, nothing to measure
 
     def __call__(self, posts, drafts, streams):
         return [self.of_post(*each) for each in zip(posts, drafts, streams)]

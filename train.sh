@@ -55,8 +55,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
-  --jobs N           seeds worked on side by side on a CPU (default: one a core; without --model all, if they
-                     are at most two a core)
+  --jobs N           seeds worked on side by side on a CPU (default: one a core; without --model all of them,
+                     if they are fewer than two a core)
 
 A stage that is done is not done again; an interrupted one goes on from its last checkpoint.
 END
@@ -86,6 +86,8 @@ done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
 [[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
 [[ -z "$share" || -n "$model" ]] || fail "--share needs --model: small worlds weigh D by --lambda"
+numbers='^([0-9]+(,[0-9]+)?)?$'            # in a variable: the bash of macOS wants it so
+[[ "$steps" =~ $numbers ]] || fail "--steps $steps: give one number, or two with a comma between"
 [[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
 [[ "$data" != pocket || -f "$data" || -n "$model" ]] || data=""                  # the default one
@@ -163,8 +165,9 @@ if [[ -z "$model" ]]; then
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )) count="$(wc -w <<< "$seeds")"
-  # Three seeds on two cores all run at once: two rounds would leave a core idle in the second.
-  jobs="${jobs:-$(( count <= 2 * cores ? count : cores ))}"
+  (( cores > 0 )) || cores=1
+  # Three seeds on two cores run all at once: a second round would leave a core idle.
+  jobs="${jobs:-$(( WORLD_SIZE == 1 && count > cores && count < 2 * cores ? count : cores ))}"
 else
   arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
   seeds="${seeds:-1}"; gate=likelihood then_gate=auto floor=0 passk=maxk samples="${samples:-20}"
@@ -185,13 +188,15 @@ else
   fi
   sizes="${sizes:-sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))}"
 fi
-set_size="${set_size:-4}"; cover="${cover:---set-size $set_size}"
+set_size="${set_size:-4}" then_gate="${then_gate:-$gate}" four=$(( k > 4 ? 4 : k - 1 ))
+cover="${cover:---set-size $set_size}"
+like=3; [[ "$weight" != 8 ]] || like=6; [[ -n "$weight" ]] || like=1    # D's part of the advantages, measured
 [[ -z "$targets" ]] || adapter+=(--targets "$targets")
 grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 [[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
 poly="--k 8 --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
-spread="--diversity-weight $weight --gate ${then_gate:-$gate} --gate-floor $floor"
+spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 # Gated by likelihood a language model was paid for longer, likelier drafts: see LOG.md.
 [[ -n "$weight" ]] || spread="--diversity-share 1 --gate auto"
 [[ "$jobs" -ge 1 ]] || jobs=1
@@ -210,15 +215,15 @@ poly-grpo           grpo  poly  --advantage group $spread
 poly-then-grpo      grpo  poly  --advantage group
 poly-then-passk     grpo  poly  --advantage $passk --set-size $set_size
 poly-then-cover     grpo  poly  --advantage coverage $cover
-poly-passk-d        grpo  poly  --advantage $passk --set-size $set_size --diversity-share 1 --gate $gate
-poly-cover-d        grpo  poly  --advantage coverage $cover --diversity-share 1 --gate $gate
-poly-set            grpo  poly  --advantage polychromic --set-size 4 --gate $gate
-poly-set-distinct   grpo  poly  --advantage polyepo --set-size 4
+poly-passk-d        grpo  poly  --advantage $passk --set-size $set_size --diversity-share $like --gate $then_gate
+poly-cover-d        grpo  poly  --advantage coverage $cover --diversity-share $like --gate $then_gate
+poly-set            grpo  poly  --advantage polychromic --set-size $four --gate $then_gate
+poly-set-distinct   grpo  poly  --advantage polyepo --set-size $four
 lora-d              grpo  lora  --advantage group $spread
 lora-d-free         grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate none
 lora-d-reward       grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate reward
 lora-d-likelihood   grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate likelihood
-lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate $gate --diversity floor
+lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate $then_gate --diversity floor
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
 lora-fast           grpo  lora  --advantage group --lr 2e-3
@@ -246,12 +251,12 @@ END
   for x in $losses; do echo "sft-$x sft - --lambda 0 --loss $x --k 8"; done
   for x in $adapters; do echo "lora-$x sft - --lambda 0 --adapter $x"; done
   for x in $diversities; do echo "poly-$x sft - $strength $poly --diversity $x"; done
-  for x in $others; do  # another D in phase two, at the part of the advantages that cosine has at weight 8
-    echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share 6 --gate $gate"
+  for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
+    echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
   done
   for x in $objectives; do
     case "$x" in mara|soft-spo) echo "lora-$x grpo lora --advantage $x --beta 0.1" ;;  # their pull to the start
-      *) echo "lora-$x grpo lora --advantage $x --set-size 4" ;; esac
+      *) echo "lora-$x grpo lora --advantage $x --set-size $four" ;; esac
   done
 }
 table="$(every_arm)"; arms="$(echo $arms)"  # one blank between names
@@ -329,10 +334,11 @@ reap() {  # wait until fewer than $1 workers run; the first that failed ends the
 if [[ -n "$dry" ]]; then                   # one seed tells of all: as many rounds as the seeds take
   mkdir -p "$(dirname "$out")"
   study "${seeds%% *}" | tee "$out.txt"
-  rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs ))
-  [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" '
+  rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs )) cores="${cores:-$jobs}"
+  [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" -v shared=$(( jobs > cores ? jobs : cores )) -v cores="$cores" '
     /^plan measure/ { total += runs * $(NF - 1); next } /^plan / { total += $(NF - 1) }
-    END { printf "The whole study: about %.0f minutes (%d x %.0f s)\n", rounds * total / 60, rounds, total }' "$out.txt"
+    END { total *= shared / cores
+      printf "The whole study: about %.0f minutes (%d x %.0f s)\n", rounds * total / 60, rounds, total }' "$out.txt"
   [[ "$RANK" != 0 ]] || rm -rf "$out" "$out.txt"
   exit
 fi
@@ -348,12 +354,12 @@ if [[ "$RANK" == 0 ]]; then
     for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done
     for t in $temperatures; do for arm in $arms; do runs+=("$out/seed$seed/$arm@$t"); done; done
   done
-  against=base; primary=()
+  against=base rivals=""; primary=()
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
   for arm in lora-cover lora-passk; do
-    [[ " $arms " != *" $arm "* || " $arms " != *" poly-grpo "* ]] || primary=(${primary[@]+"${primary[@]}"} $arm)
+    [[ " $arms " != *" $arm "* || " $arms " != *" poly-grpo "* ]] || rivals="$rivals $arm"
   done
-  (( ${#primary[@]} == 0 )) || primary=(--primary poly-grpo "${primary[@]}")
+  [[ -z "$rivals" ]] || primary=(--primary poly-grpo $rivals)
   stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${primary[@]+"${primary[@]}"}
   echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""

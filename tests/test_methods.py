@@ -761,7 +761,8 @@ def test_ba_lora_s_teacher_is_the_base(parts):
 
 @pytest.mark.parametrize("flags, word", [
     ("--loss ce --loss-value 1", "no meaning"), ("--loss gem --loss-value 0", "above 0"),
-    ("--loss gem --loss-value nan", "above 0"), ("--lambda 1 --diversity vendi --gate-floor 1", "gate-floor")])
+    ("--loss gem --loss-value nan", "above 0"), ("--lambda 1 --diversity vendi --gate-floor 1", "gate-floor"),
+    ("--lambda 1 --diversity floor", "--gate")])
 def test_flags_that_say_nothing_are_refused(flags, word):
     args = polylora.parser().parse_args(["sft", "--model", "-", "--data", "-", "--out", "-", *flags.split()])
     with pytest.raises(InputError, match=word):

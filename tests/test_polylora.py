@@ -699,10 +699,12 @@ def test_a_verifier_s_reward_is_on_people_s_scale_already(parts):
     for name in ("reward", "verifier", "auto"):
         assert Gate(s, name)(visits([0, 5]), None, own, [1, 2]).tolist() == [[1, 0], [1, 0]]
     assert Gate(s, "auto").name == "verifier"
-    s.domain = data.Replies([])
+    s.reward = rewards.VerifierReward(s.domain, any_voice=True, valid_weight=0.5)
+    assert Gate(s, "reward")(visits([0, 5]), None, own, [1, 2]).tolist() == [[1, 0], [1, 0]]
+    s.domain, s.stage = data.Replies([]), "grpo"
     s.reward = lambda posts, drafts, streams: [[float(t == p.replies[0]) for t in ts] for p, ts in zip(posts, drafts)]
     assert Gate(s, "auto").name == "reward"
-    s.reward = None
+    s.stage = "sft"
     assert Gate(s, "auto").name == "likelihood"
 
 

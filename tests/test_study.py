@@ -372,7 +372,7 @@ def test_torchrun_leaves_the_programs_flags_alone():
 
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
                                              (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model"),
-                                             (["--share", "1"], "--lambda")])
+                                             (["--share", "1"], "--lambda"), (["--steps", "40,x"], "one number")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
@@ -424,7 +424,8 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
         if room == "polylora.py" and words[0] == "sft":
             polylora.check_sft(args)
         if room == "grpo.py":
-            assert Path(args.start) in made and args.set_size <= args.k
+            assert Path(args.start) in made and (" set" not in grpo.OBJECTIVES[args.advantage].takes or args.set_size < args.k)
+            grpo.check_diversity(args)
         made.add(Path(args.out))
     *measures, report = measured
     assert measures and {args.reward for args in measures} == {"auto"}
