@@ -136,6 +136,8 @@ esac
 
 # ---- Settings. Those of the small worlds were chosen on seeds that no report uses: see LOG.md ----------
 
+cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE ))
+(( cores > 0 )) || cores=1                 # more ranks than cores
 first_steps="${steps%,*}" then_steps="${steps#*,}"   # the same where one number is given
 name="$(basename "${study:-${data:-pocket}}")"; out="${out:-runs/${name%%.*}}"
 if [[ -z "$model" ]]; then
@@ -164,8 +166,7 @@ if [[ -z "$model" ]]; then
   gate="${gate:-verifier}" floor=0 passk="${passk:-passk}" samples="${samples:-40}"
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )) count="$(wc -w <<< "$seeds")"
-  (( cores > 0 )) || cores=1
+  count="$(wc -w <<< "$seeds")"
   # Three seeds on two cores run all at once: a second round would leave a core idle.
   jobs="${jobs:-$(( WORLD_SIZE == 1 && count > cores && count < 2 * cores ? count : cores ))}"
 else
@@ -184,7 +185,7 @@ else
     sft=(--lr 2e-3 --batch 16 --steps "${first_steps:-90}" --draft-every 3 --max-new-tokens 24 --micro-tokens 2048 --save-every 30)
     grpo=(--lr 3e-4 --batch 8 --steps "${then_steps:-20}" --warmup 5 --max-new-tokens 24 --micro-tokens 4096 --save-every 10)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE )); jobs="${jobs:-$cores}"
+    jobs="${jobs:-$cores}"
   fi
   sizes="${sizes:-sft=$posts,grpo=$posts,eval=$(( posts < 2500 ? posts / 5 : 500 ))}"
 fi
@@ -334,7 +335,7 @@ reap() {  # wait until fewer than $1 workers run; the first that failed ends the
 if [[ -n "$dry" ]]; then                   # one seed tells of all: as many rounds as the seeds take
   mkdir -p "$(dirname "$out")"
   study "${seeds%% *}" | tee "$out.txt"
-  rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs )) cores="${cores:-$jobs}"
+  rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs ))
   [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" -v shared=$(( jobs > cores ? jobs : cores )) -v cores="$cores" '
     /^plan measure/ { total += runs * $(NF - 1); next } /^plan / { total += $(NF - 1) }
     END { total *= shared / cores
