@@ -20,6 +20,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --study NAME       one question, with arms and seeds of its own, for the small worlds:
                        primary      the default's arms over seeds 11 to 22
                        trials       how settings are chosen: four methods, six settings each, seeds 101, 102
+                       rates        every line of the registers at two learning rates, seed 101
                        map          D in one phase or both, beside Pass@k or coverage, in sets, by other measures
                        lambda       SFT at four weights of D, each with GRPO after it
                        full         LoRA and full fine-tuning at three learning rates each
@@ -107,14 +108,17 @@ objectives="drgrpo passk-full passk-bootstrap passk-mixed maxk bon polychromic p
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
-each() { local x r; for r in 1e-3 2e-3; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
+each() { local x r; for r in ${2:-1e-3 2e-3}; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
 trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
+twice=""  # the rows that their two trials (--study rates) gave twice the learning rate
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six" ;;
   primary) asked="$six"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
+  rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities")" "2e-3 4e-3")"
+    asked="lora poly $asked $(each "$(named lora- "gspo dapo $objectives")")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others")" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
@@ -205,6 +209,14 @@ spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
+row() {  # NAME PHASE START FLAGS..: a line of a register, and both of its trials
+  local rate rates="1e-3 2e-3"
+  [[ "$2" != sft ]] || rates="2e-3 4e-3"
+  case "$1" in lora|poly) ;; *)
+    [[ " $twice " == *" $1 "* ]] && echo "$* --lr ${rates#* }" || echo "$*" ;; esac
+  for rate in $rates; do echo "$1-at-$rate ${*:2} --lr $rate"; done
+}
+
 every_arm() {
   cat <<END
 lora                sft   -     --lambda 0
@@ -231,8 +243,6 @@ lora-fast           grpo  lora  --advantage group --lr 2e-3
 lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1
 lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
-lora-gspo           grpo  lora  --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
-lora-dapo           grpo  lora  --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
 lora-long           sft   -     --lambda 0 --steps 112
 poly-straight-through sft -     $strength $poly --d-gradient straight-through
 END
@@ -249,15 +259,19 @@ END
   for x in $trials_weight; do
     echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
   done
-  for x in $losses; do echo "sft-$x sft - --lambda 0 --loss $x --k 8"; done
-  for x in $adapters; do echo "lora-$x sft - --lambda 0 --adapter $x"; done
-  for x in $diversities; do echo "poly-$x sft - $strength $poly --diversity $x"; done
+  row lora sft - --lambda 0
+  row poly sft - $strength $poly
+  for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
+  for x in $adapters; do row "lora-$x" sft - --lambda 0 --adapter "$x"; done
+  for x in $diversities; do row "poly-$x" sft - $strength $poly --diversity "$x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
   done
+  row lora-gspo grpo lora --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
+  row lora-dapo grpo lora --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
   for x in $objectives; do
-    case "$x" in mara|soft-spo) echo "lora-$x grpo lora --advantage $x --beta 0.1" ;;  # their pull to the start
-      *) echo "lora-$x grpo lora --advantage $x --set-size $four" ;; esac
+    case "$x" in mara|soft-spo) row "lora-$x" grpo lora --advantage "$x" --beta 0.1 ;;  # their pull to the start
+      *) row "lora-$x" grpo lora --advantage "$x" --set-size "$four" ;; esac
   done
 }
 table="$(every_arm)"; arms="$(echo $arms)"  # one blank between names

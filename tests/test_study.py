@@ -392,7 +392,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
-STUDIES = "primary trials map lambda full losses adapters diversities objectives controls temperature valid few noisy blind".split()
+STUDIES = "primary trials rates map lambda full losses adapters diversities objectives controls temperature valid few noisy blind".split()
 
 
 def asked(tmp_path, *flags):
