@@ -117,7 +117,7 @@ case "$study" in
   primary) asked="$six"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
-  rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities")" "2e-3 4e-3")"
+  rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")" "2e-3 4e-3")"
     asked="lora poly $asked $(each "$(named lora- "gspo dapo $objectives")")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others")" ;;
@@ -264,6 +264,7 @@ END
   for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
   for x in $adapters; do row "lora-$x" sft - --lambda 0 --adapter "$x"; done
   for x in $diversities; do row "poly-$x" sft - $strength $poly --diversity "$x"; done
+  row poly-straight-through sft - $strength $poly --d-gradient straight-through
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
   done
