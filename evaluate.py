@@ -94,7 +94,8 @@ def rehearse(session, some=8):
         make_records(session, mine, samples, texts)
     seconds = time.perf_counter() - began
     seconds *= len(session.posts) / few / session.ranks.world
-    session.say(f"plan measure: {len(session.posts)} posts with {session.args.n} drafts, a run: "
+    what = "measure" if session.args.decoder == "sampling" else session.args.decoder
+    session.say(f"plan {what}: {len(session.posts)} posts with {session.args.n} drafts, a run: "
                 f"about {seconds:.0f} s")
     session.ranks.close()
 
@@ -257,7 +258,8 @@ def measure_run(session, run, settings, scale, config):
         visits = [Visit(i, 0) for i in mine]
         samples, texts = DECODERS[args.decoder].function(session, visits, args.n, bar.update,
                                                          session.helper)
-    records = ranks.gather(make_records(session, mine, samples, texts))
+    rounds = max(1, len(session.posts) // ranks.world // SOME)
+    records = ranks.gather(make_records(session, mine, samples, texts, rounds))
     written, = ranks.sum([sum(len(d) for drafts in samples.tokens for d in drafts)])
     seconds = time.perf_counter() - began
     if not ranks.main:
@@ -279,10 +281,9 @@ def measure_run(session, run, settings, scale, config):
 SOME = 32  # posts whose drafts are embedded and scored together: a bound on memory
 
 
-def make_records(session, mine, samples, texts):
+def make_records(session, mine, samples, texts, rounds=1):
     """One record for each of the posts of indices `mine` (fields: report.py), some at a time, in
     as many rounds on every rank."""
-    rounds = max(1, len(session.posts) // session.ranks.world // SOME)
     edges = [len(mine) * i // rounds for i in range(rounds + 1)]
     return [record for start, end in zip(edges, edges[1:])
             for record in some_records(session, mine[start:end], samples.tokens[start:end],

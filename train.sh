@@ -28,6 +28,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                                     full fine-tuning, which the study above has
                        controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
                        temperature  the default's arms and GEM, each measured at 0.5 to 1.6
+                       free         what costs no training: other decoders of lora and lora-grpo, the adapter
+                                    between the two, half of one
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
@@ -67,7 +69,7 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
-arms="" study="" temperatures="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
+arms="" study="" temperatures="" decoders="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -130,6 +132,7 @@ case "$study" in
   controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-fast lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
   temperature) asked="$six sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
+  free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="lora poly lora-grpo lora-passk poly-grpo" reward=valid ;;
   few) asked="$six" k=4 set_size=3 ;;
   noisy) asked="$six" extra=(--flip 0.15) ;;
@@ -243,8 +246,9 @@ lora-fast           grpo  lora  --advantage group --lr 2e-3
 lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1
 lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
+lora-half           wise  lora-grpo  lora-grpo --scale 0.5
+lora-wise           wise  lora  lora-grpo --weight 0.5
 lora-long           sft   -     --lambda 0 --steps 112
-poly-straight-through sft -     $strength $poly --d-gradient straight-through
 END
   local x
   for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
@@ -315,6 +319,7 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
     [[ -n "$dry" ]] || measured="$measured $to/$name"
     case "$phase" in                        # $flags is split into words on purpose
       sft) stage polylora sft "${first[@]}" "${common[@]}" --out "$to/$name" $flags < /dev/null ;;
+      wise) [[ -n "$dry" || -f "$to/$name/done.json" ]] || stage polylora wise "$to/$start" "$to/${flags%% *}" --out "$to/$name" ${flags#* } ;;
       grpo) stage grpo "${second[@]}" "${common[@]}" --start "$to/$start" --out "$to/$name" $flags < /dev/null ;;
     esac
   done <<< "$table"
@@ -323,6 +328,11 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
   stage evaluate measure "${measure[@]}" --bare "$to/base" $measured
   for t in $temperatures; do               # RUN@t, each an arm of its own
     stage evaluate measure "${measure[@]}" --temperature "$t" --name "$t" $measured
+  done
+  local both=("$to/lora" "$to/lora-grpo")
+  [[ -z "$dry" ]] || both=(--bare "$to/base")
+  for t in $decoders; do                   # RUN@decoder
+    stage evaluate measure "${measure[@]}" --decoder "$t" "${both[@]}"
   done
 }
 
@@ -352,7 +362,7 @@ if [[ -n "$dry" ]]; then                   # one seed tells of all: as many roun
   study "${seeds%% *}" | tee "$out.txt"
   rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs ))
   [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" -v shared=$(( jobs > cores ? jobs : cores )) -v cores="$cores" '
-    /^plan measure/ { total += runs * $(NF - 1); next } /^plan / { total += $(NF - 1) }
+    / a run: / { total += (/^plan measure/ ? runs : 2) * $(NF - 1); next } /^plan / { total += $(NF - 1) }
     END { total *= shared / cores
       printf "The whole study: about %.0f minutes (%d x %.0f s)\n", rounds * total / 60, rounds, total }' "$out.txt"
   [[ "$RANK" != 0 ]] || rm -rf "$out" "$out.txt"
@@ -369,6 +379,7 @@ if [[ "$RANK" == 0 ]]; then
   for seed in $seeds; do
     for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done
     for t in $temperatures; do for arm in $arms; do runs+=("$out/seed$seed/$arm@$t"); done; done
+    for t in $decoders; do runs+=("$out/seed$seed/lora@$t" "$out/seed$seed/lora-grpo@$t"); done
   done
   against=base rivals=""; primary=()
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo

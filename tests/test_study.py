@@ -161,10 +161,14 @@ def test_a_dry_run_writes_nothing_and_its_figures_are_those_of_the_run(world, tm
     later = grpo_args(world, "x", "--start", str(tmp_path / "none"), "--model", world["model"], "--out", str(tmp_path / "rl"))
     with pytest.raises(SystemExit):
         grpo.main([*later, "--dry-run"])     # before its start exists
-    assert evaluate.main(["measure", world["lora"], "--data", world["eval"], "--n", "10", "--max-new-tokens", "5",
+    many = tmp_path / "many.jsonl"                                             # of 64 posts or more the first, alone, ended it
+    many.write_text("".join(json.dumps((x := json.loads(line)) | {"id": f"{i}-{copy}", "post": f"{x['post']} {copy}"}) + "\n" for copy in range(12)
+                            for i, line in enumerate(Path(world["eval"]).read_text().splitlines())))
+    shutil.copy(Path(world["eval"]).parent / "domain.json", tmp_path / "domain.json")
+    assert evaluate.main(["measure", world["lora"], "--data", str(many), "--n", "10", "--max-new-tokens", "5",
                           "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "plan rl: 2 steps" in said and "plan measure: 6 posts with 10 drafts" in said
+    assert "plan rl: 2 steps" in said and "plan measure: 72 posts with 10 drafts" in said
     assert not (tmp_path / "rl").exists() and not (Path(world["lora"]) / "evaluation.json").exists()
 
 
@@ -328,6 +332,9 @@ def test_unknown_flags_and_help_exit_as_programs_do():
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
         assert stop.value.code == 0
+    for room in (polylora, evaluate, data, rewards):                           # `polylora.py wise --help` ended in a traceback
+        for command in room.parser()._subparsers._group_actions[0].choices.values():
+            assert "--help" in command.format_help()
 
 
 def launch(tmp_path, *command):
@@ -392,7 +399,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
-STUDIES = "primary trials rates map lambda full losses adapters diversities objectives controls temperature valid few noisy blind".split()
+STUDIES = "primary trials rates map lambda full losses adapters diversities objectives controls temperature free valid few noisy blind".split()
 
 
 def asked(tmp_path, *flags):
@@ -426,6 +433,8 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
         if room == "grpo.py":
             assert Path(args.start) in made and (" set" not in grpo.OBJECTIVES[args.advantage].takes or args.set_size < args.k)
             grpo.check_diversity(args)
+        if room == "polylora.py" and words[0] == "wise":
+            assert {Path(run) for run in args.folders} <= made
         made.add(Path(args.out))
     *measures, report = measured
     assert measures and {args.reward for args in measures} == {"auto"}
