@@ -28,8 +28,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                                     full fine-tuning, which the study above has
                        controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
                        temperature  the default's arms and GEM, each measured at 0.5 to 1.6
-                       free         what costs no training: other decoders of lora and lora-grpo, the adapter
-                                    between the two, half of one
+                       free         what costs no training: other decoders of lora, half of lora-grpo's
+                                    adapter, the adapter between the two
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
@@ -329,10 +329,10 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
   for t in $temperatures; do               # RUN@t, each an arm of its own
     stage evaluate measure "${measure[@]}" --temperature "$t" --name "$t" $measured
   done
-  local both=("$to/lora" "$to/lora-grpo")
-  [[ -z "$dry" ]] || both=(--bare "$to/base")
+  local of=("$to/lora")
+  [[ -z "$dry" ]] || of=(--bare "$to/base")
   for t in $decoders; do                   # RUN@decoder
-    stage evaluate measure "${measure[@]}" --decoder "$t" "${both[@]}"
+    stage evaluate measure "${measure[@]}" --decoder "$t" "${of[@]}"
   done
 }
 
@@ -362,7 +362,7 @@ if [[ -n "$dry" ]]; then                   # one seed tells of all: as many roun
   study "${seeds%% *}" | tee "$out.txt"
   rounds=$(( ($(wc -w <<< "$seeds") + jobs - 1) / jobs ))
   [[ "$RANK" != 0 ]] || awk -v runs=$(( $(wc -w <<< "$arms") + 1 )) -v rounds="$rounds" -v shared=$(( jobs > cores ? jobs : cores )) -v cores="$cores" '
-    / a run: / { total += (/^plan measure/ ? runs : 2) * $(NF - 1); next } /^plan / { total += $(NF - 1) }
+    / a run: / { total += (/^plan measure/ ? runs : 1) * $(NF - 1); next } /^plan / { total += $(NF - 1) }
     END { total *= shared / cores
       printf "The whole study: about %.0f minutes (%d x %.0f s)\n", rounds * total / 60, rounds, total }' "$out.txt"
   [[ "$RANK" != 0 ]] || rm -rf "$out" "$out.txt"
@@ -379,7 +379,7 @@ if [[ "$RANK" == 0 ]]; then
   for seed in $seeds; do
     for arm in base $arms; do runs+=("$out/seed$seed/$arm"); done
     for t in $temperatures; do for arm in $arms; do runs+=("$out/seed$seed/$arm@$t"); done; done
-    for t in $decoders; do runs+=("$out/seed$seed/lora@$t" "$out/seed$seed/lora-grpo@$t"); done
+    for t in $decoders; do runs+=("$out/seed$seed/lora@$t"); done
   done
   against=base rivals=""; primary=()
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
