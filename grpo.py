@@ -43,7 +43,7 @@ from trainer import (Session, Tally, Visit, announce, batch_visits, check_common
 
 def group_advantages(rewards, *, normalise=True):
     """GRPO (arXiv 2402.03300): (r - mean) / (std + 1e-4) in the group, population std;
-    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean; times k/(k - 1) RLOO (2402.14740).
+    normalise=False is Dr. GRPO (arXiv 2503.20783), r - mean.
 
     A group of equal rewards has advantage exactly 0: found by max == min, since rounding in the
     mean of equal numbers divided by a tiny std would give advantages of order one."""
@@ -52,6 +52,12 @@ def group_advantages(rewards, *, normalise=True):
         centred = centred / (rewards.std(-1, keepdim=True, correction=0) + 1e-4)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     return torch.where(equal, 0.0, centred)
+
+
+def rloo_advantages(rewards):
+    """RLOO (arXiv 2402.14740): r less the mean of the others' rewards, k/(k - 1) Dr. GRPO's."""
+    k = rewards.shape[-1]
+    return k / (k - 1) * group_advantages(rewards, normalise=False)
 
 
 def check_size(size, drafts, lowest=1, largest=None):
@@ -299,8 +305,7 @@ def mara_advantages(rewards, reference, beta, threshold=1.0):
     anchor = reference.masked_fill(~good, -math.inf).argmax(1, keepdim=True)
     lift = beta * (reference.gather(1, anchor) - reference)
     shaped = torch.where(good, rewards.gather(1, anchor) + lift.to(rewards), rewards)
-    k = rewards.shape[1]
-    return k / (k - 1) * group_advantages(shaped, normalise=False)
+    return rloo_advantages(shaped)
 
 
 def soft_advantages(rewards, logprobs, reference, beta):
@@ -375,6 +380,7 @@ OBJECTIVES = {
                        "GRPO, r less the group's mean over its std (arXiv 2402.03300)"),
     "drgrpo": Objective(partial(group_advantages, normalise=False), "rewards",
                         "Dr. GRPO, without the std (arXiv 2503.20783)"),
+    "rloo": Objective(rloo_advantages, "rewards", "RLOO (arXiv 2402.14740)", lambda group: group.k),
     "passk": Objective(passk_advantages, "rewards set_size",
                        "Pass@k training, analytic (arXiv 2508.10751)", of_sets),
     "passk-full": Objective(passk_full_advantages, "rewards set_size",
@@ -643,12 +649,6 @@ def draw_batch(session, step, tally):
     return joined(parts)
 
 
-def by_token(rows, drafts):
-    """What lists `drafts`, one a draft, say of its tokens, at the rows' tokens (N,)."""
-    order = rows.draft.unique_consecutive().tolist()
-    return torch.tensor([x for d in order for x in drafts[d]], device=rows.draft.device)
-
-
 def rollout(session, step, tally):
     """Drafts, rewards and advantages of this rank's share of a batch -> list of Batch, and the
     step's token count over all ranks."""
@@ -664,7 +664,7 @@ def rollout(session, step, tally):
         group.reference = torch.zeros(group.rewards.numel())
     logprobs, batches = [p for ps in samples.logprobs for p in ps], []
     for rows in session.micro_batches(list(zip(drawn.prompts, samples.tokens))):
-        sampled = by_token(rows, logprobs)
+        sampled = rows.by_token(logprobs)
         old = reference = None
         with torch.no_grad():
             if args.updates > 1:
@@ -692,7 +692,7 @@ def rollout(session, step, tally):
     chosen = chosen_tokens(session, advantages, samples.logprobs, step)
     for batch in batches:
         batch.advantages = flat[batch.rows.draft]
-        batch.chosen = None if chosen is None else by_token(batch.rows, chosen)
+        batch.chosen = None if chosen is None else batch.rows.by_token(chosen)
     tally_rollout(drawn, advantages, args, tally)
     return batches, count
 

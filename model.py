@@ -704,6 +704,11 @@ class Rows:
         seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
         return (seen & torch.ones(t, t, dtype=torch.bool, device=owner.device).tril())[:, None]
 
+    def by_token(self, drafts):
+        """What lists `drafts`, one a draft, say of its tokens, at the predicted tokens (N,)."""
+        order = self.draft.unique_consecutive().tolist()
+        return torch.tensor([x for d in order for x in drafts[d]], device=self.draft.device)
+
 
 def pack(groups, tokens_per_batch, device="cpu", members=1):
     """Groups (prompt ids, [draft ids, ...]) -> list of Rows, each of at most `tokens_per_batch`

@@ -106,7 +106,7 @@ python="${STUDY_PYTHON:-python}"          # the interpreter that torchrun runs o
 losses="gem gem-logsigmoid entropy unlikelihood unlikelihood-sequence ba-lora ba-lora-nlu sed bonbon"
 adapters="rslora dora pissa adalora lori multilora moa ensemble"
 diversities="dpp vendi distinct floor ngram levenshtein"
-objectives="drgrpo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
+objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"

@@ -252,7 +252,7 @@ def test_the_diversity_weight_means_the_same_for_every_objective(monkeypatch, na
 
 WEIGHTS = {  # of 8 drafts, and where sets count, of 4 among them
     "passk": 1, "passk-full": 1, "passk-bootstrap": 3.5, "maxk": 1, "polychromic": 1, "polyepo": 1,
-    "coverage": 1, "maxrl": 8, "tailrl": 8, "wreinforce": 8.8, "passk-mixed": 4,       # half of them right
+    "coverage": 1, "rloo": 8, "maxrl": 8, "tailrl": 8, "wreinforce": 8.8, "passk-mixed": 4,       # half of them right
     **dict.fromkeys(("group", "drgrpo", "bon", "darling", "dra", "dqo", "uniqueness", "unlikeliness", "evol",
                      "focal"), 7)}
 
@@ -302,6 +302,7 @@ def test_the_flag_chooses_the_objective():
     q = torch.rand(1, 5)
     choose = lambda name: advantages_of(OBJECTIVES[name], Group(r, e, q, set_size=3))
     want = {"group": group_advantages(r), "drgrpo": group_advantages(r, normalise=False),
+            "rloo": torch.tensor([[0.75, -0.5, -0.5, 0.75, -0.5]]),
             "passk": passk_advantages(r, 3), "maxk": maxk_advantages(r, 3),
             "polychromic": polychromic_advantages(r, e, 3, q)}
     for name, value in want.items():

@@ -83,6 +83,7 @@ def upto(rewards):
 MAXIMISED = {  # name -> (rewards of the outcomes, what a tuple of k drafts is worth)
     "drgrpo": (REWARDS, lambda drawn: REWARDS[drawn].mean(1)),
     "group": (REWARDS, lambda drawn: REWARDS[drawn].mean(1)),
+    "rloo": (REWARDS, lambda drawn: REWARDS[drawn].mean(1)),
     "passk-full": (RIGHT, best_of(RIGHT, 2)),
     "maxk": (REWARDS, best_of(REWARDS, 2)),
     "polyepo": (RIGHT, lambda drawn: epo_value(drawn, 2)),

@@ -523,18 +523,18 @@ def test_the_worked_example_of_how_to_add_a_method_applies_and_runs(world, tmp_p
     diff = page.split("## How to add a method", 1)[1].split("```diff\n", 1)[1].split("```", 1)[0]
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
-    (copy / "rloo.diff").write_text(diff, encoding="utf-8")
+    (copy / "raft.diff").write_text(diff, encoding="utf-8")
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
-    subprocess.run(["git", "apply", "rloo.diff"], cwd=copy, check=True, timeout=60)
+    subprocess.run(["git", "apply", "raft.diff"], cwd=copy, check=True, timeout=60)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = lambda *a: subprocess.run([sys.executable, *a], cwd=copy, env=env, capture_output=True,
                                     text=True, timeout=120)
-    tested = run("-m", "pytest", "tests/test_grpo.py", "-k", "rloo", "-p", "no:cacheprovider")
+    tested = run("-m", "pytest", "tests/test_grpo.py", "-k", "raft", "-p", "no:cacheprovider")
     assert tested.returncode == 0, tested.stdout[-2000:]
-    assert "RLOO (arXiv 2402.14740)" in " ".join(run("grpo.py", "--help").stdout.split())
-    trained = run("grpo.py", *grpo_args(world, "x", "--out", str(tmp_path / "run"), "--advantage", "rloo"))
+    assert "RAFT (arXiv 2304.06767)" in " ".join(run("grpo.py", "--help").stdout.split())
+    trained = run("grpo.py", *grpo_args(world, "x", "--out", str(tmp_path / "run"), "--advantage", "raft"))
     assert trained.returncode == 0, trained.stderr[-2000:]
-    assert "lora-rloo " in (copy / "train.sh").read_text() and lines(tmp_path / "run")[0]["advantage"] > 0
+    assert "lora-raft " in (copy / "train.sh").read_text() and lines(tmp_path / "run")[0]["advantage"] > 0
 
 
 def test_a_stage_refuses_posts_of_another_domain_than_its_start_was_trained_for(world, tmp_path, capsys):
