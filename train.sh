@@ -108,7 +108,7 @@ adapters="rslora dora pissa adalora lori multilora moa ensemble"
 diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
-others="dpp vendi distinct floor"
+others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
 each() { local x r; for r in ${2:-1e-3 2e-3}; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
 trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
@@ -120,7 +120,7 @@ case "$study" in
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
   rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")" "2e-3 4e-3")"
-    asked="lora poly $asked $(each "$(named lora- "gspo dapo $objectives")")" seeds="${seeds:-101}" ;;
+    asked="lora poly $asked $(each "$(named lora- "$beside $objectives")")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others")" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
@@ -128,7 +128,7 @@ case "$study" in
   losses) asked="lora poly $(named sft- "$losses")" ;;
   adapters) asked="lora poly $(named lora- "$adapters")" ;;
   diversities) asked="lora poly $(named poly- "$diversities straight-through")" ;;
-  objectives) asked="$six lora-gspo lora-dapo $(named lora- "$objectives")" ;;
+  objectives) asked="$six $(named lora- "$beside $objectives")" ;;
   controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-fast lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
   temperature) asked="$six sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
@@ -243,7 +243,6 @@ lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
 lora-fast           grpo  lora  --advantage group --lr 2e-3
-lora-entropy        grpo  lora  --advantage group --entropy-weight 0.1
 lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
 lora-half           wise  lora-grpo  lora-grpo --scale 0.5
@@ -274,6 +273,8 @@ END
   done
   row lora-gspo grpo lora --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
   row lora-dapo grpo lora --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
+  row lora-entropy grpo lora --advantage group --entropy-weight 0.1
+  for x in clip-cov kl-cov; do row "lora-$x" grpo lora --advantage group --updates 4 --tokens "$x" --token-share 0.01; done
   for x in $objectives; do
     case "$x" in mara|soft-spo) row "lora-$x" grpo lora --advantage "$x" --beta 0.1 ;;  # their pull to the start
       *) row "lora-$x" grpo lora --advantage "$x" --set-size "$four" ;; esac
