@@ -560,7 +560,7 @@ class Budget:
 
     def choose_entries(self):
         sizes = torch.cat([layer.lora_B.weight.abs().flatten() for layer in self.layers])
-        best = sizes.topk(max(1, int(self.KEPT * len(sizes)))).indices
+        best = sizes.topk(int(self.KEPT * len(sizes))).indices
         mask = torch.zeros_like(sizes).index_fill_(0, best, 1)
         parts = mask.split([layer.lora_mask.numel() for layer in self.layers])
         for layer, part in zip(self.layers, parts):
@@ -788,7 +788,7 @@ def merge_lora(model, dtype=torch.float32):
     return drop_lora(model, lambda layer: layer.merged_weight()).to(dtype)
 
 
-def interpolate_adapters(folder_a, folder_b, weight, out, scale=1.0):
+def interpolate_adapters(folder_a, folder_b, weight, out, scale):
     """The adapter whose update is scale ((1 - weight) that of a + weight that of b), in `out`: of
     two LoRAs one of rank r_a + r_b, A = [A_a; A_b], B = [(1 - weight) s_a B_a, weight s_b B_b]
     (WiSE-FT, arXiv 2109.01903; for Pass@k arXiv 2504.10478)."""

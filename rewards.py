@@ -55,11 +55,8 @@ class VerifierReward:
         for text in texts:
             voices = self.domain.voices_of(post, text)
             right = bool(voices) if self.any_voice else reader in voices
-            turned = self.flip and rng.random() < self.flip
-            valid = bool(voices)
-            if self.flip and self.valid_weight:
-                valid = valid != (rng.random() < self.flip)
-            out.append(float(right != turned) + self.valid_weight * valid)
+            turned, also = (rng.random() < self.flip for _ in range(2))        # each verdict alone
+            out.append(float(right != turned) + self.valid_weight * (bool(voices) != also))
         return out
 
 
@@ -144,8 +141,8 @@ class HeadsReward(ModelReward):
     """The reward models of rewards.py train: the members' mean less `penalty` times their spread,
     the (population) standard deviation (arXiv 2401.00243, eq. 14)."""
 
-    def __init__(self, heads, tokenizer, domain, penalty=1.0, batch=32):
-        super().__init__(heads.model, tokenizer, domain, batch)
+    def __init__(self, heads, tokenizer, domain, penalty=1.0):
+        super().__init__(heads.model, tokenizer, domain)
         self.heads, self.penalty = heads, penalty
 
     def values(self, tokens, lengths):

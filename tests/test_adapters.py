@@ -354,7 +354,9 @@ def test_lori_s_mask_is_the_largest_tenth_and_the_rest_of_b_stays_zero():
     sizes = torch.cat([layer.lora_B.weight.detach().abs().flatten() for layer in lora_layers(before).values()])
     model, _ = stepped("lori", 30, 3)
     layers = lora_layers(model).values()
-    masks = torch.cat([layer.lora_mask.flatten() for layer in layers]).bool()
+    masks = torch.cat([layer.lora_mask.flatten() for layer in layers])
+    assert set(masks.tolist()) == {0, 1}
+    masks = masks.bool()
     assert int(masks.sum()) == int(0.1 * len(masks)) and all(not layer.lora_B.weight.any() for layer in layers)
     assert float(sizes[masks].mean()) > 1.02 * float(sizes.mean())             # Adam's first steps are nearly equal
     model, _ = stepped("lori", 30, 6)
@@ -425,7 +427,7 @@ def test_between_two_adapters_lies_the_weighted_sum_of_their_updates(tmp_path):
             assert layer.kind == "lora" and layer.rank == 12 and gap(layer.merged_weight() - layer.weight, want) < 1e-5
     save_adapter(with_adapter("dora"), tmp_path / "d")
     with pytest.raises(InputError, match="cannot be interpolated"):
-        interpolate_adapters(tmp_path / "a", tmp_path / "d", 0.5, tmp_path / "e")
+        interpolate_adapters(tmp_path / "a", tmp_path / "d", 0.5, tmp_path / "e", 1)
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------

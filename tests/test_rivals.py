@@ -365,6 +365,8 @@ def test_bonbon_by_hand(parts, budget):
     want, by_hand = gradient(s, plain)
     nearly(got, want, 1e-3)
     assert tally.sums["loss"] == pytest.approx(by_hand.sums["loss"], rel=1e-4)
+    rows = s.micro_batches([(s.prompt(i), pair) for i, pair in pairs.items()])
+    assert tally.sums["tokens"][0] == 3 * sum(r.tokens.numel() for r in rows)     # twice forward, once the base
     zero = torch.zeros(1)
     assert polylora.bonbon_loss(zero, zero, zero, zero, 8, 0.0).item() == pytest.approx((1 / (2 * 0.0275482094)) ** 2, rel=1e-6)
     assert polylora.bonbon_loss(zero - 2, zero, zero, zero, 8, 1.0).item() == 2
