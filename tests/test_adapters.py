@@ -311,6 +311,11 @@ def test_adalora_cuts_triplets_by_its_schedule_to_the_rank_that_was_asked_for():
     assert kept(model) == before
 
 
+def test_adalora_starts_small_and_at_nothing():
+    layer, W, A, B = layer_of("adalora", rank=40, size=0.0)
+    assert 0.017 < float(A.std()) < 0.023 and 0.017 < float(B.std()) < 0.023 and not layer.lora_E.any()
+
+
 def test_adalora_s_importance_is_the_papers():
     layer, W, A, B = layer_of("adalora")
     E = layer.lora_E
@@ -425,9 +430,13 @@ def test_between_two_adapters_lies_the_weighted_sum_of_their_updates(tmp_path):
         for n, layer in lora_layers(between).items():
             want = scale * ((1 - weight) * updates[0][n] + weight * updates[1][n])
             assert layer.kind == "lora" and layer.rank == 12 and gap(layer.merged_weight() - layer.weight, want) < 1e-5
+            assert layer.dropout == 0
     save_adapter(with_adapter("dora"), tmp_path / "d")
     with pytest.raises(InputError, match="cannot be interpolated"):
         interpolate_adapters(tmp_path / "a", tmp_path / "d", 0.5, tmp_path / "e", 1)
+    save_adapter(with_adapter("rslora", targets=("q_proj",)), tmp_path / "f")
+    with pytest.raises(InputError, match="on the same layers"):
+        interpolate_adapters(tmp_path / "b", tmp_path / "f", 0.5, tmp_path / "e", 1)
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------

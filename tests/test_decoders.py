@@ -9,9 +9,11 @@ import torch
 from test_generate import PROMPTS, STOPS, build, next_logits
 
 import data
+import decoders
 from decoders import (DECODERS, best_of, check_decoder, contrastive_drafts, diverse_beams, draft_scores,
                       informative, majority, read_list, read_verbalized)
 from generate import Samples, generate, uniforms
+from trainer import Visit
 
 
 def logp_after(model, prompt, ids):
@@ -194,6 +196,39 @@ def test_verbalized_replies_are_drawn_by_their_probabilities():
         assert abs(first[reply] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
     assert read_verbalized("50% | a\n0.5 | b", [0.3, 0.3]) == ["a", "b"]         # per cent are hundredths: both ring at once
     assert read_verbalized("", noise[0]) == []
+
+
+def test_a_set_is_asked_for_in_one_prompt_and_filled_up_with_wrong_drafts(monkeypatch):
+    """Of two posts, two sets of three each: lists of four and of one, one cut off."""
+    said, asked = [["1. a\n2. b\n3. c\n4. d", "1. e"], ["", "2) f\n3: g\nh"]], {}
+    monkeypatch.setattr(decoders.data, "encode_prompt", lambda tokenizer, turns, chat: turns)
+    monkeypatch.setattr(decoders.data, "encode_reply", lambda tokenizer, text: list(text))
+    monkeypatch.setattr(decoders, "texts_of", lambda session, tokens: tokens)
+
+    def fake(model, prompts, **kw):
+        asked.update(kw, prompts=prompts)
+        return Samples(said, [], [[True, False], [True, True]])
+    monkeypatch.setattr(decoders, "generate", fake)
+    args = SimpleNamespace(set_size=3, pool=5, max_new_tokens=7, max_rows=9, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0)
+    session = SimpleNamespace(args=args, stage="measure", posts=["p", "q"], model=None, tokenizer=None, chat="c", stops=(2,),
+                              stream=lambda *parts: hash(parts) % 1000, texts=None, domain=SimpleNamespace(messages=lambda post: [
+                                  {"role": "system", "content": "s"}, {"role": "user", "content": post}]))
+    visits = [Visit(1, 0), Visit(0, 3)]
+    samples, texts = DECODERS["list"].function(session, visits, 7)
+    assert texts == [["a", "b", "c", "e", "", ""], ["", "", "", "f", "g", ""]] and samples.logprobs == [[[]] * 6] * 2
+    assert samples.finished == [[True] * 3 + [False] * 3, [True] * 6] and samples.tokens[0] == [["a"], ["b"], ["c"], ["e"], [], []]
+    assert [turns[0]["content"] for turns in asked["prompts"]] == ["s", "s"]
+    assert [turns[1]["content"].split("\n\n") for turns in asked["prompts"]] == [
+        [post, "Write 3 different replies, each on a line of its own, numbered from 1 to 3."] for post in "qp"]
+    assert asked["k"] == 2 and asked["max_new_tokens"] == 21 and asked["stop_ids"] == (2,) and asked["temperature"] == 0.6
+    assert asked["seed"] == [session.stream("measure", 0, v) for v in visits] and asked["max_rows"] == 9
+    said[:] = [["0 | a\n1 | b\n0 | c\n0 | d\n0 | e", "1 | f"], ["", ""]]
+    _, texts = DECODERS["verbalized"].function(session, visits, 6)
+    assert texts[0] == ["b", "a", "c", "f", "", ""] and asked["max_new_tokens"] == 35  # five are asked for, three kept
+    many = [SimpleNamespace(**vars(session) | {"stream": lambda *parts, i=i: i}) for i in range(40)]
+    said[:] = [["1 | a\n1 | b\n1 | c", "1 | a\n1 | b\n1 | c"]]
+    firsts = [tuple(DECODERS["verbalized"].function(s, visits[:1], 6)[1][0][::3]) for s in many]
+    assert {x for x, _ in firsts} == {x for _, x in firsts} == set("abc") and any(x != y for x, y in firsts)
 
 
 def test_every_decoder_names_its_paper_and_bad_flags_are_refused():

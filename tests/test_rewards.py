@@ -201,19 +201,20 @@ def test_the_step_is_the_gradient_of_the_mean_loss_less_the_spread(parts):
     """However pairs are packed, and on two ranks; the spread is counted once."""
     got, tally, s = step_of(parts, "--member-spread", "0.5")
     import random
-    losses = []
+    losses, apart = [], []
     for visit in rewards.batch_visits(12, 6, 0, 4):
         pair = rewards.draw_pair(s.preferences, visit, "others", random.Random(s.stream("pair", 0, visit)))
         assert pair[0] in s.posts[visit.index].replies and pair[1] not in s.posts[visit.index].replies
         scores = [s.heads.scores(*rewards.padded([s.reward.chat(s.posts[visit.index], t)], "cpu"))[:, 0] for t in pair]
         losses.append(-torch.nn.functional.logsigmoid(scores[0].mean() - scores[1].mean()))
+        apart.append(float((scores[0] - scores[1]).std(correction=0)))
     loss = torch.stack(losses).mean() - 0.5 * s.heads.spread()
     want = torch.autograd.grad(loss, s.params)
     nearly(got, dict(zip(got, want)))
     means = tally.means(s.ranks, rewards.LOGGED)
     assert means["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
     assert means["spread"] == pytest.approx(s.heads.spread().item()) and 0 <= means["accuracy"] <= 1
-    assert means["disagreement"] > 0
+    assert means["disagreement"] == pytest.approx(sum(apart) / 6, rel=1e-4)
     cut, _, _ = step_of(parts, "--member-spread", "0.5", "--micro-tokens", "60")
     nearly(cut, got)
     both_take(lambda ranks: step_of(parts, "--member-spread", "0.5", ranks=ranks)[0], got)

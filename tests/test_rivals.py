@@ -340,6 +340,8 @@ def test_unlikelihood_of_drafts_by_hand(parts, budget):
                                                for v in visits) / (9 + 5 + 9)).backward())
     nearly(got, want)
     assert tally.sums["unlikely"][1] == 23
+    rows = s.micro_batches([(s.prompt(v.index), drafts[:1 + v.index % 2]) for v in visits])
+    assert tally.sums["tokens"][0] == sum(r.tokens.numel() for r in rows) + 23
 
 
 @pytest.mark.parametrize("budget", ["100000", "40"])
