@@ -112,7 +112,9 @@ others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
 weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
 each() { local x r; for r in ${2:-1e-3 2e-3}; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
 trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
-twice=""  # the rows that their two trials (--study rates) gave twice the learning rate
+# The rows that their two trials (--study rates) gave twice the learning rate:
+twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
+  poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through"
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six" ;;
@@ -216,7 +218,7 @@ row() {  # NAME PHASE START FLAGS..: a line of a register, and both of its trial
   local rate rates="1e-3 2e-3"
   [[ "$2" != sft ]] || rates="2e-3 4e-3"
   case "$1" in lora|poly) ;; *)
-    [[ " $twice " == *" $1 "* ]] && echo "$* --lr ${rates#* }" || echo "$*" ;; esac
+    [[ " "$twice" " == *[[:space:]]"$1"[[:space:]]* ]] && echo "$* --lr ${rates#* }" || echo "$*" ;; esac
   for rate in $rates; do echo "$1-at-$rate ${*:2} --lr $rate"; done
 }
 
