@@ -124,7 +124,7 @@ case "$study" in
   rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")" "2e-3 4e-3")"
     asked="lora poly $asked $(each "$(named lora- "$beside $objectives")")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
-    asked="$asked $(named poly-grpo- "$others")" ;;
+    asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo dpp-cover-d" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
@@ -270,6 +270,13 @@ END
   for x in $adapters; do row "lora-$x" sft - --lambda 0 --adapter "$x"; done
   for x in $diversities; do row "poly-$x" sft - $strength $poly --diversity "$x"; done
   row poly-straight-through sft - $strength $poly --d-gradient straight-through
+  cat <<END
+dpp-then-grpo       grpo  poly-dpp  --advantage group
+dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
+dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
+dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
+dpp-cover-d         grpo  poly-dpp  --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
+END
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
   done
