@@ -447,6 +447,15 @@ def front(shares, k=5, valid=1.0, points=40):
     return out
 
 
+def below_limit(curve, limit, steps=200):
+    """Mean height of the front `limit` above a method's curve, both [(Pass@1, Pass@k)], over the
+    curve's own span of Pass@1: the area between the two, a unit of Pass@1. 0 is the best there is.
+    """
+    (xs, ys), (across, up) = np.array(sorted(curve)).T, np.array(sorted(limit)).T
+    grid = np.linspace(xs[0], xs[-1], steps)
+    return float((np.interp(grid, across, up) - np.interp(grid, xs, ys)).mean())
+
+
 # ---- Intervals over seeds and posts --------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4096)

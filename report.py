@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from data import InputError, printable, write_text
-from metrics import (KS, front, holm, interval, mean_limit, pareto_front, post_metrics,
+from metrics import (KS, below_limit, front, holm, interval, mean_limit, pareto_front, post_metrics,
                      reader_shares, sign_flip)
 from page import html_page, measured_as
 
@@ -486,6 +486,7 @@ def notes_of(summary):
     out += [summary["refused"]] if summary["refused"] else []
     best = ", ".join(summary["pareto"])
     out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")
+    out += knob_notes(summary)
     smallest = [row["smallest"] for rows in summary["differences"].values()
                 for name, row in rows.items() if name == "pass@5"]
     if smallest:
@@ -503,6 +504,19 @@ def notes_of(summary):
         out.append("Left out, because no draft of the post is long enough or it was not measured: "
                    f"{', '.join(short)}.")
     return out + summary["notes"]
+
+
+def knob_notes(summary):
+    """What lies between the limit and each curve BASE@KNOB, a method over its own knob."""
+    curves, limit = {}, summary.get("front")
+    for arm, a in summary["arms"].items():
+        point = [(a["metrics"].get(name) or {}).get("mean") for name in ("pass@1", "pass@5")]
+        if limit and None not in point:
+            curves.setdefault(arm.partition("@")[0], []).append(point)
+    told = [f"{name} {below_limit(curve, limit):.3f} ({min(curve)[0]:.3f} to {max(curve)[0]:.3f})"
+            for name, curve in curves.items() if len(curve) > 1]
+    return ["Mean height of the limit of Pass@5 above a method's curve over its own knob (over the "
+            f"curve's span of Pass@1): {', '.join(told)}."] if told else []
 
 
 def write_tables(summary):

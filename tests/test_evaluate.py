@@ -27,7 +27,7 @@ from data import Post  # noqa: E402
 from evaluate import InputError  # noqa: E402
 from metrics import (  # noqa: E402
     attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
-    interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
+    below_limit, interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
     self_bleu, separation, sign_flip, t_quantile, vendi_score, words)
 from report import csv_cell  # noqa: E402
 
@@ -619,6 +619,23 @@ def test_arms_of_one_knob_are_joined_in_its_order(tmp_path):
                  and e.get("stroke-width") == "1"]
         heights = [float(point.split(",")[1]) for point in line]
         assert len(line) == 4 and sorted(range(4), key=lambda i: heights[i]) == [1, 2, 0, 3], (name, heights)
+
+
+def test_the_area_between_a_curve_and_the_limit_by_hand(tmp_path):
+    """The front falls from (.2, .9) to (.6, .5); the curve, from (.1, .4) to (.5, .4), lies .5 under its flat
+    part, then .5 to .2: (.1 * .5 + .3 * .35) / .4. Order does not matter."""
+    limit = [(0.2, 0.9), (0.6, 0.5)]
+    assert below_limit([(0.5, 0.4), (0.1, 0.4)], limit[::-1]) == pytest.approx(0.3875, abs=1e-3)
+    assert below_limit([(0.5, 0.4), (0.3, 0.8), (0.1, 0.4)], limit) < 0.3 and below_limit(limit, limit) == 0
+    runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: right) for n, (arm, right) in enumerate(
+        [("poly", 3), ("poly@1", 5), ("alone", 4)])]
+    evaluate.report(runs, tmp_path / "out")
+    note, = [x for x in (tmp_path / "out" / "report.md").read_text().splitlines() if "Mean height of the limit" in x]
+    said = [float(x) for x in re.findall(r"\d\.\d+", note)]
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    curve = [[summary["arms"][arm]["metrics"][f"pass@{k}"]["mean"] for k in (1, 5)] for arm in ("poly", "poly@1")]
+    assert said == pytest.approx([below_limit(curve, summary["front"]), curve[0][0], curve[1][0]], abs=1e-3)
+    assert "alone" not in note and said[0] > 0.05
 
 
 def test_settings_that_are_off_are_not_named(runs, tmp_path):
