@@ -109,7 +109,7 @@ diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
-weights="0.1 0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
+weights="0.1 0.3 1 3" parts="0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
 each() { local x r; for r in ${2:-1e-3 2e-3}; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
 trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
@@ -124,7 +124,7 @@ case "$study" in
   rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")" "2e-3 4e-3")"
     asked="lora poly $asked $(each "$(named lora- "$beside $objectives")")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
-    asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo dpp-cover-d" ;;
+    asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts")" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
@@ -275,8 +275,10 @@ dpp-then-grpo       grpo  poly-dpp  --advantage group
 dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
 dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
 dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
-dpp-cover-d         grpo  poly-dpp  --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
+dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
+lora-cover-dpp      grpo  lora      --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
 END
+  for x in $parts; do echo "dpp-cover@$x grpo poly-dpp --advantage coverage $cover --diversity dpp --diversity-share $x --gate $then_gate"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
   done
