@@ -22,6 +22,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        trials       how settings are chosen: four methods, six settings each, seeds 101, 102
                        rates        every line of the registers at two learning rates, seed 101
                        map          D in one phase or both, beside Pass@k or coverage, in sets, by other measures
+                       cover        coverage with D (DPP) beside it, with and without distance, seeds 11 to 22
                        lambda       SFT at four weights of D, each with GRPO after it
                        full         LoRA and full fine-tuning at three learning rates each
                        losses, adapters, diversities, objectives      every line of that register, but
@@ -125,6 +126,7 @@ case "$study" in
     asked="lora poly $asked $(each "$(named lora- "$beside $objectives")")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts")" ;;
+  cover) asked="$six poly-dpp lora-cover-dpp lora-cover-floor dpp-cover@1" seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
@@ -277,6 +279,7 @@ dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
 dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
 dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 lora-cover-dpp      grpo  lora      --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
+lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 END
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp --advantage coverage $cover --diversity dpp --diversity-share $x --gate $then_gate"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
@@ -399,6 +402,7 @@ if [[ "$RANK" == 0 ]]; then
     [[ " $arms " != *" $arm "* || " $arms " != *" poly-grpo "* ]] || rivals="$rivals $arm"
   done
   [[ -z "$rivals" ]] || primary=(--primary poly-grpo $rivals)
+  [[ "$study" != cover ]] || primary=(--primary dpp-cover@1 lora-cover)
   stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${primary[@]+"${primary[@]}"}
   echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""

@@ -399,7 +399,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
-STUDIES = "primary trials rates map lambda full losses adapters diversities objectives controls temperature free valid few noisy blind".split()
+STUDIES = "primary trials rates map cover lambda full losses adapters diversities objectives controls temperature free valid few noisy blind".split()
 
 
 def asked(tmp_path, *flags):
@@ -440,6 +440,8 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
     assert measures and {args.reward for args in measures} == {"auto"}
     assert {Path(run) for run in report.runs if "@" not in Path(run).name} - {tmp_path / "o/seed11/base"} <= made
     names = {path.name for path in made}
+    if study == "cover":
+        assert report.primary == ["dpp-cover@1", "lora-cover"]
     if study == "primary":
         assert report.primary == ["poly-grpo", "lora-cover", "lora-passk"]
     wanted = {"losses": {f"sft-{name}" for name in polylora.SFT_LOSSES if name != "ce"},
