@@ -115,7 +115,8 @@ each() { local x r; for r in ${2:-1e-3 2e-3}; do for x in $1; do printf '%s ' "$
 trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
 twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
-  poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through"
+  poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
+  lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six" ;;
