@@ -560,7 +560,7 @@ class Budget:
 
     def choose_entries(self):
         sizes = torch.cat([layer.lora_B.weight.abs().flatten() for layer in self.layers])
-        best = sizes.topk(int(self.KEPT * len(sizes))).indices
+        best = sizes.topk(max(1, int(self.KEPT * len(sizes)))).indices
         mask = torch.zeros_like(sizes).index_fill_(0, best, 1)
         parts = mask.split([layer.lora_mask.numel() for layer in self.layers])
         for layer, part in zip(self.layers, parts):

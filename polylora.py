@@ -494,13 +494,10 @@ def add_unlikely(session, visits, step, tally, weight=1.0):
     prompts, samples, _ = session.sample_drafts(visits, step, session.args.k)
     drafts = [d for ds in samples.tokens for d in ds]
     count, = session.ranks.sum([sum(map(len, drafts))])
-    flags = [f for d in drafts for f in repeated_tokens(d)]
-    starts = torch.tensor([0, *map(len, drafts)]).cumsum(0)
+    flags = list(map(repeated_tokens, drafts))
     for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(session.model, rows, session.args.temperature)
-        order = rows.draft.unique_consecutive().tolist()
-        again = torch.tensor([f for d in order for f in flags[starts[d]:starts[d + 1]]])
-        unlikely = -torch.log1p(-logp.exp().clamp(max=1 - 1e-6)) * again.to(logp)
+        unlikely = -torch.log1p(-logp.exp().clamp(max=1 - 1e-6)) * rows.by_token(flags).to(logp)
         (weight * unlikely.sum() / count).backward()
         tally.add("unlikely", unlikely.sum().detach(), len(logp))
         tally.add("tokens", rows.tokens.numel() + len(logp))

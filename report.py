@@ -508,13 +508,13 @@ def notes_of(summary):
 
 def knob_notes(summary):
     """What lies between the limit and each curve BASE@KNOB, a method over its own knob."""
-    curves, limit = {}, summary.get("front")
+    points, limit = {}, summary.get("front")
     for arm, a in summary["arms"].items():
         point = [(a["metrics"].get(name) or {}).get("mean") for name in ("pass@1", "pass@5")]
         if limit and None not in point:
-            curves.setdefault(arm.partition("@")[0], []).append(point)
+            points[arm] = point
     told = [f"{name} {below_limit(curve, limit):.3f} ({min(curve)[0]:.3f} to {max(curve)[0]:.3f})"
-            for name, curve in curves.items() if len(curve) > 1]
+            for name, curve in curves_of(points).items()]
     return ["Mean height of the limit of Pass@5 above a method's curve over its own knob (over the "
             f"curve's span of Pass@1): {', '.join(told)}."] if told else []
 
@@ -802,13 +802,18 @@ def knob(arm):
     return float(number[0]) if number else -math.inf
 
 
+def curves_of(points):
+    """{arm: point} -> {BASE: its arms' points, in the order of their knob}, of two arms or more."""
+    joined = {}
+    for arm, point in points.items():
+        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), point))
+    return {name: [point for _, point in sorted(line)]
+            for name, line in joined.items() if len(line) > 1}
+
+
 def knob_curves(centres):
     """{arm: (x, y)} -> a line through the arms of each BASE, in the order of their knob."""
-    joined = {}
-    for arm, place in centres.items():
-        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), place))
-    return [svg_line([place for _, place in sorted(line)], "#999", 'stroke-width="1"')
-            for line in joined.values() if len(line) > 1]
+    return [svg_line(line, "#999", 'stroke-width="1"') for line in curves_of(centres).values()]
 
 
 def curve_file(curve):

@@ -70,7 +70,7 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
-arms="" study="" temperatures="" decoders="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
+arms="" study="" temperatures="" decoders="" endpoint="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -111,8 +111,9 @@ objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychro
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
 weights="0.1 0.3 1 3" parts="0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
-each() { local x r; for r in ${2:-1e-3 2e-3}; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # with two rates
-trials_kl="$(each "0 0.1 0.3")" trials_set="$(each "4 5 6")" trials_weight="$(each "2 4 8")"
+sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22"
+each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
+trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
 twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
@@ -120,14 +121,16 @@ twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-a
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six" ;;
-  primary) asked="$six"; seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
+  primary) asked="$six"; seeds="${seeds:-$twelve}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
-  rates) asked="$(each "lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")" "2e-3 4e-3")"
-    asked="lora poly $asked $(each "$(named lora- "$beside $objectives")")" seeds="${seeds:-101}" ;;
+  rates) asked="lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")"
+    asked="lora poly $(each "$asked" "$sft_pair") $(each "$(named lora- "$beside $objectives")" "$grpo_pair")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
-    asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts")" ;;
-  cover) asked="$six poly-dpp lora-cover-dpp lora-cover-floor dpp-cover@1" seeds="${seeds:-11 12 13 14 15 16 17 18 19 20 21 22}" ;;
+    asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
+    asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts")" ;;
+  cover) asked="$six poly-dpp lora-cover-dpp lora-cover-floor dpp-cover@1"
+    seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
@@ -218,17 +221,21 @@ spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
 row() {  # NAME PHASE START FLAGS..: a line of a register, and both of its trials
-  local rate rates="1e-3 2e-3"
-  [[ "$2" != sft ]] || rates="2e-3 4e-3"
-  case "$1" in lora|poly) ;; *)
-    [[ " "$twice" " == *[[:space:]]"$1"[[:space:]]* ]] && echo "$* --lr ${rates#* }" || echo "$*" ;; esac
-  for rate in $rates; do echo "$1-at-$rate ${*:2} --lr $rate"; done
+  local rate pair="$grpo_pair"
+  [[ "$2" != sft ]] || pair="$sft_pair"
+  [[ " "$twice" " == *[[:space:]]"$1"[[:space:]]* ]] && echo "$* --lr ${pair#* }" || echo "$*"
+  for rate in $pair; do echo "$1-at-$rate ${*:2} --lr $rate"; done
 }
 
 every_arm() {
+  local x
+  row lora sft - --lambda 0
+  row poly sft - $strength $poly
+  for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
+  for x in $adapters; do row "lora-$x" sft - --lambda 0 --adapter "$x"; done
+  for x in $diversities; do row "poly-$x" sft - $strength $poly --diversity "$x"; done
+  row poly-straight-through sft - $strength $poly --d-gradient straight-through
   cat <<END
-lora                sft   -     --lambda 0
-poly                sft   -     $strength $poly
 lora-grpo           grpo  lora  --advantage group
 lora-passk          grpo  lora  --advantage $passk --set-size $set_size
 lora-cover          grpo  lora  --advantage coverage $cover
@@ -252,9 +259,15 @@ lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
 lora-half           wise  lora-grpo  lora-grpo --scale 0.5
 lora-wise           wise  lora  lora-grpo --weight 0.5
+dpp-then-grpo       grpo  poly-dpp  --advantage group
+dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
+dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
+dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
+dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
+lora-cover-dpp      grpo  lora      --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
+lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 lora-long           sft   -     --lambda 0 --steps 112
 END
-  local x
   for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
   for x in 0.1 0.3 1; do echo "lora-kl@$x grpo lora --advantage group --beta $x"; done
   for x in $weights; do echo "poly@$x sft - --lambda $x $poly"; done
@@ -267,21 +280,6 @@ END
   for x in $trials_weight; do
     echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
   done
-  row lora sft - --lambda 0
-  row poly sft - $strength $poly
-  for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
-  for x in $adapters; do row "lora-$x" sft - --lambda 0 --adapter "$x"; done
-  for x in $diversities; do row "poly-$x" sft - $strength $poly --diversity "$x"; done
-  row poly-straight-through sft - $strength $poly --d-gradient straight-through
-  cat <<END
-dpp-then-grpo       grpo  poly-dpp  --advantage group
-dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
-dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
-dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
-dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
-lora-cover-dpp      grpo  lora      --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
-lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
-END
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp --advantage coverage $cover --diversity dpp --diversity-share $x --gate $then_gate"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
@@ -397,14 +395,13 @@ if [[ "$RANK" == 0 ]]; then
     for t in $temperatures; do for arm in $arms; do runs+=("$out/seed$seed/$arm@$t"); done; done
     for t in $decoders; do runs+=("$out/seed$seed/lora@$t"); done
   done
-  against=base rivals=""; primary=()
+  against=base rivals=""
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
   for arm in lora-cover lora-passk; do
     [[ " $arms " != *" $arm "* || " $arms " != *" poly-grpo "* ]] || rivals="$rivals $arm"
   done
-  [[ -z "$rivals" ]] || primary=(--primary poly-grpo $rivals)
-  [[ "$study" != cover ]] || primary=(--primary dpp-cover@1 lora-cover)
-  stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${primary[@]+"${primary[@]}"}
+  [[ -z "$rivals" ]] || endpoint="${endpoint:-poly-grpo $rivals}"
+  stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${endpoint:+--primary $endpoint}
   echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""
 fi

@@ -370,6 +370,12 @@ def test_lori_s_mask_is_the_largest_tenth_and_the_rest_of_b_stays_zero():
     assert torch.equal(moved, masks)
 
 
+def test_lori_keeps_one_entry_at_least(monkeypatch):
+    monkeypatch.setattr(Budget, "KEPT", 1e-9)
+    model, _ = stepped("lori", 30, 3)
+    assert sum(float(layer.lora_mask.sum()) for layer in lora_layers(model).values()) == 1
+
+
 # ---- Files -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
