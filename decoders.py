@@ -153,13 +153,18 @@ def write_contrastive(session, visit, prompt, k, helper):
 @torch.no_grad()
 def draft_scores(session, pairs, temperature=1.0):
     """(log-probability, entropy) of the drafts of (prompt ids, list of ids) pairs under the model
-    as it stands: each P lists of sums over the draft's tokens, stop token included."""
-    sizes = [len(drafts) for _, drafts in pairs]
+    as it stands: each P lists of sums over the draft's tokens, stop token included. Equal drafts of
+    a post are scored once, but in an ensemble, where draft d is scored by member d mod M."""
+    members, all_drafts = session.model.members, [list(map(tuple, drafts)) for _, drafts in pairs]
+    once = all_drafts if members > 1 else [list(dict.fromkeys(drafts)) for drafts in all_drafts]
+    sizes, groups = list(map(len, once)), [(prompt, some) for (prompt, _), some in zip(pairs, once)]
     sums = torch.zeros(2, sum(sizes), dtype=torch.float64)
-    for rows in session.passes(pack(pairs, 2 ** 14, session.model.device)):
+    for rows in session.passes(pack(groups, 2 ** 14, session.model.device, members)):
         for total, values in zip(sums, token_logprobs(session.model, rows, temperature)):
             total.index_add_(0, rows.draft.cpu(), values.double().cpu())
-    return [[part.tolist() for part in total.split(sizes)] for total in sums]
+    at = [range(len(drafts)) if members > 1 else list(map(some.index, drafts))
+          for drafts, some in zip(all_drafts, once)]
+    return [[part[list(i)].tolist() for part, i in zip(total.split(sizes), at)] for total in sums]
 
 
 def majority(session, visits, prompts, tokens, texts, helper):

@@ -10,9 +10,11 @@ from test_generate import PROMPTS, STOPS, build, next_logits
 
 import data
 import decoders
+from adapters import add_adapter, lora_layers
 from decoders import (DECODERS, best_of, check_decoder, contrastive_drafts, diverse_beams, draft_scores,
                       informative, majority, read_list, read_verbalized)
 from generate import Samples, generate, uniforms
+from model import pack
 from trainer import Visit
 
 
@@ -164,6 +166,25 @@ def test_draft_scores_are_sums_over_the_tokens_of_each_draft():
             logp = next_logits(session.model, prompt, ids).log_softmax(-1)
             assert a == pytest.approx(float(logp[range(len(ids)), ids].sum()), abs=1e-4)
             assert b == pytest.approx(float(-(logp.exp() * logp).sum()), abs=1e-4)
+
+
+def test_equal_drafts_are_scored_once_and_an_ensemble_s_by_their_members(monkeypatch):
+    session = Scored(0.5)
+    pairs, seen = [([3, 9], [[1, 2], [5], [1, 2], [1, 2]]), ([7], [[1, 2], [5], [5]])], []
+    monkeypatch.setattr(decoders, "pack", lambda groups, *rest: seen.append(groups) or pack(groups, *rest))
+    (first, second), _ = draft_scores(session, pairs)
+    assert first == [first[0], first[1], first[0], first[0]] and second == [second[0], second[1], second[1]]
+    assert [len(drafts) for _, drafts in seen[0]] == [2, 2]
+    add_adapter(session.model, "ensemble", 2, 4, members=2)
+    for layer in lora_layers(session.model).values():
+        layer.lora_B.weight.data.normal_(generator=torch.Generator().manual_seed(5))
+    (first, second), _ = draft_scores(session, pairs)
+    for (prompt, drafts), got in zip(pairs, (first, second)):
+        for d, (ids, value) in enumerate(zip(drafts, got)):
+            session.model.deal.of = d % 2
+            logp = next_logits(session.model, prompt, ids).log_softmax(-1)
+            assert value == pytest.approx(float(logp[range(len(ids)), ids].sum()), abs=1e-4)
+    assert first[0] != pytest.approx(first[3], abs=1e-2)  # one text, two members
 
 
 def test_mmi_by_hand(monkeypatch):
