@@ -34,7 +34,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
-                     lora-cover poly-grpo); an arm needs the arm that it starts from
+                     lora-cover poly-grpo poly-dpp dpp-cover@1; with --model without coverage and
+                     DPP); an arm needs the arm that it starts from
   --seeds "1 2"      seeds of the study (default: "1 2 3"; of a --study "11 12 13 14 15"; with --model "1")
   --dry-run          print every stage with its command, posts, steps, memory and time; train nothing but a
                      small base's first step
@@ -110,7 +111,7 @@ diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
-weights="0.1 0.3 1 3" parts="0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo"
+weights="0.1 0.3 1 3" parts="0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
 sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
@@ -120,7 +121,7 @@ twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-a
   lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
-  "") asked="$six" ;;
+  "") asked="$six $best" ;;
   primary) asked="$six"; seeds="${seeds:-$twelve}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
@@ -129,22 +130,21 @@ case "$study" in
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
     asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts")" ;;
-  cover) asked="$six poly-dpp lora-cover-dpp lora-cover-floor dpp-cover@1"
-    seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
+  cover) asked="$six $best lora-cover-dpp lora-cover-floor" seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
   adapters) asked="lora poly $(named lora- "$adapters")" ;;
   diversities) asked="lora poly $(named poly- "$diversities straight-through")" ;;
   objectives) asked="$six $(named lora- "$beside $objectives")" ;;
-  controls) asked="$six $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-fast lora-entropy lora-clip
+  controls) asked="$six $best $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-fast lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
-  temperature) asked="$six sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
+  temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
-  valid) asked="lora poly lora-grpo lora-passk poly-grpo" reward=valid ;;
-  few) asked="$six" k=4 set_size=3 ;;
-  noisy) asked="$six" extra=(--flip 0.15) ;;
-  blind) asked="lora poly lora-grpo lora-passk poly-grpo" reward=agreement gate=likelihood passk=maxk ;;
+  valid) asked="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo" reward=valid ;;
+  few) asked="$six $best" k=4 set_size=3 ;;
+  noisy) asked="$six $best" extra=(--flip 0.15) ;;
+  blind) asked="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo" reward=agreement gate=likelihood passk=maxk ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
@@ -397,10 +397,12 @@ if [[ "$RANK" == 0 ]]; then
   done
   against=base rivals=""
   [[ " $arms " != *" lora-grpo "* ]] || against=lora-grpo
+  ours=poly-grpo
+  [[ " $arms " != *" dpp-cover@1 "* ]] || ours=dpp-cover@1
   for arm in lora-cover lora-passk; do
-    [[ " $arms " != *" $arm "* || " $arms " != *" poly-grpo "* ]] || rivals="$rivals $arm"
+    [[ " $arms " != *" $arm "* || " $arms " != *" $ours "* ]] || rivals="$rivals $arm"
   done
-  [[ -z "$rivals" ]] || endpoint="${endpoint:-poly-grpo $rivals}"
+  [[ -z "$rivals" ]] || endpoint="${endpoint:-$ours $rivals}"
   stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${endpoint:+--primary $endpoint}
   echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
     "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""
