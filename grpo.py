@@ -34,7 +34,8 @@ from model import Rows, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
                       measure, pair_distances, same_domain, turned)
-from rewards import REWARDS, Values, make_reward, overlong_penalty, voice_rows
+from rewards import (REWARDS, SCHEDULES, Values, make_reward, overlong_penalty, scheduled,
+                     spread_weight, voice_rows)
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
                      seed_of, train)
 
@@ -657,7 +658,7 @@ def rollout(session, step, tally):
     group, samples = drawn.group, drawn.samples
     if not drawn.visits:  # --resample kept none of this rank's posts: others still wait for it
         list(session.micro_batches([]))
-        count = session.ranks.sum([0, 0, 0])[0]
+        count = session.ranks.sum([0] * 5)[0]
         chosen_tokens(session, group.rewards, [], step)
         return [], count
     if "reference" in needs(args.advantage):
@@ -680,13 +681,15 @@ def rollout(session, step, tally):
     if group.reference is not None:
         group.reference = group.reference.view_as(group.rewards)
     objective = OBJECTIVES[args.advantage]
-    squares = [0.0, 0.0]                     # of the objective's part and of D's, where D has one
+    squares, spread = [0.0, 0.0], 0.0        # of the objective's part and of D's, where D has one
     if args.diversity_weight or args.diversity_share:
         parts = (objective.advantages(group),
                  objective.weight(group) * measure(args.diversity, group)[1])
         squares = [float(part.double().square().sum()) for part in parts]
-    count, *squares = session.ranks.sum([sum(map(len, logprobs)), *squares])
-    weight = spread_weight(args, *squares, tally)
+        spread = float(plain_spread(args.diversity, group).sum())
+    count, *squares, spread, posts = session.ranks.sum(
+        [sum(map(len, logprobs)), *squares, spread, len(drawn.visits)])
+    weight = spread_weight(args, *squares, scheduled(session, step, spread / posts), tally)
     advantages = advantages_of(objective, group, weight, args.diversity, args.entropy_weight)
     flat = advantages.flatten().to(device)                                     # one a draft
     chosen = chosen_tokens(session, advantages, samples.logprobs, step)
@@ -697,20 +700,9 @@ def rollout(session, step, tally):
     return batches, count
 
 
-def spread_weight(args, own, spread, tally):
-    """D's weight in this step, from the squared norms, over all ranks, of the objective's
-    advantages and of D's at weight 1. --diversity-share sets it so that D's part has that share of
-    the objective's norm. The log's D_share is left out where the objective's is zero, and D is then
-    left out where its share is to be held."""
-    if not own:
-        return 0.0 if args.diversity_share else args.diversity_weight
-    weight, ratio = args.diversity_weight, math.sqrt(spread / own)
-    if args.diversity_share:
-        weight = args.diversity_share / ratio if ratio else 0.0
-        tally.add("D_weight", weight)
-    if weight:
-        tally.add("D_share", weight * ratio)
-    return weight
+def plain_spread(diversity, group):
+    """D of each post's drafts (P,), whatever their quality."""
+    return measure(diversity, dataclasses.replace(group, quality=None))[0]
 
 
 def tally_rollout(drawn, advantages, args, tally):
@@ -728,8 +720,7 @@ def tally_rollout(drawn, advantages, args, tally):
         tally.add("quality", group.quality.sum(), drafts)
     tally.add("different", sum(1 - duplicate_rate(t) for t in group.texts), posts * (group.k > 1))
     if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[args.diversity].embeds):
-        plain = dataclasses.replace(group, quality=None)
-        tally.add("D", measure(args.diversity, plain)[0].sum(), posts)
+        tally.add("D", plain_spread(args.diversity, group).sum(), posts)
         if group.quality is not None:
             tally.add("gated_D", measure(args.diversity, group)[0].sum(), posts)
 
@@ -858,6 +849,8 @@ def parser():
     add("--diversity-share", type=float, default=0.0,
         help="instead of --diversity-weight: how large D's part of each step's advantages is "
              "beside the objective's, as a share of its norm")
+    add("--diversity-schedule", default="constant", choices=list(SCHEDULES),
+        help=f"times which D is so weighed. {listed(SCHEDULES)}")
     add("--entropy-weight", type=float, default=0.0,
         help="weight of the entropy of whole drafts, in nats, beside the reward")
     add("--reward", default="auto", choices=("auto", *REWARDS),

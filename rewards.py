@@ -5,7 +5,7 @@
 
 A reward is called with P posts, for each a list of texts, and the step's random streams; it returns
 P lists of floats. REWARDS names them for --reward; `make_reward` makes one for a session. In order:
-rewards, single-stream SPO's values of posts, reward models and their training on preferences."""
+rewards, single-stream SPO's values of posts, D's weight beside a reward, reward models and their training on preferences."""
 
 import argparse
 import gzip
@@ -315,6 +315,47 @@ class Values:
             logp, _ = token_logprobs(session.model, rows, session.args.temperature)
             now.index_add_(0, post[rows.draft.cpu()], logp.cpu())
         return [(sum(p) - float(n)) / len(p) for p, n in zip(then, now)]
+
+
+# ---- What D weighs beside the reward -------------------------------------------------------------
+
+SCHEDULES = {  # name -> (factor from the share of steps done and the share of D lost, one line)
+    "constant": (lambda done, lost: 1.0, "1"),
+    "rising": (lambda done, lost: 2 * done, "from 0 to 2 in a straight line"),
+    "falling": (lambda done, lost: 2 - 2 * done, "from 2 to 0 in a straight line"),
+    "held": (lambda done, lost: min(max(10 * lost, 0.0), 4.0),
+             "by what the drafts' D has lost since the first step: 1 for a tenth of it, at most 4"),
+}
+
+
+def scheduled(session, step, spread):
+    """The factor of --diversity-schedule in a step; spread: the mean D of its drafts, over all
+    ranks. The first step's is kept, after a resume it is read from the log."""
+    args = session.args
+    if not step:
+        session.first_spread = spread
+    elif args.diversity_schedule == "held" and not hasattr(session, "first_spread"):
+        with open(session.run.folder / "metrics.jsonl", encoding="utf-8") as log:
+            session.first_spread = json.loads(log.readline())["D"]
+    first = getattr(session, "first_spread", 0.0)
+    factor, _ = SCHEDULES[args.diversity_schedule]
+    return factor(step / max(1, args.steps - 1), (first - spread) / abs(first) if first else 0.0)
+
+
+def spread_weight(args, own, spread, factor, tally):
+    """D's weight in this step, from the squared norms, over all ranks, of the objective's
+    advantages and of D's at weight 1, and the schedule's factor. --diversity-share sets it so that
+    D's part has that share of the objective's norm. The log's D_share is left out where the
+    objective's is zero, and D is then left out where its share is to be held."""
+    if not own:
+        return 0.0 if args.diversity_share else factor * args.diversity_weight
+    weight, ratio = factor * args.diversity_weight, math.sqrt(spread / own)
+    if args.diversity_share:
+        weight = factor * args.diversity_share / ratio if ratio else 0.0
+        tally.add("D_weight", weight)
+    if weight:
+        tally.add("D_share", weight * ratio)
+    return weight
 
 
 # ---- Reward models: LoRA and a scalar head, by Bradley-Terry -------------------------------------

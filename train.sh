@@ -111,7 +111,7 @@ diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
-weights="0.1 0.3 1 3" parts="0.3 1 3" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
+weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
 sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
@@ -129,7 +129,7 @@ case "$study" in
     asked="lora poly $(each "$asked" "$sft_pair") $(each "$(named lora- "$beside $objectives")" "$grpo_pair")" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
-    asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts")" ;;
+    asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts") $(named lora-cover-dpp- "$schedules")" ;;
   cover) asked="$six $best lora-cover-dpp lora-cover-floor" seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
@@ -268,6 +268,9 @@ lora-cover-dpp      grpo  lora      --advantage coverage $cover --diversity dpp 
 lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 lora-long           sft   -     --lambda 0 --steps 112
 END
+  for x in $schedules; do
+    echo "lora-cover-dpp-$x grpo lora --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate --diversity-schedule $x"
+  done
   for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
   for x in 0.1 0.3 1; do echo "lora-kl@$x grpo lora --advantage group --beta $x"; done
   for x in $weights; do echo "poly@$x sft - --lambda $x $poly"; done

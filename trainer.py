@@ -131,11 +131,14 @@ class Run:
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
                 "readers", "allow_code_execution", "track")
+    # Later flags, left out where they are as it always was: older folders stay valid.
+    LATER = {"diversity_schedule": "constant"}
 
     def __init__(self, args, ranks):
         self.folder, self.ranks = Path(args.out), ranks
         self.lock = self.tracker = None
-        self.config = {k: v for k, v in vars(args).items() if not callable(v)}
+        self.config = {k: v for k, v in vars(args).items()
+                       if not callable(v) and (k, v) not in self.LATER.items()}
         beside_data = (Path(args.data).parent / f"{name}.json" for name in ("split", "domain"))
         split, readers = (read_json(p) if p.exists() else None for p in beside_data)
         self.config |= {"version": 2, "data_hash": file_hash(args.data), "split": split,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import data
 import grpo
+import rewards
 import trainer
 from data import InputError, Post
 from grpo import (OBJECTIVES, Group, advantages_of, coverage_advantages, group_advantages, grpo_step,
@@ -588,10 +589,41 @@ def test_d_has_the_share_that_was_asked_for_on_any_number_of_ranks(parts, monkey
     halves = on_two_ranks(lambda ranks: step(ranks)[1])
     assert gap(torch.stack(halves, 1).view(6, 4), got) < 1e-4                  # posts are dealt in turn
     tally = Tally()
-    assert grpo.spread_weight(s.args, 0.0, 1.0, tally) == 0 and not tally.sums
+    assert grpo.spread_weight(s.args, 0.0, 1.0, 1.0, tally) == 0 and not tally.sums
     with pytest.raises(InputError, match="both"):
         grpo.check_grpo(grpo.parser().parse_args(["--start", "-", "--data", "-", "--out", "-", "--model", "-", "--dry-run",
                                                   "--diversity-weight", "1", "--diversity-share", "1"]))
+
+
+def test_a_schedule_is_a_factor_on_d_s_weight(parts, monkeypatch, tmp_path):
+    """Over 11 steps, D .8 at the first: held is 1 when a tenth of it is lost, whichever sign D has."""
+    args = SimpleNamespace(steps=11, diversity_weight=3.0, diversity_share=0.0)
+    for name, want in {"constant": (1, 1, 1), "rising": (0, 0.6, 2), "falling": (2, 1.4, 0), "held": (0, 1, 0)}.items():
+        args.diversity_schedule = name
+        s = SimpleNamespace(args=args, run=SimpleNamespace(folder=tmp_path))
+        got = [rewards.scheduled(s, step, d) for step, d in ((0, 0.8), (3, 0.72), (10, 0.9))]
+        assert got == pytest.approx(want)
+    assert rewards.scheduled(s, 5, 0.1) == 4
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "D": -2.0}\n{"step": 2, "D": 7}\n')
+    again = SimpleNamespace(args=args, run=s.run)                              # after a resume
+    assert rewards.scheduled(again, 5, -2.1) == pytest.approx(0.5)
+    args.steps, args.diversity_schedule, tally = 1, "rising", Tally()
+    assert rewards.scheduled(again, 0, 1.0) == 0                               # a run of one step
+    assert rewards.spread_weight(args, 4.0, 1.0, 0.5, tally) == 1.5 and tally.sums["D_share"][0] == 0.75
+    args.diversity_weight, args.diversity_share = 0.0, 3.0
+    assert rewards.spread_weight(args, 4.0, 1.0, 0.5, tally) == 3.0
+    # In a step: the mean D over all ranks' drafts, whatever their quality
+    from test_rivals import on_two_ranks
+    seen = []
+    monkeypatch.setattr(grpo, "scheduled", lambda session, step, spread: seen.append(spread) or 1.0)
+
+    def step(ranks=None):
+        s, tally = rl(parts, "--diversity-weight", "1", ranks=ranks), Tally()
+        grpo.rollout(s, 0, tally)
+        return tally
+    d, count = step().sums["D"]
+    on_two_ranks(step)
+    assert seen == pytest.approx([d / count] * 3)
 
 
 def test_several_updates_reuse_the_drafts_and_their_first_log_probs(parts):

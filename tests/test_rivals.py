@@ -21,6 +21,7 @@ from adapters import ADAPTERS, Budget, add_adapter
 from data import InputError
 from grpo import OBJECTIVES, Group, group_advantages, policy_loss
 from polylora import DIVERSITIES, SFT_LOSSES
+from rewards import SCHEDULES
 from test_methods import (RIGHT, grpo_session, packed, rewards_by_length, rewards_of, sft_session, slope, tokens,
                           voices_by_length)
 from test_polylora import (OUTCOMES, Share, adapter_state, all_tuples, exact_gradient, expected_estimate, files, gap,
@@ -593,16 +594,25 @@ def resumed(s, step_fn, tmp_path, steps=20, cut=17):
     return [p.detach().clone() for p in s.params]
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, *(name for name in grpo.TOKENS if name != "all")])
+def logged_step(s, step):
+    """A step of GRPO whose line is in the run's log, as train writes it."""
+    tally = grpo.grpo_step(s, step)
+    with open(s.run.folder / "metrics.jsonl", "w" if not step else "a") as log:
+        log.write(json.dumps({"step": step + 1} | tally.means(s.ranks, ["D"])) + "\n")
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, *(name for name in grpo.TOKENS if name != "all"), *SCHEDULES])
 def test_20_grpo_steps_move_the_adapter_alone_and_are_a_function_of_tensors_and_files(parts, tmp_path, name):
     def make():
         flags = ("--advantage", name, "--beta", "0.1") if name in OBJECTIVES else ("--tokens", name)
+        if name in SCHEDULES:
+            flags = ("--diversity-share", "1", "--diversity-schedule", name, "--steps", "20")
         s = grpo_session(parts, *flags, "--batch", "2", "--max-new-tokens", "3")
         s.reward, s.domain.voices_of = rewards_by_length, voices_by_length(s.domain)
         s.run, s.posts = types.SimpleNamespace(folder=tmp_path), s.posts[:4]   # posts come again
         return s
-    whole_run = after(make(), grpo.grpo_step, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(whole_run, resumed(make(), grpo.grpo_step, tmp_path)))
+    whole_run = after(make(), logged_step, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole_run, resumed(make(), logged_step, tmp_path)))
 
 
 @pytest.mark.parametrize("name", [*SFT_LOSSES, *DIVERSITIES, "straight-through"])

@@ -250,7 +250,8 @@ def test_a_run_folder_is_one_configuration(tmp_path, capsys):
     with pytest.raises(InputError, match="--resume"):
         Run(run_args(out), ranks)
     Run(run_args(out, resume=True, checkpointing=True), ranks)  # may change when memory runs out
-    for change in (dict(lr=0.2), dict(seed=2), dict(extra=1)):
+    Run(run_args(out, resume=True, diversity_schedule="constant"), ranks)      # the folder is older than the flag
+    for change in (dict(lr=0.2), dict(seed=2), dict(extra=1), dict(diversity_schedule="held")):
         with pytest.raises(InputError, match=f"{next(iter(change))} = "):
             Run(run_args(out, resume=True, **change), ranks)
     finish(*toy(run_args(out, resume=True, micro_tokens=99)))                  # memory settings may change
