@@ -225,6 +225,8 @@ def test_what_the_chosen_tokens_lose_and_pay(advantage):
         loss, _, _ = policy_loss(x, old, a, denominator=1, tokens=tokens, chosen=chosen)
         loss.backward()
         return loss.item(), x.grad.tolist()
+    plain, asked = (policy_loss(logp, old, a, denominator=1, reference=ref)[0] for ref in (None, old - 1))
+    assert plain == asked                                                      # no beta was given: no penalty
     up, down = math.exp(0.5), math.exp(-0.5)
     clipped = [max(-advantage * r, -advantage * min(max(r, 0.8), 1.2)) for r in (up, down)]
     assert loss_and_slope("clip-cov")[0] == pytest.approx(sum(clipped), rel=1e-5)
