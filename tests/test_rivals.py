@@ -342,6 +342,8 @@ def test_unlikelihood_of_drafts_by_hand(parts, budget):
     want, _ = gradient(s, lambda t: (3.0 * sum(-(1 - whole(s, s.prompt(v.index), drafts[0])[4:8].exp()).log().sum()
                                                for v in visits) / (9 + 5 + 9)).backward())
     nearly(got, want)
+    plain, _ = gradient(s, lambda t: polylora.add_unlikely(s, visits, 0, t))
+    nearly({name: 3 * g for name, g in plain.items()}, want)                   # weight 1 where none is given
     assert tally.sums["unlikely"][1] == 23
     rows = s.micro_batches([(s.prompt(v.index), drafts[:1 + v.index % 2]) for v in visits])
     assert tally.sums["tokens"][0] == sum(r.tokens.numel() for r in rows) + 23
