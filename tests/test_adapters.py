@@ -301,6 +301,7 @@ def test_adalora_cuts_triplets_by_its_schedule_to_the_rank_that_was_asked_for():
     counts, layers = [budget.triplets(step) for step in range(20)], 14
     assert counts[:2] == [6 * layers] * 2 and counts[-6:] == [4 * layers] * 6  # width 6, rank 4
     assert counts == sorted(counts, reverse=True) and counts[7] == round(layers * (4 + 2 * 0.5 ** 3))
+    assert Budget(model, 1).triplets(0) == 4 * layers                          # a run of one step ends there too
     model, _ = stepped("adalora", 20, 20)
     ranks = [int((layer.lora_E != 0).sum()) for layer in lora_layers(model).values()]
     assert sum(ranks) == 4 * layers and len(set(ranks)) > 1                    # dealt out unevenly
