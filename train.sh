@@ -289,7 +289,7 @@ END
   done
   row lora-gspo grpo lora --advantage group --updates 4 --ratio sequence --clip-low 3e-4 --clip-high 4e-4
   row lora-dapo grpo lora --advantage group --updates 4 --clip-high 0.28 --resample 3 --overlong 4
-  row lora-entropy grpo lora --advantage group --entropy-weight 0.1
+  row lora-entropy grpo lora --advantage group --entropy-weight 0.01
   for x in clip-cov kl-cov; do row "lora-$x" grpo lora --advantage group --updates 4 --tokens "$x" --token-share 0.01; done
   for x in $objectives; do
     case "$x" in mara|soft-spo) row "lora-$x" grpo lora --advantage "$x" --beta 0.1 ;;  # their pull to the start
