@@ -111,15 +111,15 @@ def jobs_of(session, runs):
         raise InputError(f"--name {name}: letters, digits, and . + - _ alone")
     tail, jobs = f"@{name}" if name else "", []
     for run in ([Path(args.bare)] if args.bare else []) + runs:
-        config = {"seed": args.seed, "arm": "base"} if run not in runs else \
-            read_json(run / "config.json")
+        config = config_of(run) if run in runs else {"arm": "base"}
+        seed = config.get("seed", args.seed)
         hashed = file_hash(run / "adapter" / "adapter_model.safetensors")
-        own = settings | {"seed": config["seed"], "adapter": hashed}
+        own = settings | {"seed": seed, "adapter": hashed}
         arm = (config.get("arm") or run.resolve().name) + tail
-        about = {"seed": config["seed"], "arm": arm, "model": args.model}
+        about = {"seed": seed, "arm": arm, "model": args.model}
         about |= {"embedder": config["embedder"]} if "embedder" in config else {}
         to = run.with_name(run.name + tail)
-        jobs.append((run, to, own, about if tail or run not in runs else None))
+        jobs.append((run, to, own, about if tail or "seed" not in config else None))
     return jobs
 
 
@@ -144,17 +144,26 @@ def load_measures(session):
 
 
 def finished(folder):
-    """A run's folder, as a Path; InputError where it holds no adapter."""
+    """A run's folder, as a Path; InputError where it holds no adapter. One that was trained
+    elsewhere, in PEFT's layout in FOLDER/adapter, will do."""
     if not (Path(folder) / "adapter" / "adapter_config.json").exists():
-        raise InputError(f"{folder}: no adapter there: give runs of polylora.py sft or grpo.py")
+        raise InputError(f"{folder}: no adapter there: give runs of polylora.py sft or grpo.py, or "
+                         "folders with one in PEFT's layout in FOLDER/adapter")
     return Path(folder)
+
+
+def config_of(run):
+    """A run's config.json; empty where the adapter was not trained here."""
+    path = run / "config.json"
+    return read_object(path) if path.exists() else {}
 
 
 def name_model(args, run):
     """Fill in the base model and its revision from a run, where no --model was given."""
     if not args.model:
-        args.model = read_json(run / "config.json").get("model")
-        args.revision = args.revision or read_adapter_config(run / "adapter").get("revision")
+        adapter = read_adapter_config(run / "adapter")
+        args.model = config_of(run).get("model") or adapter.get("base_model_name_or_path")
+        args.revision = args.revision or adapter.get("revision")
 
 
 def measure_settings(session):
@@ -423,7 +432,8 @@ def show_drafts(args):
     session.load_model()
     load_adapter(session.model, run / "adapter", dropout=0.0)
     session.shard_model()
-    domain = data.DOMAINS[read_json(run / "done.json")["domain"]["domain"]]
+    done = run / "done.json"
+    domain = data.DOMAINS[read_json(done)["domain"]["domain"] if done.exists() else "replies"]
 
     def write(post):
         session.posts = [data.Post("drafts", post, ())]

@@ -738,6 +738,19 @@ def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):
         assert (args.model, args.revision) == (world["model"], "abc123")
 
 
+def test_an_adapter_that_was_trained_elsewhere_is_measured_beside_ours(world, tmp_path, capsys):
+    """A folder that holds nothing but PEFT's files: its base is the one they name, its seed --seed."""
+    shutil.copytree(Path(world["lora"]) / "adapter", tmp_path / "theirs" / "adapter")
+    few = ["--data", world["eval"], "--n", "10", "--max-new-tokens", "5", "--seed", "3"]
+    assert evaluate.main(["measure", str(tmp_path / "theirs"), *few]) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert (config["arm"], config["seed"], config["model"]) == ("theirs", 3, world["model"])
+    assert evaluate.main(["measure", str(tmp_path / "theirs"), *few]) == 0 and "0 of 1 runs" in capsys.readouterr().out
+    assert evaluate.main(["report", str(tmp_path / "theirs"), "--out", str(tmp_path / "report")]) == 0
+    assert evaluate.main(["drafts", str(tmp_path / "theirs"), "My kettle broke", "--k", "2", "--max-new-tokens", "5"]) == 0
+    assert evaluate.main(["measure", str(tmp_path), *few]) == 2 and "PEFT's layout" in capsys.readouterr().err
+
+
 def test_train_sh_runs_on_the_python_of_its_launch_and_a_failed_seed_ends_the_others(tmp_path):
     """`venv/bin/torchrun train.sh` took PATH's python, without torch; and of two seeds side by side one
     failed while the other's program lived on without a parent."""
