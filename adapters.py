@@ -518,7 +518,7 @@ class Budget:
     def __init__(self, model, steps=None):
         self.layers, self.steps = list(lora_layers(model).values()), steps
         self.kept = [b for n, b in model.named_buffers() if ".lora_" in n]
-        self.kinds = {layer.kind for layer in self.layers}
+        self.kinds, self.chosen = {layer.kind for layer in self.layers}, False
         if "adalora" in self.kinds and steps is None:
             for layer in self.layers:
                 layer.lora_mask.copy_(layer.lora_E != 0)
@@ -536,8 +536,10 @@ class Budget:
         if "adalora" in self.kinds:
             self.cut_triplets(step)
         if "lori" in self.kinds:
-            if self.steps and step + 1 == max(1, self.steps // 10):
-                self.choose_entries()
+            if self.steps and not self.chosen and step + 1 >= max(1, self.steps // 10):
+                if all(bool(layer.lora_mask.all()) for layer in self.layers):  # else: resumed
+                    self.choose_entries()
+                self.chosen = True           # not at a step that was skipped, but at the next one
             for layer in self.layers:
                 layer.lora_B.weight.mul_(layer.lora_mask)
 

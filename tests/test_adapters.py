@@ -371,6 +371,20 @@ def test_lori_s_mask_is_the_largest_tenth_and_the_rest_of_b_stays_zero():
     assert torch.equal(moved, masks)
 
 
+def test_lori_s_mask_is_set_once_also_after_a_skipped_step_and_a_resume():
+    """train leaves `after` out at a step that is skipped: with the third went the mask."""
+    model, budget = stepped("lori", 30, 2)
+    count = lambda: sum(int(layer.lora_mask.sum()) for layer in lora_layers(model).values())
+    whole = count()
+    budget.after(4)
+    assert count() == int(0.1 * whole)
+    kept_b = [layer.lora_B.weight.data.copy_(layer.lora_mask) for layer in lora_layers(model).values()]
+    for again in (budget, Budget(model, 30)):
+        again.after(5)
+        assert count() == int(0.1 * whole) and all(bool((b == layer.lora_mask).all()) for b, layer in
+                                                   zip(kept_b, lora_layers(model).values()))
+
+
 def test_lori_keeps_one_entry_at_least(monkeypatch):
     monkeypatch.setattr(Budget, "KEPT", 1e-9)
     model, _ = stepped("lori", 30, 3)
