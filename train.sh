@@ -118,7 +118,8 @@ trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_p
 # The rows that their two trials (--study rates) gave twice the learning rate:
 twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
-  lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
+  lora-rloo lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
+quarter="lora-clip-cov lora-kl-cov"       # at four updates a batch 1e-3 was too much for these: a third trial, and its rate
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
   "") asked="$six $best" ;;
@@ -126,7 +127,8 @@ case "$study" in
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
   rates) asked="lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")"
-    asked="lora poly $(each "$asked" "$sft_pair") $(each "$(named lora- "$beside $objectives")" "$grpo_pair")" seeds="${seeds:-101}" ;;
+    asked="lora poly $(each "$asked" "$sft_pair") $(each "$(named lora- "$beside $objectives")" "$grpo_pair")"
+    asked="$asked $(each "$quarter" 2.5e-4)" seeds="${seeds:-101}" ;;
   map) asked="$six lora-d poly-then-grpo poly-then-passk poly-then-cover poly-passk-d poly-cover-d poly-set poly-set-distinct"
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
     asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts") $(named lora-cover-dpp- "$schedules")" ;;
@@ -221,9 +223,11 @@ spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
 row() {  # NAME PHASE START FLAGS..: a line of a register, and both of its trials
-  local rate pair="$grpo_pair"
+  local rate pair="$grpo_pair" own=""
   [[ "$2" != sft ]] || pair="$sft_pair"
-  [[ " "$twice" " == *[[:space:]]"$1"[[:space:]]* ]] && echo "$* --lr ${pair#* }" || echo "$*"
+  [[ " $quarter " != *" $1 "* ]] || pair="2.5e-4 $pair" own="--lr 2.5e-4"
+  [[ " "$twice" " != *[[:space:]]"$1"[[:space:]]* ]] || own="--lr ${pair##* }"
+  echo "$* $own"
   for rate in $pair; do echo "$1-at-$rate ${*:2} --lr $rate"; done
 }
 
