@@ -1,4 +1,4 @@
-"""Runs compared: what was measured of each, averages with intervals, limits, tables, pictures.
+"""Runs compared: what was measured of each, averages with intervals, limits, tables.
 
 `report` is the command of evaluate.py. A run folder holds config.json ("seed", perhaps "arm"),
 evaluation.json (one record a post, written by evaluate.py measure) and metrics.jsonl (the training
@@ -11,17 +11,16 @@ import itertools
 import json
 import math
 import re
-import textwrap
 from collections import Counter
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
 
 from data import InputError, printable, write_text
 from metrics import (KS, below_limit, front, holm, interval, mean_limit, pareto_front, post_metrics,
                      reader_shares, sign_flip)
-from page import html_page, measured_as
+from page import (CURVES, FRONTS, NARROW, PICTURES, WIDE, curve_file, curve_title, curves_of,
+                  draw_all, html_page, measured_as)
 
 # ---- Runs and their summary ----------------------------------------------------------------------
 
@@ -98,12 +97,6 @@ def sample_of(record):
     """The first drafts of a record: [(text, is it right or passing), ..]."""
     good = [bool(x) for x in record["voices" if "voices" in record else "passed"]]
     return list(zip(record["drafts"], good))[:SHOWN_DRAFTS]
-
-
-CURVES = {"ce": "cross-entropy of people's replies", "D": "diversity D of a post's drafts",
-          "different": "share of a post's drafts that differ",
-          "entropy": "entropy of the policy, nats a token", "reward": "reward of drafts",
-          "valid": "share of valid drafts"}
 
 
 def log_curves(events, points=40):
@@ -246,6 +239,7 @@ def summarise(arms, against=None, ks=KS):
         out["arms"][arm] = {"seeds": [run["seed"] for run in runs],
                             "runs": [run["folder"] for run in runs],
                             "trained_by": runs[0]["trained_by"],
+                            "temperature": runs[0]["shared"].get("temperature"),
                             "metrics": {name: metric_row(runs, name) for name in names}}
         out["stages"] += stage_rows(arm, runs)
         out["notes"] += sorted({f"{arm}: {w}" for run in runs for w in run["warnings"]})
@@ -514,7 +508,7 @@ def knob_notes(summary):
         if limit and None not in point:
             points[arm] = point
     told = [f"{name} {below_limit(curve, limit):.3f} ({min(curve)[0]:.3f} to {max(curve)[0]:.3f})"
-            for name, curve in curves_of(points).items()]
+            for name, curve in curves_of(points, summary).items()]
     return ["Mean height of the limit of Pass@5 above a method's curve over its own knob (over the "
             f"curve's span of Pass@1): {', '.join(told)}."] if told else []
 
@@ -558,305 +552,6 @@ def csv_cell(text):
     risky = text.lstrip().startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20"))  # full width, too
     guarded = "'" + text if risky else text
     return '"' + guarded.replace('"', '""') + '"'
-
-
-# ---- Pictures: plain SVG, 720 x 440, so that the report needs no plotting package ----------------
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
-LEFT, TOP = 64, 62  # the plotting area, in pixels
-BOTTOM, WIDE, NARROW = 384, 720, 440         # NARROW: for phones, on the page alone
-PICTURES = {"pass_at_k.svg": "Pass@k", "pass1_pass5.svg": "Pass@1 against Pass@5",
-            "pass1_pass10.svg": "Pass@1 against Pass@10",
-            "quality_diversity.svg": "Quality and diversity"}
-FRONTS = {"pass1_pass5.svg": (5, "front"), "pass1_pass10.svg": (10, "front10")}
-
-
-def scale(values, first, last):
-    """-> (function from a value to its pixel, grid [(pixel, label), ...] on round numbers)."""
-    low, high = min(values), max(max(values), min(values) + 0.02)
-    power = 10 ** math.floor(math.log10((high - low) / 5))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5)
-    ticks = [round(i * step, 9) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-    def pixel(value):
-        return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-    return pixel, [(pixel(tick), f"{tick:g}") for tick in ticks]
-
-
-def svg_text(x, y, words, style=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(printable(words))}</text>'
-
-
-def svg_line(points, colour, style=""):
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline fill="none" stroke="{colour}" {style} points="{path}"/>'
-
-
-def svg_marker(i, x, y):
-    """Arm i: one of 7 colours and 3 shapes (circle, square, diamond), so 21 arms can be
-    told apart."""
-    turn = f"rotate({i % 3 // 2 * 45} {x:.1f} {y:.1f})"
-    box = f'x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="{(4.5, 1, 1)[i % 3]}"'
-    return f'<rect {box} fill="{COLOURS[i % 7]}" stroke="#fff" transform="{turn}"/>'
-
-
-def svg_seeds(places, colour):
-    dot = '<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}" opacity="0.35"/>'
-    return [dot.format(x, y, colour) for x, y in places]
-
-
-def svg_cross(x, y, across, up, colour):
-    """The intervals of a point, in pixels: (left, right) and (low, high)."""
-    left, right = across
-    low, high = up
-    return [svg_line([(left, y), (right, y)], colour, 'opacity="0.5"'),
-            svg_line([(x, low), (x, high)], colour, 'opacity="0.5"')]
-
-
-def svg_page(title, note, x_label, y_label, x_grid, y_grid, right, marks, wide=WIDE):
-    """The whole picture: white ground, titles, grid, then the marks. Titles that are too long for
-    the width are set in lines, and the picture grows upwards by these."""
-    middle, left = 'text-anchor="middle"', LEFT if wide == WIDE else 12
-    said = [(words, 'font-size="16"', 21) for words in textwrap.wrap(title, (wide - left) // 9)]
-    said += [(words, 'fill="#666"', 19) for words in textwrap.wrap(note, (wide - left) // 7)]
-    over = sum(height for *_, height in said) - 40
-    head = []
-    for words, style, height in reversed(said):
-        head.append(svg_text(left, 45 - sum(said[-1 - n][2] for n in range(len(head))), words,
-                             style))
-    top, tall = -max(over, 0), 440 + max(over, 0)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {wide} {tall}" '
-           f'width="{wide}" height="{tall}"',
-           ' font-family="sans-serif" font-size="12" fill="#333" role="img">',
-           f'<title>{escape(title)}</title>',
-           f'<rect y="{top}" width="{wide}" height="{tall}" rx="6" fill="#fff"/>', *head,
-           svg_text((LEFT + right) / 2, 427, x_label, middle),
-           svg_text(0, 0, y_label, f'{middle} transform="translate(18 223) rotate(-90)"')]
-    for x, label in x_grid:
-        out += [svg_line([(x, TOP), (x, BOTTOM)], "#eee"), svg_text(x, 403, label, middle)]
-    for y, label in y_grid:
-        out += [svg_line([(LEFT, y), (right, y)], "#eee"),
-                svg_text(LEFT - 8, y + 4, label, 'text-anchor="end"')]
-    return "\n".join([*out, *marks, "</svg>"]) + "\n"
-
-
-def within(row, most=1.0):
-    """The interval as it is drawn: no further than the metric can go, from 0 to `most`."""
-    return max(row["low"], 0.0), min(row["high"], most)
-
-
-def svg_band(xs, lows, highs, colour, opacity):
-    edge = [*zip(xs, highs), *reversed([*zip(xs, lows)])]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
-    return f'<polygon fill="{colour}" opacity="{opacity:.2f}" points="{path}"/>'
-
-
-def draw_pass_at_k(summary, wide=WIDE):
-    """summary -> SVG of Pass@k against k (log), a line an arm, its band the interval, names at the
-    ends; of an arm with one k alone a point with whiskers."""
-    ks, right = summary["ks"], wide - 180
-    limits = summary["limits"]
-    if summary["refused"]:
-        return svg_page("Pass@k", summary["refused"], "", "", [], [], right, [], wide)
-    lines = {}                               # arm -> [(k, row)]: a joint decoder has one k alone
-    for arm, a in summary["arms"].items():
-        line = [(k, a["metrics"][f"pass@{k}"]) for k in ks]
-        line = [(k, row) for k, row in line if row["mean"] is not None]
-        lines |= {arm: line} if line else {}
-    if not lines:
-        return svg_page("Pass@k", "No arm has it.", "", "", [], [], right, [], wide)
-    ends = [end for line in lines.values() for _, row in line for end in within(row)]
-    ends += [limits[str(k)][kind] for k in ks if limits for kind in ("independent", "joint")]
-    at_y, y_grid = scale(ends, BOTTOM, TOP)
-    widest = math.log(max(ks[-1], 2))
-    at_x = {k: LEFT + 24 + (right - LEFT - 48) * math.log(k) / widest for k in ks}
-    heights = {arm: at_y(line[-1][1]["mean"]) for arm, line in lines.items()}
-    tops = {kind: [(at_x[k], at_y(limits[str(k)][kind])) for k in ks]
-            for kind in ("independent", "joint") if limits}
-    places, marks = name_places(heights | {(k,): line[-1][1] for k, line in tops.items()}), []
-    for kind, line in tops.items():
-        dashed = f'stroke-width="1.5" stroke-dasharray="{"2 4" if kind == "joint" else "6 4"}"'
-        y = places[kind,]
-        marks += [svg_line(line, "#666", dashed), svg_text(right + 32, y + 4, f"limit, {kind}"),
-                  svg_line([(right + 4, y), (right + 28, y)], "#666", dashed)]
-    fill = min(0.16, 0.8 / len(lines))
-    for i, (arm, line) in enumerate(lines.items()):
-        points = [(at_x[k], at_y(row["mean"])) for k, row in line]
-        xs, lows, highs = zip(*((at_x[k], *map(at_y, within(row))) for k, row in line))
-        colour, end = COLOURS[i % 7], points[-1][1]
-        if len(line) > 1:
-            marks.append(svg_band(xs, lows, highs, colour, fill))
-        else:
-            marks.append(svg_line([(xs[0], lows[0]), (xs[0], highs[0])], colour))
-        lead = [(points[-1][0] + 7, end), (right + 2, end), (right + 16, places[arm])]
-        marks += [svg_line(points, colour, 'stroke-width="2"'),
-                  *(svg_marker(i, *point) for point in points),
-                  svg_line(lead, colour, 'stroke-width="0.8"'),
-                  svg_marker(i, right + 22, places[arm]),
-                  svg_text(right + 32, places[arm] + 4, arm if len(arm) < 23 else arm[:21] + "…")]
-    note = f"mean over {summary['posts']} posts and all seeds; bands: 95% interval over both"
-    note += "; dashed: the best that drafts can reach" * bool(limits)
-    x_grid = [(x, str(k)) for k, x in at_x.items()]
-    return svg_page("Pass@k: did any of k drafts please?", note, "k, drafts shown (log scale)",
-                    "Pass@k", x_grid, y_grid, right, marks, wide)
-
-
-def name_places(heights):
-    """{name: y of its line's end} -> {name: y of the name}, in the order of the ends and a line
-    apart: pushed down, then back up into the frame."""
-    order = sorted(heights, key=heights.get)
-    gap, places = min(17, (BOTTOM - TOP) / len(order)), {}
-    for i, name in enumerate(order):
-        places[name] = max(heights[name], places[order[i - 1]] + gap if i else TOP)
-    for i, name in enumerate(reversed(order)):
-        places[name] = min(places[name], BOTTOM - i * gap)
-    return places
-
-
-def named(centres, wide):
-    """Markers and names at {arm: (x, y)}, each name at the nearest place inside the frame that
-    is free."""
-    # Boxes that no name may cover.
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres.values()]
-    offsets = sorted(((dx, dy) for dy in range(-120, 121, 6) for dx in (10, -10)),
-                     key=lambda offset: abs(offset[1] + 9) - offset[0] / 5)
-    marks = []
-    for i, (arm, (x, y)) in enumerate(centres.items()):
-        name = arm if len(arm) < 31 else arm[:29] + "…"
-        for dx, dy in offsets:
-            left = x + dx - (7 * len(name) if dx < 0 else 0)
-            box = (left, y + dy - 7, left + 7 * len(name), y + dy + 7)
-            inside = LEFT < box[0] and box[2] < wide - 8 and TOP < box[1] and box[3] < BOTTOM
-            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3]
-                                  and t[1] < box[3] for t in taken):
-                break
-        taken.append(box)
-        if abs(dy) > 15:
-            marks.append(svg_line([(x, y), (x + dx, y + dy)], "#999", 'stroke-width="0.8"'))
-        anchor = "end" if dx < 0 else "start"
-        halo = f'stroke="#fff" stroke-width="3" paint-order="stroke" text-anchor="{anchor}"'
-        marks += [svg_marker(i, x, y), svg_text(x + dx, y + dy + 4, name, halo)]
-    return marks
-
-
-def draw_pass1_passk(summary, k, limit, wide=WIDE):
-    """summary -> SVG of Pass@1 against Pass@k under the limit's front: arms with intervals, faint
-    dots their seeds, dotted up to the limit at their own share of valid drafts; arms named
-    BASE@KNOB are joined to a curve, a method over its own knob."""
-    rows = {arm: (a["metrics"]["pass@1"], a["metrics"][f"pass@{k}"])
-            for arm, a in summary["arms"].items()}
-    rows = {arm: both for arm, both in rows.items() if None not in [x["mean"] for x in both]}
-    own = {arm: summary["arms"][arm]["limits"][str(k)] for arm in rows}
-    xs, ys = ([value for both in rows.values() for value in (
-        *within(both[axis]), *both[axis]["per_seed"])] for axis in (0, 1))
-    at_x, x_grid = scale(xs + [x for x, _ in limit], LEFT, wide - 20)
-    at_y, y_grid = scale([*ys, *own.values(), *(y for _, y in limit)], BOTTOM, TOP)
-    line = [(at_x(x), at_y(y)) for x, y in limit]
-    marks = [svg_line(line, "#666", 'stroke-width="1.5" stroke-dasharray="6 4"')]
-    centres = {}
-    for i, (arm, (x, y)) in enumerate(rows.items()):
-        u, v = centres[arm] = at_x(x["mean"]), at_y(y["mean"])
-        marks += svg_cross(u, v, map(at_x, within(x)), map(at_y, within(y)), COLOURS[i % 7])
-        marks += [svg_line([(u, v), (u, at_y(own[arm]))], COLOURS[i % 7],
-                           'stroke-dasharray="1 4"'),
-                  svg_line([(u - 4, at_y(own[arm])), (u + 4, at_y(own[arm]))], COLOURS[i % 7])]
-        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), COLOURS[i % 7])
-    marks += knob_curves(centres)
-    note = ("bars: 95% interval; faint: seeds; joined: one method's knob; dashed: the limit of "
-            "independent, always valid drafts; dotted: up to the limit at the arm's own share of "
-            "valid drafts")
-    title = {5: "One draft against five", 10: "One draft against ten"}[k]
-    return svg_page(title, note, "Pass@1 for the readers", f"Pass@{k} for the readers", x_grid,
-                    y_grid, wide - 20, marks + named(centres, wide), wide)
-
-
-def draw_quality_diversity(summary, wide=WIDE):
-    """summary -> SVG of valid share against semantic diversity: arms, intervals, seeds,
-    Pareto front."""
-    rows = {arm: (a["metrics"]["semantic"], a["metrics"]["valid"])
-            for arm, a in summary["arms"].items()}
-    across, up = zip(*rows.values())         # a cosine distance may pass 1
-    xs = [value for row in across for value in (*within(row, 2.0), *row["per_seed"])]
-    ys = [value for row in up for value in (*within(row), *row["per_seed"])]
-    (at_x, x_grid), (at_y, y_grid) = scale(xs, LEFT, wide - 20), scale(ys, BOTTOM, TOP)
-    centres = {arm: (at_x(x["mean"]), at_y(y["mean"])) for arm, (x, y) in rows.items()}
-    front, edge = [], LEFT
-    # More diversity, less quality: steps.
-    for x, y in sorted(centres[arm] for arm in summary["pareto"]):
-        front, edge = front + [(edge, y), (x, y)], x
-    dashed = 'stroke-width="1.5" stroke-dasharray="5 4"'
-    marks = [svg_line([*front, (edge, BOTTOM)], "#999", dashed)]
-    for i, (arm, (x, y)) in enumerate(rows.items()):
-        bars = map(at_x, within(x, 2.0)), map(at_y, within(y))
-        marks += svg_cross(*centres[arm], *bars, COLOURS[i % 7])
-        marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), COLOURS[i % 7])
-    marks += knob_curves(centres) + named(centres, wide)
-    note = "bars: 95% interval; faint: seeds; dashed: Pareto front; joined: one method's knob"
-    return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
-                    "share of valid drafts", x_grid, y_grid, wide - 20, marks, wide)
-
-
-def knob(arm):
-    """Where an arm named BASE@KNOB stands on its curve: the number in KNOB, BASE itself first."""
-    number = re.search(r"-?\d+\.?\d*(e-?\d+)?", arm.partition("@")[2])
-    return float(number[0]) if number else -math.inf
-
-
-def curves_of(points):
-    """{arm: point} -> {BASE: its arms' points, in the order of their knob}, of two arms or more."""
-    joined = {}
-    for arm, point in points.items():
-        joined.setdefault(arm.partition("@")[0], []).append((knob(arm), point))
-    return {name: [point for _, point in sorted(line)]
-            for name, line in joined.items() if len(line) > 1}
-
-
-def knob_curves(centres):
-    """{arm: (x, y)} -> a line through the arms of each BASE, in the order of their knob."""
-    return [svg_line(line, "#999", 'stroke-width="1"') for line in curves_of(centres).values()]
-
-
-def curve_file(curve):
-    return f"curve_{curve['stage']}_{curve['name']}.svg"
-
-
-def curve_title(curve):
-    stage = "GRPO" if curve["stage"] == "grpo" else "training before GRPO"
-    return f"{stage}: {CURVES[curve['name']]}"
-
-
-def draw_curve(curve, order, wide=WIDE):
-    """One entry of summary["curves"] -> SVG over steps: a line an arm, its band the range of seeds;
-    colours and marks by the arm's place in `order`."""
-    lines, right = curve["arms"], wide - 180
-    steps = [step for line in lines.values() for step in line["steps"]]
-    ends = [v for line in lines.values() for v in (*line["low"], *line["high"])]
-    (at_x, x_grid), (at_y, y_grid) = scale([0, *steps], LEFT, right), scale(ends, BOTTOM, TOP)
-    marks = []
-    gap, fill = min(17, (BOTTOM - TOP) / len(lines)), min(0.15, 0.3 / len(lines))
-    for row, (arm, line) in enumerate(lines.items()):
-        i, y = order.index(arm), TOP + 8 + row * gap
-        xs = [at_x(step) for step in line["steps"]]
-        band = map(at_y, line["low"]), map(at_y, line["high"])
-        marks += [svg_band(xs, *band, COLOURS[i % 7], fill),
-                  svg_line([*zip(xs, map(at_y, line["mean"]))], COLOURS[i % 7],
-                           'stroke-width="1.8"'),
-                  svg_marker(i, xs[-1], at_y(line["mean"][-1])), svg_marker(i, right + 22, y),
-                  svg_text(right + 32, y + 4, arm if len(arm) < 23 else arm[:21] + "…")]
-    note = "mean over seeds, averaged over neighbouring steps; bands: the range of seeds"
-    return svg_page(curve_title(curve), note, "step", CURVES[curve["name"]], x_grid, y_grid, right,
-                    marks, wide)
-
-
-def draw_all(summary, wide):
-    """{file name: SVG} of every picture that the summary has, in the page's order."""
-    out = {"pass_at_k.svg": draw_pass_at_k(summary, wide),
-           "quality_diversity.svg": draw_quality_diversity(summary, wide)}
-    for name, (k, key) in FRONTS.items():
-        if key in summary:
-            out[name] = draw_pass1_passk(summary, k, summary[key], wide)
-    order = list(summary["arms"])
-    return out | {curve_file(curve): draw_curve(curve, order, wide) for curve in summary["curves"]}
 
 
 # ---- The report ----------------------------------------------------------------------------------

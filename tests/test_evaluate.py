@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
+import page  # noqa: E402
 from data import Post  # noqa: E402
 from evaluate import InputError  # noqa: E402
 from metrics import (  # noqa: E402
@@ -615,10 +616,32 @@ def test_arms_of_one_knob_are_joined_in_its_order(tmp_path):
     evaluate.report(runs, tmp_path / "out")
     for name in ("pass1_pass5.svg", "quality_diversity.svg"):
         root = ElementTree.parse(tmp_path / "out" / name).getroot()
-        line, = [e.get("points").split() for e in root.iter() if e.tag.endswith("polyline") and e.get("stroke") == "#999"
-                 and e.get("stroke-width") == "1"]
+        line, = [e.get("points").split() for e in root.iter() if e.tag.endswith("polyline") and e.get("stroke-width") == "1"]
         heights = [float(point.split(",")[1]) for point in line]
         assert len(line) == 4 and sorted(range(4), key=lambda i: heights[i]) == [1, 2, 0, 3], (name, heights)
+
+
+def test_a_method_is_placed_by_its_temperature_and_its_name_may_hold_an_at(tmp_path):
+    """x@1 at T = 1 lay before x@1@0.5 and x@1@1.6, all three at 1; so did its curve's colours and names."""
+    runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: right, settings={"temperature": heat})
+            for n, (arm, right, heat) in enumerate([("x@1", 4, 1.0), ("x@1@1.6", 2, 1.6), ("x@1@0.5", 6, 0.5), ("y@beams", 3, 1.0),
+                                                    ("z@0.3", 2, 1.0), ("z@3", 5, 1.0)])]
+    summary = evaluate.report(runs, tmp_path / "out")
+    assert page.knobs(summary) == {"x@1": ("x@1", 1.0), "x@1@1.6": ("x@1", 1.6), "x@1@0.5": ("x@1", 0.5),
+                                   "y@beams": ("y@beams", -math.inf), "z@0.3": ("z", 0.3), "z@3": ("z", 3.0)}
+    assert page.curves_of({arm: arm for arm in summary["arms"]}, summary) == {"x@1": ["x@1@0.5", "x@1", "x@1@1.6"],
+                                                                             "z": ["z@0.3", "z@3"]}
+    assert page.looks(summary) == {"x@1": 0, "x@1@1.6": 0, "x@1@0.5": 0, "y@beams": 1, "z@0.3": 2, "z@3": 2}
+
+
+def test_many_arms_are_named_by_their_methods(tmp_path):
+    arms = ["base", *(f"x@{n}" for n in range(12)), "z", *(f"z@{n}" for n in range(12))]
+    runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: 1 + n % 6) for n, arm in enumerate(arms)]
+    evaluate.report(runs, tmp_path / "out")
+    for name in ("pass1_pass5.svg", "quality_diversity.svg"):
+        root = ElementTree.parse(tmp_path / "out" / name).getroot()
+        said = [e.text for e in root.iter() if "paint-order" in e.attrib]
+        assert sorted(said) == ["base", "x", "z"] and "1 4" not in {e.get("stroke-dasharray") for e in root.iter()}
 
 
 def test_the_area_between_a_curve_and_the_limit_by_hand(tmp_path):
