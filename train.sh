@@ -34,8 +34,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
-                     lora-cover poly-grpo poly-dpp dpp-cover@1; with --model without coverage and
-                     DPP); an arm needs the arm that it starts from
+                     lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
+                     it starts from
   --seeds "1 2"      seeds of the study (default: "1 2 3"; of a --study "11 12 13 14 15"; with --model "1")
   --dry-run          print every stage with its command, posts, steps, memory and time; train nothing but a
                      small base's first step
@@ -122,7 +122,7 @@ twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-a
 quarter="lora-clip-cov lora-kl-cov"       # at four updates a batch 1e-3 was too much for these: a third trial, and its rate
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
-  "") asked="$six $best" ;;
+  "") asked="$six" ;;
   primary) asked="$six"; seeds="${seeds:-$twelve}" ;;
   trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
