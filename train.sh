@@ -56,7 +56,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --reward-model M   Qwen3 folder or hub name for --reward model or judge
   --embedder NAME    what embeds drafts for D: base, or the folder or hub name of an embedding model
   --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
-  --samples N        drafts for each held-out post (default: 40; with --model 20)
+  --samples N        drafts for each held-out post (default: 24; of a --study 40; with --model 20)
   --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
@@ -180,7 +180,8 @@ if [[ -z "$model" ]]; then
   adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
   sft=(--lr 2e-3 --batch 32 --steps "${first_steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
   grpo=(--lr 1e-3 --batch 16 --steps "${then_steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
-  gate="${gate:-verifier}" floor=0 passk="${passk:-passk}" samples="${samples:-40}"
+  gate="${gate:-verifier}" floor=0 passk="${passk:-passk}"
+  samples="${samples:-$([[ -n "$study" ]] && echo 40 || echo 24)}"  # bare: within a quarter of an hour on 2 cores
   # One thread a process: two busy processes of two threads each on two cores wait for each other.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   count="$(wc -w <<< "$seeds")"
