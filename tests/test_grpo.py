@@ -609,6 +609,11 @@ def test_a_schedule_is_a_factor_on_d_s_weight(parts, monkeypatch, tmp_path):
     assert rewards.scheduled(again, 5, -2.1) == pytest.approx(0.5)
     args.steps, args.diversity_schedule, tally = 1, "rising", Tally()
     assert rewards.scheduled(again, 0, 1.0) == 0                               # a run of one step
+    args.steps = 2
+    assert rewards.scheduled(again, 1, 1.0) == 2
+    args.diversity_schedule, again.first_spread = "held", 0.0                  # of no D nothing can be lost
+    assert rewards.scheduled(again, 1, 0.5) == 0
+    args.diversity_schedule = "rising"
     assert rewards.spread_weight(args, 4.0, 1.0, 0.5, tally) == 1.5 and tally.sums["D_share"][0] == 0.75
     args.diversity_weight, args.diversity_share = 0.0, 3.0
     assert rewards.spread_weight(args, 4.0, 1.0, 0.5, tally) == 3.0
