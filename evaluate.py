@@ -303,7 +303,7 @@ def make_records(session, mine, samples, texts, rounds=1):
 def some_records(session, mine, tokens, finished, texts):
     domain, posts = session.domain, [session.posts[i] for i in mine]
     joint = DECODERS[session.args.decoder].joint
-    embeddings = each_once(lambda said: session.embedder([said])[0], texts)
+    embeddings = each_once(session.embedder, texts)
     size = session.args.set_size if joint else embeddings.shape[1]
     sets = embeddings.unflatten(1, (-1, size))                       # (P, sets, size, dim)
     spread = diversity(sets.flatten(0, 1)).view(len(posts), -1).mean(1).tolist()
@@ -341,9 +341,9 @@ def some_records(session, mine, tokens, finished, texts):
 
 
 def each_once(embed, texts):
-    """(P, k, dim) embeddings of P lists of k texts, equal ones embedded once."""
+    """embed(texts), P lists of k -> (P, k, dim), with equal texts embedded once."""
     place = {text: i for i, text in enumerate(dict.fromkeys(t for some in texts for t in some))}
-    return embed(list(place))[torch.tensor([[place[t] for t in some] for some in texts])]
+    return embed([list(place)])[0][torch.tensor([[place[t] for t in some] for some in texts])]
 
 
 def add_likelihoods(session, records, pairs):

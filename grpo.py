@@ -681,15 +681,16 @@ def rollout(session, step, tally):
     if group.reference is not None:
         group.reference = group.reference.view_as(group.rewards)
     objective = OBJECTIVES[args.advantage]
-    squares, spread = [0.0, 0.0], 0.0        # of the objective's part and of D's, where D has one
+    tally_spread(group, args, tally)
+    squares = [0.0, 0.0]                     # of the objective's part and of D's, where D has one
     if args.diversity_weight or args.diversity_share:
         parts = (objective.advantages(group),
                  objective.weight(group) * measure(args.diversity, group)[1])
         squares = [float(part.double().square().sum()) for part in parts]
-        spread = float(plain_spread(args.diversity, group).sum())
     count, *squares, spread, posts = session.ranks.sum(
-        [sum(map(len, logprobs)), *squares, spread, len(drawn.visits)])
-    weight = spread_weight(args, *squares, scheduled(session, step, spread / posts), tally)
+        [sum(map(len, logprobs)), *squares, *tally.sums.get("D", (0.0, 0.0))])
+    factor = scheduled(session, step, spread / max(posts, 1))
+    weight = spread_weight(args, *squares, factor, tally)
     advantages = advantages_of(objective, group, weight, args.diversity, args.entropy_weight)
     flat = advantages.flatten().to(device)                                     # one a draft
     chosen = chosen_tokens(session, advantages, samples.logprobs, step)
@@ -700,13 +701,18 @@ def rollout(session, step, tally):
     return batches, count
 
 
-def plain_spread(diversity, group):
-    """D of each post's drafts (P,), whatever their quality."""
-    return measure(diversity, dataclasses.replace(group, quality=None))[0]
+def tally_spread(group, args, tally):
+    """D of a rollout's drafts, whatever their quality, and gated by it; left out where drafts are
+    not embedded that must be, or are alone."""
+    if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[args.diversity].embeds):
+        posts, plain = len(group.rewards), dataclasses.replace(group, quality=None)
+        tally.add("D", measure(args.diversity, plain)[0].sum(), posts)
+        if group.quality is not None:
+            tally.add("gated_D", measure(args.diversity, group)[0].sum(), posts)
 
 
 def tally_rollout(drawn, advantages, args, tally):
-    """What the log says of a rollout."""
+    """What the log says of a rollout, beside D."""
     group, samples = drawn.group, drawn.samples
     posts, drafts = group.rewards.shape[0], group.rewards.numel()
     tally.add("reward", group.rewards.sum(), drafts)
@@ -719,10 +725,6 @@ def tally_rollout(drawn, advantages, args, tally):
     if group.quality is not None:
         tally.add("quality", group.quality.sum(), drafts)
     tally.add("different", sum(1 - duplicate_rate(t) for t in group.texts), posts * (group.k > 1))
-    if group.k > 1 and (group.embeddings is not None or not DIVERSITIES[args.diversity].embeds):
-        tally.add("D", plain_spread(args.diversity, group).sum(), posts)
-        if group.quality is not None:
-            tally.add("gated_D", measure(args.diversity, group)[0].sum(), posts)
 
 
 def grpo_step(session, step):

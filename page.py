@@ -230,7 +230,7 @@ def draw_pass1_passk(summary, k, limit, wide=WIDE):
         note += "; dotted: up to the limit at the arm's own share of valid drafts"
     title = {5: "One draft against five", 10: "One draft against ten"}[k]
     return svg_page(title, note, "Pass@1 for the readers", f"Pass@{k} for the readers", x_grid,
-                    y_grid, wide - 20, marks + svg_arms(summary, centres, wide), wide)
+                    y_grid, wide - 20, marks + svg_arms(summary, centres, look, wide), wide)
 
 
 def draw_quality_diversity(summary, wide=WIDE):
@@ -253,7 +253,7 @@ def draw_quality_diversity(summary, wide=WIDE):
         bars, colour = (map(at_x, within(x, 2.0)), map(at_y, within(y))), COLOURS[look[arm] % 7]
         marks += svg_cross(*centres[arm], *bars, colour)
         marks += svg_seeds(zip(map(at_x, x["per_seed"]), map(at_y, y["per_seed"])), colour)
-    marks += svg_arms(summary, centres, wide)
+    marks += svg_arms(summary, centres, look, wide)
     note = "bars: 95% interval; faint: seeds; dashed: Pareto front; joined: one method's knob"
     return svg_page("Quality against diversity", note, "semantic diversity of a post's drafts",
                     "share of valid drafts", x_grid, y_grid, wide - 20, marks, wide)
@@ -289,17 +289,16 @@ def looks(summary):
     return {arm: order.index(method) for arm, method in methods.items()}
 
 
-def svg_arms(summary, centres, wide):
+def svg_arms(summary, centres, look, wide):
     """The arms at {arm: (x, y)}: a line through the points of one method in the order of its knob,
     marks, and names; where there are many arms one name a method."""
-    places, look = knobs(summary), looks(summary)
-    lines = curves_of(centres, summary)
-    marks = [svg_line(line, COLOURS[look[next(a for a in centres if places[a][0] == name)] % 7],
-                      'stroke-width="1"') for name, line in lines.items()]
+    places = knobs(summary)
+    last = {places[arm][0]: arm for arm in centres}  # of each method
+    marks = [svg_line(line, COLOURS[look[last[method]] % 7], 'stroke-width="1"')
+             for method, line in curves_of(centres, summary).items()]
     names = {arm: arm for arm in centres}
-    if len(centres) > MANY:                  # the method itself, else its last point
-        names = {places[arm][0]: arm for arm in centres}
-        names = {arm if name not in centres else name: name for name, arm in names.items()}
+    if len(centres) > MANY:
+        names = {method if method in centres else arm: method for method, arm in last.items()}
     return marks + named(centres, wide, look, names)
 
 

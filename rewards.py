@@ -5,7 +5,8 @@
 
 A reward is called with P posts, for each a list of texts, and the step's random streams; it returns
 P lists of floats. REWARDS names them for --reward; `make_reward` makes one for a session. In order:
-rewards, single-stream SPO's values of posts, D's weight beside a reward, reward models and their training on preferences."""
+rewards, single-stream SPO's values of posts, D's weight beside a reward, reward models and their
+training on preferences."""
 
 import argparse
 import gzip

@@ -111,7 +111,9 @@ diversities="dpp vendi distinct floor ngram levenshtein"
 objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychromic polyepo darling dra dqo
   uniqueness unlikeliness evol maxrl tailrl wreinforce focal ucpo mara soft-spo single-stream-spo"
 others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
-weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-4 1e-3 5e-3" six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
+weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-4 1e-3 5e-3"
+six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
+seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
 sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
@@ -143,10 +145,10 @@ case "$study" in
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
   temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
-  valid) asked="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo" reward=valid ;;
+  valid) asked="$seven" reward=valid ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
-  blind) asked="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo" reward=agreement gate=likelihood passk=maxk ;;
+  blind) asked="$seven" reward=agreement gate=likelihood passk=maxk ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
@@ -233,7 +235,7 @@ row() {  # NAME PHASE START FLAGS..: a line of a register, and both of its trial
 }
 
 every_arm() {
-  local x
+  local x both="--advantage coverage $cover --diversity dpp --gate $then_gate"
   row lora sft - --lambda 0
   row poly sft - $strength $poly
   for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
@@ -269,13 +271,11 @@ dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
 dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
 dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
 dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
-lora-cover-dpp      grpo  lora      --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate
+lora-cover-dpp      grpo  lora      $both --diversity-share 1
 lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 lora-long           sft   -     --lambda 0 --steps 112
 END
-  for x in $schedules; do
-    echo "lora-cover-dpp-$x grpo lora --advantage coverage $cover --diversity dpp --diversity-share 1 --gate $then_gate --diversity-schedule $x"
-  done
+  for x in $schedules; do echo "lora-cover-dpp-$x grpo lora $both --diversity-share 1 --diversity-schedule $x"; done
   for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
   for x in 0.1 0.3 1; do echo "lora-kl@$x grpo lora --advantage group --beta $x"; done
   for x in $weights; do echo "poly@$x sft - --lambda $x $poly"; done
@@ -288,7 +288,7 @@ END
   for x in $trials_weight; do
     echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
   done
-  for x in $parts; do echo "dpp-cover@$x grpo poly-dpp --advantage coverage $cover --diversity dpp --diversity-share $x --gate $then_gate"; done
+  for x in $parts; do echo "dpp-cover@$x grpo poly-dpp $both --diversity-share $x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
   done

@@ -37,8 +37,8 @@ FUNCTIONS = {
         wreinforce_advantages focal_advantages of_drafts of_sets of_both OBJECTIVES advantages_of
         ucpo_advantages mara_advantages soft_advantages stream_advantages token_covariances clip_cov kl_cov
         draft_means policy_loss""",
-    "rewards.py": """VerifierReward overlong_penalty kept_share Values SCHEDULES scheduled spread_weight preference_loss draw_pair usable
-        padded preference_step Heads new_heads HeadsReward""",
+    "rewards.py": """VerifierReward overlong_penalty kept_share Values SCHEDULES scheduled spread_weight
+        preference_loss draw_pair usable padded preference_step Heads new_heads HeadsReward""",
     "polylora.py": """gated pair_distances pair_mean diversity pair_advantages diversity_advantages leave_one_out log_det
         vendi alike distinct_answers answer_classes word_distances DIVERSITIES measure
         diversity_loss gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss

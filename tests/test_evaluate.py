@@ -616,7 +616,8 @@ def test_arms_of_one_knob_are_joined_in_its_order(tmp_path):
     evaluate.report(runs, tmp_path / "out")
     for name in ("pass1_pass5.svg", "quality_diversity.svg"):
         root = ElementTree.parse(tmp_path / "out" / name).getroot()
-        line, = [e.get("points").split() for e in root.iter() if e.tag.endswith("polyline") and e.get("stroke-width") == "1"]
+        line, = [e.get("points").split() for e in root.iter() if e.tag.endswith("polyline")
+                 and e.get("stroke") == page.COLOURS[0] and e.get("stroke-width") == "1"]
         heights = [float(point.split(",")[1]) for point in line]
         assert len(line) == 4 and sorted(range(4), key=lambda i: heights[i]) == [1, 2, 0, 3], (name, heights)
 

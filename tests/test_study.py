@@ -717,7 +717,7 @@ def test_drafts_are_scored_alike_some_posts_at_a_time(world, tmp_path, monkeypat
         monkeypatch.setattr(evaluate, "SOME", some)
         assert evaluate.main(["measure", "--bare", str(tmp_path / str(some)), *args]) == 0
         made.append(json.loads((tmp_path / str(some) / "evaluation.json").read_text())["records"])
-    assert [r["id"] for r in made[0]] == [r["id"] for r in made[1]] and sizes == [6, 2, 2, 2]
+    assert [r["id"] for r in made[0]] == [r["id"] for r in made[1]] and len(made[0]) == 6 and sizes == [6, 2, 2, 2]
     for a, b in zip(*made):
         assert a["drafts"] == b["drafts"] and a["semantic"] == pytest.approx(b["semantic"], abs=1e-5)
         assert a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)
