@@ -23,6 +23,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        rates        every line of the registers at two learning rates, seed 101
                        map          D in one phase or both, beside Pass@k or coverage, in sets, by other measures
                        cover        coverage with D (DPP) beside it, with and without distance, seeds 11 to 22
+                       fresh        cover's two arms and Pass@k training once more, each at the temperature
+                                    chosen for it, seeds 23 to 34
                        lambda       SFT at four weights of D, each with GRPO after it
                        full         LoRA and full fine-tuning at three learning rates each
                        losses, adapters, diversities, objectives      every line of that register, but
@@ -114,7 +116,7 @@ others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
 weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-4 1e-3 5e-3"
 six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
 seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
-sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22"
+sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22" more="23 24 25 26 27 28 29 30 31 32 33 34"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
@@ -135,6 +137,8 @@ case "$study" in
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
     asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts") $(named lora-cover-dpp- "$schedules")" ;;
   cover) asked="$six $best lora-cover-dpp lora-cover-floor" seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
+  fresh) asked="lora lora-passk lora-cover $best" temperatures=0.75 seeds="${seeds:-$more}"
+    endpoint="dpp-cover@1@0.75 lora-cover@0.75 lora-passk@0.75" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
   losses) asked="lora poly $(named sft- "$losses")" ;;
