@@ -30,6 +30,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        losses, adapters, diversities, objectives      every line of that register, but
                                     full fine-tuning, which the study above has
                        controls     KL, entropy, clip-higher, less learning, fewer steps, D elsewhere
+                       paths        every second phase of the default's, stopped at 20, 40 and 80 steps of 120
                        temperature  the default's arms and GEM, each measured at 0.5 to 1.6
                        free         what costs no training: other decoders of lora, half of lora-grpo's
                                     adapter, the adapter between the two
@@ -115,6 +116,7 @@ objectives="drgrpo rloo passk-full passk-bootstrap passk-mixed maxk bon polychro
 others="dpp vendi distinct floor" beside="gspo dapo entropy clip-cov kl-cov"
 weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-4 1e-3 5e-3"
 six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
+phases="lora-grpo lora-passk lora-cover poly-grpo dpp-cover@1" stops="20 40 80"
 seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
 sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22" more="23 24 25 26 27 28 29 30 31 32 33 34"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
@@ -145,8 +147,9 @@ case "$study" in
   adapters) asked="lora poly $(named lora- "$adapters")" ;;
   diversities) asked="lora poly $(named poly- "$diversities straight-through")" ;;
   objectives) asked="$six $(named lora- "$beside $objectives")" ;;
-  controls) asked="$six $best $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "20 40 80") lora-slow lora-fast lora-entropy lora-clip
+  controls) asked="$six $best $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "$stops") lora-slow lora-fast lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
+  paths) asked="$six $best"; for arm in $phases; do asked="$asked $(named "$arm@" "$stops")"; done ;;
   temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven" reward=valid ;;
@@ -280,7 +283,6 @@ lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floo
 lora-long           sft   -     --lambda 0 --steps 112
 END
   for x in $schedules; do echo "lora-cover-dpp-$x grpo lora $both --diversity-share 1 --diversity-schedule $x"; done
-  for x in 20 40 80; do echo "lora-grpo@$x grpo lora --advantage group --steps $x"; done
   for x in 0.1 0.3 1; do echo "lora-kl@$x grpo lora --advantage group --beta $x"; done
   for x in $weights; do echo "poly@$x sft - --lambda $x $poly"; done
   for x in $weights; do echo "poly-then-grpo@$x grpo poly@$x --advantage group"; done
@@ -306,6 +308,9 @@ END
   done
 }
 table="$(every_arm)"; arms="$(echo $arms)"  # one blank between names
+table+="$(while read -r arm line; do        # every second phase stopped early
+  [[ " $phases " != *" $arm "* ]] || for x in $stops; do printf '\n%s' "$arm@$x $line --steps $x"; done
+done <<< "$table")"
 for arm in $arms; do
   [[ $'\n'"$table" == *$'\n'"$arm "* ]] || fail "there is no arm $arm: the arms stand in $here/train.sh"
 done
