@@ -49,6 +49,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --weight X         weight of D in the polychromic GRPO phase (default: 8; 4 with --data; with --model D's
                      part of the advantages is held at the reward's own norm, gated by the verifier
                      where replies have voices, else by the reward)
+  --narrow           with --data FILE: SFT's replies come from few voices, readers like all of them more
+                     evenly and each intent's in an order of its own, as in the default world
   --posts N          posts of SFT; GRPO has as many, the pocket's twice, a small base five times (default:
                      1000; with --model 2500, on a CPU 1440 and 320)
   --steps N[,M]      optimizer steps of SFT, and of GRPO if that has others (default: 40,120; with --data
@@ -74,7 +76,7 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
-arms="" study="" temperatures="" decoders="" endpoint="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
+arms="" study="" narrow="" temperatures="" decoders="" endpoint="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -88,6 +90,7 @@ while [[ $# -gt 0 ]]; do
       code=(--allow-code-execution yes); shift
       [[ "${1:-}" != as-root ]] || { code=(--allow-code-execution as-root); shift; } ;;
     --nf4|--shard) held+=("$1"); shift ;;
+    --narrow) narrow=-narrow; shift ;;
     *) fail "unknown argument $1: see --help" ;;
   esac
 done
@@ -100,6 +103,7 @@ numbers='^([0-9]+(,[0-9]+)?)?$'            # in a variable: the bash of macOS wa
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
 [[ "$data" != pocket || -f "$data" || -n "$model" ]] || data=""                  # the default one
 [[ -z "$data" || -n "$world" || -f "$data" ]] || fail "there is no file $data: give --data a file of posts"
+[[ -z "$narrow" || -n "$data" && -z "$model$world" ]] || fail "--narrow needs --data FILE: the small worlds have it"
 if [[ -z "${RANK:-}" ]]; then
   command -v torchrun > /dev/null || fail "torchrun is not on the PATH: activate the environment that has torch"
   exec torchrun --standalone --nproc-per-node="${NPROC:-1}" "$here/train.sh" ${given[@]+"${given[@]}"}
@@ -165,7 +169,7 @@ esac
 cores=$(( $(getconf _NPROCESSORS_ONLN) / WORLD_SIZE ))
 (( cores > 0 )) || cores=1                 # more ranks than cores
 first_steps="${steps%,*}" then_steps="${steps#*,}"   # the same where one number is given
-name="$(basename "${study:-${data:-pocket}}")"; out="${out:-runs/${name%%.*}}"
+name="$(basename "${study:-${data:-pocket}}")"; out="${out:-runs/${name%%.*}$narrow}"
 if [[ -z "$model" ]]; then
   arms="${arms:-$asked}"
   seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"
@@ -181,6 +185,7 @@ if [[ -z "$model" ]]; then
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
     [[ -z "$world" ]] || split=(--popularity 0.7 --writers 3)
+    [[ -z "$narrow" ]] || split=(--popularity 0.7 --writers 3 --permute)
     base_steps="${base_steps:-$([[ "$world" == pocket-stories ]] && echo 500 || echo 1200)}"  # tales are soon learnt
     noise=0.1; sft_steps=120 grpo_steps=80 weight="${weight:-4}"
   fi

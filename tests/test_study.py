@@ -379,7 +379,7 @@ def test_torchrun_leaves_the_programs_flags_alone():
 
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
                                              (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model"),
-                                             (["--share", "1"], "--lambda"), (["--steps", "40,x"], "one number")])
+                                             (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
@@ -492,6 +492,17 @@ def test_the_full_study_s_own_commands_run_on_replies_with_and_without_voices(wo
             assert rooms[Path(room).stem].main(words) == 0, capsys.readouterr().err
     arms = json.loads((tmp_path / "o" / "report" / "report.json").read_text())["arms"]
     assert set(arms) == {"base", "lora", "poly", "lora-grpo", "lora-passk", "poly-grpo"}
+
+
+def test_a_file_s_writers_can_be_narrow_and_its_readers_not(tmp_path):
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text(json.dumps({"post": "Hi", "replies": {"warm": "Hello!", "blunt": "Yes?"}}) + "\n")
+    readers = []
+    for flags in ([], ["--narrow"]):
+        words = next(words for room, *words in asked(tmp_path, "--data", str(posts), "--seeds", "11", *flags) if "split" in words)
+        args = data.parser().parse_args(words)
+        readers.append((args.popularity, args.writers, args.permute, args.by))
+    assert readers == [(1.5, None, False, "post"), (0.7, 3.0, True, "post")]
 
 
 @pytest.mark.parametrize("given, sft, then", [("7,3", 7, 3), ("5", 5, 5)])
