@@ -122,7 +122,7 @@ weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-
 six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
 phases="lora-grpo lora-passk lora-cover poly-grpo dpp-cover@1" stops="20 40 80"
 seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
-sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="11 12 13 14 15 16 17 18 19 20 21 22" more="23 24 25 26 27 28 29 30 31 32 33 34"
+sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
@@ -143,7 +143,7 @@ case "$study" in
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
     asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts") $(named lora-cover-dpp- "$schedules")" ;;
   cover) asked="$six $best lora-cover-dpp lora-cover-floor" seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
-  fresh) asked="lora lora-passk lora-cover $best" temperatures=0.75 seeds="${seeds:-$more}"
+  fresh) asked="lora lora-passk lora-cover $best" temperatures=0.75 seeds="${seeds:-$fresh}"
     endpoint="dpp-cover@1@0.75 lora-cover@0.75 lora-passk@0.75" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
@@ -174,18 +174,18 @@ if [[ -z "$model" ]]; then
   arms="${arms:-$asked}"
   seeds="${seeds:-1 2 3}"; posts="${posts:-1000}"; lambda="${lambda:-0.3}"
   sizes="base=$(( posts * 5 )),sft=$posts,grpo=$(( posts * 2 )),eval=$(( posts / 5 ))"
+  # Narrow writers: SFT pairs come from few voices, which readers like more evenly.
+  narrowly=(--popularity 0.7 --writers 3)
   if [[ -z "$data" ]]; then
-    # Narrow writers: SFT pairs come from few voices, readers like them more evenly and each scene's in an
-    # order of its own; the scenes of the evaluation are in no other part.
-    split=(--by intent --popularity 0.7 --writers 3 --permute) noise=0.2
+    # Each scene's readers have an order of their own; the scenes of the evaluation are in no other part.
+    split=(--by intent "${narrowly[@]}" --permute) noise=0.2
     # Some seeds learn the scenes a hundred steps later than others: each base ends at the same loss.
     [[ -n "$base_steps" ]] || { base_steps=600; until=(--until 0.70 --schedule constant); }
     sft_steps=40 grpo_steps=120 weight="${weight:-8}"
     cover="--set-size ${set_size:-4} --lr 2e-3" set_size="${set_size:-6}"
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
-    [[ -z "$world" ]] || split=(--popularity 0.7 --writers 3)
-    [[ -z "$narrow" ]] || split=(--popularity 0.7 --writers 3 --permute)
+    [[ -z "$world$narrow" ]] || split=("${narrowly[@]}" ${narrow:+--permute})
     base_steps="${base_steps:-$([[ "$world" == pocket-stories ]] && echo 500 || echo 1200)}"  # tales are soon learnt
     noise=0.1; sft_steps=120 grpo_steps=80 weight="${weight:-4}"
   fi
