@@ -35,6 +35,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        free         what costs no training: other decoders of lora, half of lora-grpo's
                                     adapter, the adapter between the two
                        valid        the other reward: 1 for being right in any voice
+                       valid-trials how that study's settings are chosen: four methods, six each, seed 101
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
@@ -125,6 +126,7 @@ seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no r
 sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
+trials_share="$(each "1 3 6" "$grpo_pair")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
 twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
@@ -157,6 +159,10 @@ case "$study" in
   temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven" reward=valid ;;
+  valid-trials)                            # many drafts are right: rivals may want less learning, or smaller sets
+    reward=valid trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
+    asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
+    asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven" reward=agreement gate=likelihood passk=maxk ;;
@@ -298,6 +304,10 @@ END
   for x in $trials_set; do echo "try-cover-$x grpo lora --advantage coverage --set-size ${x%-at-*} --lr ${x#*-at-}"; done
   for x in $trials_weight; do
     echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
+  done
+  for x in $trials_set; do echo "try-dpp-passk-$x grpo poly-dpp --advantage passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $trials_share; do
+    echo "try-dpp-grpo-$x grpo poly-dpp --advantage group --diversity dpp --diversity-share ${x%-at-*} --gate $gate --lr ${x#*-at-}"
   done
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp $both --diversity-share $x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
