@@ -35,8 +35,9 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        free         what costs no training: other decoders of lora, half of lora-grpo's
                                     adapter, the adapter between the two
                        valid        the other reward: 1 for being right in any voice
-                       valid-trials how that study's settings are chosen: four methods, six each, seed 101
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
+                       valid-trials, blind-trials   how those studies' settings are chosen: four methods,
+                                    six settings each, seed 101
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
                      it starts from
@@ -159,13 +160,14 @@ case "$study" in
   temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven" reward=valid ;;
-  valid-trials)                            # many drafts are right: rivals may want less learning, or smaller sets
-    reward=valid trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
-    asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
-    asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven" reward=agreement gate=likelihood passk=maxk ;;
+  valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
+    trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
+    asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
+    asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")"
+    if [[ "$study" == valid* ]]; then reward=valid; else reward=agreement gate=likelihood passk=maxk; fi ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
@@ -300,12 +302,12 @@ END
   for x in $rates; do echo "lora@$x sft - --lambda 0 --lr $x"; done
   for x in $rates; do echo "full@$x sft - --lambda 0 --adapter full --lr $x"; done
   for x in $trials_kl; do echo "try-grpo-$x grpo lora --advantage group --beta ${x%-at-*} --lr ${x#*-at-}"; done
-  for x in $trials_set; do echo "try-passk-$x grpo lora --advantage passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $trials_set; do echo "try-passk-$x grpo lora --advantage $passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
   for x in $trials_set; do echo "try-cover-$x grpo lora --advantage coverage --set-size ${x%-at-*} --lr ${x#*-at-}"; done
   for x in $trials_weight; do
     echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
   done
-  for x in $trials_set; do echo "try-dpp-passk-$x grpo poly-dpp --advantage passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $trials_set; do echo "try-dpp-passk-$x grpo poly-dpp --advantage $passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
   for x in $trials_share; do
     echo "try-dpp-grpo-$x grpo poly-dpp --advantage group --diversity dpp --diversity-share ${x%-at-*} --gate $gate --lr ${x#*-at-}"
   done

@@ -399,7 +399,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
-STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid valid-trials few noisy blind".split()
+STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid few noisy blind valid-trials blind-trials".split()
 
 
 def asked(tmp_path, *flags):
@@ -445,7 +445,7 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
     if study == "paths":
         assert {f"{arm}@{n}" for arm in ("lora-grpo", "lora-passk", "lora-cover", "poly-grpo", "dpp-cover@1")
                 for n in (20, 40, 80)} <= names
-    if study == "valid-trials":  # as many for each method
+    if study in ("valid-trials", "blind-trials"):  # as many for each method
         tried = [name.rsplit("-at-")[0].rsplit("-", 1)[0] for name in names if name.startswith("try-")]
         assert {name: tried.count(name) for name in tried} == dict.fromkeys(
             ("try-grpo", "try-passk", "try-dpp-passk", "try-dpp-grpo"), 6)
