@@ -501,8 +501,8 @@ class Domain:
     A draft is right in a voice when it is the post's reply in that voice, letter case, punctuation
     and spacing aside (normalise). Readers are long-tailed over the voices: GRPO rewards and the
     evaluation draw them by popularity_of(post). SFT pairs come from writers, who are the readers
-    unless they were given a long tail of their own. With `permute` each scene (the part of a post's
-    intent before its last /) has an order of voices of its own, which holds for readers alone."""
+    unless they were given a long tail of their own. With `permute` each scene (a post's intent, less
+    what follows its last /) has an order of voices of its own, which holds for readers alone."""
     name = "voices"
 
     def __init__(self, posts, voices=None, popularity=1.5, writers=None, permute=False):
@@ -533,7 +533,7 @@ class Domain:
         """{voice: share of this post's readers who like it}; {} in a domain without voices."""
         order = list(self.voices)
         if self.permute:
-            random.Random(f"readers of {post.intent.rpartition('/')[0]}").shuffle(order)
+            random.Random(f"readers of {post.intent.rpartition('/')[0] or post.intent}").shuffle(order)
         shares = long_tail(order, self.exponent)
         return {v: shares[v] for v in self.voices}
 
@@ -837,6 +837,8 @@ def split(args):
         posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
     domain = make_domain(args.domain, posts, popularity=args.popularity, writers=args.writers,
                          permute=args.permute)
+    if args.permute and not all(p.intent for p in posts):
+        raise InputError(f'--permute needs posts with an "intent" each: {args.data} has some without')
     if args.by == "intent":
         parts = split_by_intent(posts, sizes, args.seed)
     else:
@@ -881,8 +883,8 @@ def parser():
     add("--writers", type=float, default=None,
         help="the same for the writers of SFT pairs; default: they are the readers")
     add("--permute", action="store_true",
-        help="readers of each scene (intent without its last part) rank the voices in an order of "
-             "its own")
+        help="readers of each scene (intent without its last /part) rank the voices in an order "
+             "of its own")
     s.set_defaults(run=split)
     for q in (c, s):
         q.add_argument("--domain", default="auto", help=f"auto, {', '.join(DOMAINS)}")

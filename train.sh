@@ -236,7 +236,7 @@ like=3; [[ "$weight" != 8 ]] || like=6; [[ -n "$weight" ]] || like=1    # D's pa
 grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 [[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
-poly="--k 8 --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
+poly="--k $k --gate $gate --embedder $embedder ${extra[*]+"${extra[*]}"}"
 spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 # Gated by likelihood a language model was paid for longer, likelier drafts: see LOG.md.
 [[ -n "$weight" ]] || spread="--diversity-share 1 --gate auto"

@@ -353,6 +353,24 @@ def test_each_scene_has_readers_of_its_own_and_writers_need_not_be_readers():
     assert same.writer(post, random.Random(7)) == same.reader(post, random.Random(7))
 
 
+def test_an_intent_without_parts_is_a_scene_by_itself(tmp_path, capsys):
+    """All intents without a / once shared one order, so that "each intent's own" was everybody's."""
+    voices = {v: f"{v} {{}}" for v in "abcdef"}
+    rows = [{"post": f"p {i}", "intent": f"{i:02}", "replies": {v: r.format(i) for v, r in voices.items()}} for i in range(40)]
+    path = write(tmp_path / "posts.jsonl", *rows)
+    posts = data.load_posts(path)
+    domain = data.make_domain("voices", posts, permute=True)
+    order = lambda p: tuple(sorted(domain.voices, key=domain.popularity_of(p).get))
+    assert len({order(p) for p in posts}) > 30
+    flags = ["split", "--data", str(path), "--sizes", "sft=20,eval=20", "--permute", "--out"]
+    assert data.main([*flags, str(tmp_path / "good")]) == 0
+    del rows[7]["intent"]
+    write(path, *rows)
+    assert data.main([*flags, str(tmp_path / "bad")]) == 2
+    assert '--permute needs posts with an "intent" each' in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
 def test_the_domain_is_fixed_at_the_split(tmp_path, capsys):
     """Inferred anew from each part, three posts without voices made evaluation choose another prompt
     and judge than training, and a first post with another order of voices another popularity."""

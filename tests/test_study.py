@@ -452,6 +452,8 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
     if study == "fresh":  # each at its best of five temperatures on seeds 11 to 13
         assert report.primary == ["dpp-cover@1@0.75", "lora-cover@0.75", "lora-passk@0.75"]
         assert set(report.primary) <= {Path(run).name for run in report.runs}
+    if study == "few":           # groups of four in both phases
+        assert {words[words.index("--k") + 1] for _, *words in asked(tmp_path, "--study", study) if "--k" in words} == {"4"}
     if study in ("few", "noisy"):
         assert report.primary == ["dpp-cover@1", "lora-cover", "lora-passk"]
     if study == "primary":
