@@ -6,6 +6,7 @@ adapter did to the weights. In order: the layers, the register, putting one on a
 copies, what some ask for in each step, files, merging."""
 
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, beside, read_json, write_json
+from data import InputError, await_file, beside, read_json, write_json
 from model import NF4, Parts, read_tensors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -842,9 +843,15 @@ def run_wise(args):
     inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
     if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
         raise InputError("--weight is from 0 to 1, and --scale above 0")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} exists: choose another --out")
     is_run = inside[1] != runs[1]
+    last = out / ("done.json" if is_run else "adapter_config.json")  # what is written last
+    if os.environ.get("RANK", "0") != "0":
+        await_file(last)
+        return
+    killed = {"adapter", "config.json"} if is_run else {"adapter_model.safetensors"}
+    held = {p.name for p in out.iterdir() if p.suffix != ".partial"} if out.exists() else set()
+    if not held <= killed:  # what a killed call leaves is made again
+        raise InputError(f"{out} exists: choose another --out")
     interpolate_adapters(*inside, args.weight, out / "adapter" if is_run else out, args.scale)
     if is_run:  # what `evaluate.py measure` reads of a run
         mark = {"wise": [str(run) for run in runs], "weight": args.weight, "scale": args.scale}

@@ -18,7 +18,6 @@ import random
 import re
 import sys
 import tempfile
-import time
 import unicodedata
 import zlib
 from array import array
@@ -33,8 +32,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    CONTROL, InputError, beside, command, control_of, fetch, harmless, printable, read_json,
-    read_text, short, without_control, write_json, write_text)
+    CONTROL, InputError, await_file, beside, command, control_of, fetch, harmless, printable,
+    read_json, read_text, short, without_control, write_json, write_text)
 from pocket import (
     POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
 from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program
@@ -821,7 +820,8 @@ def split(args):
     wanted = {name: getattr(args, name) for name in (
         "data", "seed", "by", "domain", "popularity", "writers", "permute")} | {"sizes": sizes}
     if os.environ.get("RANK", "0") != "0":
-        await_split(out, wanted)
+        path = out / "split.json"
+        await_file(path, lambda: read_json(path) == wanted)
         return
     if (out / "split.json").exists():
         if read_json(out / "split.json") != wanted:
@@ -848,16 +848,6 @@ def split(args):
     write_json(out / "domain.json", domain.record())
     write_json(out / "split.json", wanted)
     print(f"{out}: " + ", ".join(f"{n} {c}" for n, c in sizes.items()) + " posts")
-
-
-def await_split(out, wanted, seconds=600):
-    """Until the first rank has written the split."""
-    end = time.monotonic() + seconds
-    while not (out / "split.json").exists() or read_json(out / "split.json") != wanted:
-        if time.monotonic() > end:
-            raise InputError(f"{out}/split.json, which the first rank writes, did not appear: is "
-                             "the folder shared by all machines?")
-        time.sleep(0.2)
 
 
 def parser():

@@ -39,7 +39,7 @@ from metrics import (  # noqa: F401  (metrics by the door through which they are
 from polylora import diversity, held_out, listed, load_embedder, pair_distances, same_domain
 from report import read_object, report
 from rewards import REWARDS, AgreementReward, JudgeReward, make_reward
-from trainer import (Session, Visit, allow_code_flag, file_hash, load_model, model_flags,
+from trainer import (Session, Visit, allow_code_flag, file_hash, load_chat, load_model, model_flags,
                      model_hash, peak_bytes)
 
 # ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
@@ -115,8 +115,9 @@ def jobs_of(session, runs):
         seed = config.get("seed", args.seed)
         hashed = file_hash(run / "adapter" / "adapter_model.safetensors")
         own = settings | {"seed": seed, "adapter": hashed}
-        arm = (config.get("arm") or run.resolve().name) + tail
-        about = {"seed": seed, "arm": arm, "model": args.model}
+        arm = config.get("arm") or run.resolve().name
+        about = {"seed": seed, "arm": arm + tail, "model": args.model}
+        about |= {"measured_of": arm} if tail else {}
         about |= {"embedder": config["embedder"]} if "embedder" in config else {}
         to = run.with_name(run.name + tail)
         jobs.append((run, to, own, about if tail or "seed" not in config else None))
@@ -382,7 +383,7 @@ class Asked(JudgeReward):
 
     def chat(self, post, text):
         turns = [{"role": "user", "content": f"{text} Answer yes or no."}]
-        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=True)
+        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=True, chat=self.form)
 
     @classmethod
     def load(cls, session):
@@ -390,7 +391,8 @@ class Asked(JudgeReward):
         model = load_model(folder, session.args, session.ranks.device)
         if not model.has_logits:
             raise InputError(f"--judge {folder} has no token head: give a Qwen3 chat model")
-        return cls(model, data.load_tokenizer(folder), session.domain)
+        tokenizer, form = load_chat(folder)
+        return cls(model, tokenizer, session.domain, form)
 
 
 def add_judgement(session, records, posts):

@@ -115,6 +115,16 @@ def read_text(path):
         raise InputError(f"{path} cannot be read ({str(e)[:100]})") from None
 
 
+def await_file(path, right=lambda: True, seconds=600):
+    """Until the first rank has written a file that is `right`."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and right()):
+        if time.monotonic() > end:
+            raise InputError(f"{path}, which the first rank writes, did not appear: is the folder "
+                             "shared by all machines?")
+        time.sleep(0.2)
+
+
 def read_json(path):
     """The value in a JSON file; InputError where it is missing or no JSON."""
     try:

@@ -261,14 +261,19 @@ def draw_quality_diversity(summary, wide=WIDE):
 
 def knobs(summary):
     """{arm: (METHOD, place)} of arms named METHOD@KNOB: the place is the number in KNOB, METHOD
-    itself stands first; where temperatures differ, that is the place of all."""
-    arms, out, heats = summary["arms"], {}, {}
+    itself stands first, or at its own steps where KNOB is the others' steps; where temperatures
+    differ, that is the place of all."""
+    arms, out, heats, stopped = summary["arms"], {}, {}, {}
     for arm in arms:
         method = arm if any(a.rpartition("@")[0] == arm for a in arms) else arm.rpartition("@")[0]
         number = re.search(r"-?\d+\.?\d*(e-?\d+)?", arm[len(method):]) if method else None
         method = method if number or method == arm else arm  # lora@beams: no point of a curve
         out[arm] = method, float(number[0]) if number else -math.inf
         heats.setdefault(out[arm][0], set()).add(arms[arm].get("temperature"))
+        if arm != method:
+            stopped[method] = stopped.get(method, True) and out[arm][1] == arms[arm].get("steps")
+    for method in (m for m, yes in stopped.items() if yes and arms.get(m, {}).get("steps")):
+        out[method] = method, arms[method]["steps"]
     return {arm: (method, arms[arm]["temperature"] if len(heats[method]) > 1 else place)
             for arm, (method, place) in out.items()}
 

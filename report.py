@@ -41,9 +41,9 @@ def read_object(path, text=None):
 
 
 def read_run(folder, ks=KS):
-    """-> a dict: folder, arm, seed, `shared` (what all runs must agree on), `posts` {id: text},
-    clusters, values {metric: (posts,)}, `readers` (Counter of reader_shares), ends, scale,
-    adapter, warnings.
+    """-> a dict: folder, arm, seed, `of` (the arm that was trained, where this is RUN@NAME), `shared`
+    (what all runs must agree on), `posts` {id: text}, clusters, values {metric: (posts,)},
+    `readers` (Counter of reader_shares), ends, scale, adapter, warnings.
 
     Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each
     stage's log."""
@@ -79,7 +79,8 @@ def read_run(folder, ks=KS):
     shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
     readers = Counter(reader_shares(r) for r in records if "readers" in r)
     ends = [event for event in events if event.get("event") == "end"]
-    return {"folder": str(folder), "arm": arm, "seed": seed, "shared": shared, "values": values,
+    return {"folder": str(folder), "arm": arm, "seed": seed, "of": config.get("measured_of"),
+            "shared": shared, "values": values,
             "posts": {i: found[i]["post"] for i in order}, "ends": ends, "readers": readers,
             "clusters": [found[i].get("intent") or i for i in order],
             "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
@@ -155,7 +156,7 @@ def group_runs(run_folders, ks=KS):
         for name in first["shared"] | run["shared"]:
             a, b = first["shared"].get(name), run["shared"].get(name)
             free = name in ("temperature", "top_p", "decoding")
-            if a != b and not (free and "@" in run["arm"] + first["arm"]):
+            if a != b and not (free and (run["of"] or first["of"])):
                 values = "" if isinstance(a, dict) else f" ({a} and {b})"
                 raise InputError(f"{first['folder']} and {run['folder']} differ in {name}{values}; "
                                  "measure both on the same posts with the same settings")
@@ -240,6 +241,8 @@ def summarise(arms, against=None, ks=KS):
                             "runs": [run["folder"] for run in runs],
                             "trained_by": runs[0]["trained_by"],
                             "temperature": runs[0]["shared"].get("temperature"),
+                            "steps": next((end["step"] for end in runs[0]["ends"][::-1]
+                                           if "step" in end), None),
                             "metrics": {name: metric_row(runs, name) for name in names}}
         out["stages"] += stage_rows(arm, runs)
         out["notes"] += sorted({f"{arm}: {w}" for run in runs for w in run["warnings"]})
@@ -298,7 +301,7 @@ def equal_adapters(runs):
     for run in runs:
         if run["adapter"]:
             arms = by_hash.setdefault(run["adapter"], {})
-            arms.setdefault(run["arm"].partition("@")[0], f"{run['arm']} (seed {run['seed']})")
+            arms.setdefault(run["of"] or run["arm"], f"{run['arm']} (seed {run['seed']})")
     return [f"The adapters of {', '.join(arms.values())} are equal, bit for bit: something trained "
             "nothing." for arms in by_hash.values() if len(arms) > 1]
 

@@ -30,7 +30,7 @@ from data import InputError, beside, command, read_json, write_json
 from model import read_tensors, token_logprobs
 from polylora import load_embedder
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
-                     load_model, seed_of, train)
+                     load_chat, load_model, seed_of, train)
 
 class VerifierReward:
     """1 when the draft is right in the voice of this post's reader, drawn anew at every visit by
@@ -111,16 +111,16 @@ class AgreementReward:
 
 class ModelReward:
     """A Qwen3 reward model's scalar (Qwen3ForSequenceClassification) for the chat of post and
-    draft, without a system turn. Control strings in post and draft are broken: a draft that spells
-    <|im_end|> must not end its turn."""
+    draft, written as that model's own template does (`form`). Control strings in post and draft are
+    broken: a draft that spells <|im_end|> must not end its turn."""
 
-    def __init__(self, model, tokenizer, domain, batch=32):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, domain, form=data.ChatFormat(), batch=32):
+        self.model, self.tokenizer, self.form = model, tokenizer, form
         self.domain, self.batch = domain, batch
 
     def chat(self, post, text):
         turns = [*self.domain.messages(post), {"role": "assistant", "content": text}]
-        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=False)
+        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=False, chat=self.form)
 
     @torch.no_grad()
     def __call__(self, posts, drafts, streams=None):
@@ -142,8 +142,8 @@ class HeadsReward(ModelReward):
     """The reward models of rewards.py train: the members' mean less `penalty` times their spread,
     the (population) standard deviation (arXiv 2401.00243, eq. 14)."""
 
-    def __init__(self, heads, tokenizer, domain, penalty=1.0):
-        super().__init__(heads.model, tokenizer, domain)
+    def __init__(self, heads, tokenizer, domain, form=data.ChatFormat(), penalty=1.0):
+        super().__init__(heads.model, tokenizer, domain, form)
         self.heads, self.penalty = heads, penalty
 
     def values(self, tokens, lengths):
@@ -160,7 +160,7 @@ class JudgeReward(ModelReward):
                     "glad to get this reply: is it to the point, natural and kind? Answer yes or "
                     "no.")
         turns = [{"role": "user", "content": question}]
-        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=True)
+        return data.encode_chat(self.tokenizer, turns, add_generation_prompt=True, chat=self.form)
 
     def values(self, tokens, lengths):
         words = [self.tokenizer.encode(w, add_special_tokens=False).ids[0] for w in ("yes", "no")]
@@ -194,14 +194,15 @@ def scored(name, reward, head):
         if not args.reward_model:
             raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
         if head == "has_score" and member_folders(args.reward_model):
-            heads, tokenizer = load_heads(args.reward_model, args, session.ranks.device)
-            return HeadsReward(heads, tokenizer, session.domain, args.spread_penalty)
+            heads, tokenizer, form = load_heads(args.reward_model, args, session.ranks.device)
+            return HeadsReward(heads, tokenizer, session.domain, form, args.spread_penalty)
         model = load_model(args.reward_model, args, session.ranks.device)
         if not getattr(model, head):
             missing = {"has_score": "scalar head (score.weight)", "has_logits": "token head"}[head]
             raise InputError(f"--reward-model {args.reward_model} has no {missing}: --reward "
                              f"{name} needs one")
-        return reward(model, data.load_tokenizer(args.reward_model), session.domain)
+        tokenizer, form = load_chat(args.reward_model)
+        return reward(model, tokenizer, session.domain, form)
     return make
 
 
@@ -569,7 +570,8 @@ def member_folders(folder):
 
 
 def load_heads(folder, args, device):
-    """(Heads, tokenizer) of a folder of rewards.py train, on the base that its adapters name."""
+    """(Heads, tokenizer, ChatFormat) of a folder of rewards.py train, on the base that its adapters
+    name."""
     places = member_folders(folder)
     config, members = read_json(places[0] / "adapter_config.json"), []
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -591,7 +593,7 @@ def load_heads(folder, args, device):
         members.append({n: t for n, t in stored.items() if n != "score.weight"}
                        | {"score": stored["score.weight"]})
     model.requires_grad_(False)
-    return Heads(model.eval(), members), data.load_tokenizer(base, revision=revision)
+    return Heads(model.eval(), members), *load_chat(base, revision)
 
 
 LOGGED = ["loss", "accuracy", "disagreement", "spread"]
@@ -613,7 +615,7 @@ def run_train(args):
     heads = new_heads(session.model, args.members, args.rank, args.alpha, args.dropout,
                       args.targets.split(","), seed_of(args.seed, "members"))
     session.heads, session.params = heads, heads.parameters_of_members()
-    session.reward = HeadsReward(heads, session.tokenizer, session.domain)
+    session.reward = HeadsReward(heads, session.tokenizer, session.domain, session.chat)
     session.say(f"{len(session.posts)} posts, pairs by {args.pairs}, {args.members} member(s)")
     args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
     step_fn = lambda step: preference_step(session, step)

@@ -159,7 +159,7 @@ case "$study" in
   paths) asked="$six $best"; for arm in $phases; do asked="$asked $(named "$arm@" "$stops")"; done ;;
   temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
-  valid) asked="$seven" reward=valid ;;
+  valid) asked="$seven lora-kl-slow dpp-then-grpo dpp-then-passk" reward=valid ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven" reward=agreement gate=likelihood passk=maxk ;;
@@ -281,6 +281,7 @@ lora-d-likelihood   grpo  lora  --advantage group --diversity-weight ${weight:-1
 lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate $then_gate --diversity floor
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
 lora-slow           grpo  lora  --advantage group --lr 5e-4
+lora-kl-slow        grpo  lora  --advantage group --beta 0.3 --lr 5e-4
 lora-fast           grpo  lora  --advantage group --lr 2e-3
 lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28

@@ -611,9 +611,7 @@ class Session:
 
     def load_model(self):
         args = self.args
-        self.tokenizer = data.load_tokenizer(args.model, revision=args.revision)
-        data.check_chat(self.tokenizer, args.model)
-        self.chat = chat_format(data.fetch(args.model, args.revision))
+        self.tokenizer, self.chat = load_chat(args.model, args.revision)
         if args.shard and (self.ranks.world == 1 or args.nf4):
             raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
                              "it by torchrun --nproc-per-node=N")
@@ -677,6 +675,13 @@ def load_model(path, args, device, revision=None, nf4=False, shard=False):
     model.checkpointing = getattr(args, "checkpointing", False)
     model.graphs = False if getattr(args, "no_graphs", False) else None
     return model
+
+
+def load_chat(path, revision=None):
+    """(tokenizer, ChatFormat) of the checkpoint at `path`, both checked."""
+    tokenizer = data.load_tokenizer(path, revision=revision)
+    data.check_chat(tokenizer, path)
+    return tokenizer, chat_format(data.fetch(path, revision))
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ otherwise."""
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -541,3 +544,20 @@ def test_wise_makes_a_run_to_measure(files, tmp_path, capsys):
     assert config["weight"] == 0.3 and config["seed"] == 2 and (tmp_path / "c" / "done.json").exists()
     assert load_adapter(Qwen3.from_pretrained(files[1]), tmp_path / "c" / "adapter")
     assert polylora.main([*wise[:4], "2", "--out", str(tmp_path / "d")]) == 2
+    whole = (tmp_path / "c" / "adapter" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "c" / "done.json").unlink()                                    # killed before its end
+    (tmp_path / "c" / "x.partial").write_text("half")
+    assert polylora.main(wise) == 0 and (tmp_path / "c" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    (tmp_path / "c" / "done.json").unlink()
+    (tmp_path / "c" / "metrics.jsonl").write_text("")                          # a run that trains, or was stopped
+    assert polylora.main(wise) == 2 and "choose another --out" in capsys.readouterr().err
+
+
+def test_of_several_ranks_the_first_makes_what_lies_between(files, tmp_path):
+    """Each wrote it: the second found the folder of the first and ended the launch."""
+    few = "--steps 1 --batch 2 --rank 2 --lr 0.01".split()
+    for name in "ab":
+        assert polylora.main(["sft", *files, "--out", str(tmp_path / name), *few]) == 0
+    wise = [sys.executable, "polylora.py", "wise", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]
+    ranks = [subprocess.Popen(wise, cwd=Path(polylora.__file__).parent, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"}) for rank in "10"]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0] and (tmp_path / "c" / "done.json").exists()

@@ -607,7 +607,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_only_the_first_rank_writes_a_split(tmp_path, monkeypatch):
     args = ["split", "--data", "pocket", "--sizes", "a=4,b=3", "--out", str(tmp_path / "s")]
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(data.time, "sleep", lambda s: (monkeypatch.setenv("RANK", "0"), data.main(args),
+    monkeypatch.setattr(files.time, "sleep", lambda s: (monkeypatch.setenv("RANK", "0"), data.main(args),
                                                        monkeypatch.setenv("RANK", "1")))
     written = []
     monkeypatch.setattr(data, "save_posts", lambda posts, path, save=data.save_posts: (

@@ -495,7 +495,7 @@ def test_many_drafts_are_measured_quickly():
 def test_a_joint_arm_stands_beside_the_others(runs, tmp_path):
     """Its Pass@3 alone; everything else of Pass@k is a dash, and a note says why."""
     decoding = {"name": "list", "independent": False, "set_size": 3}
-    joint = write_run(tmp_path / "x0", 0, "poly <&> |@list", lambda i: 6, settings={"decoding": decoding, "adapter": "x"},
+    joint = write_run(tmp_path / "x0", 0, "poly <&> |@list", lambda i: 6, of="poly <&> |", settings={"decoding": decoding, "adapter": "x"},
                       **{"set": 3})
     path = tmp_path / "b0" / "evaluation.json"
     data = json.loads(path.read_text())
@@ -515,18 +515,20 @@ def test_a_joint_arm_stands_beside_the_others(runs, tmp_path):
         evaluate.main(["report", *runs, "--out", str(tmp_path / "few"), "--ks", "0,2"])
 
 
-def write_run(folder, seed, arm, right, *, posts=6, end=True, settings=None, **changed):
-    """A run of 12 drafts a post in which right(post number) of them please the warm reader."""
+def write_run(folder, seed, arm, right, *, posts=6, end=True, settings=None, of=None, steps=3, **changed):
+    """A run of 12 drafts a post in which right(post number) of them please the warm reader; `of`: the arm that was
+    trained, of one measured once more."""
     folder.mkdir(parents=True)
     records = [record([["warm"]] * right(i) + [[]] * (12 - right(i)), name=f"p{i}", n=12, **changed)
                for i in range(posts)]
-    (folder / "config.json").write_text(json.dumps({"seed": seed} | ({"arm": arm} if arm else {})))
+    config = {"seed": seed} | ({"arm": arm} if arm else {}) | ({"measured_of": of} if of else {})
+    (folder / "config.json").write_text(json.dumps(config))
     settings = {"n": 12, "temperature": 1.0, "split": "test"} | (settings or {})
     (folder / "evaluation.json").write_text(json.dumps(
         {"version": 2, "domain": "pocket", "settings": settings, "records": records}))
     lines = [{"event": "step", "loss": math.nan}]
     if end:
-        lines.append({"event": "end", "stage": "sft", "seconds": 10.0 + seed, "tokens_per_second": 100,
+        lines.append({"event": "end", "stage": "sft", "step": steps, "seconds": 10.0 + seed, "tokens_per_second": 100,
                       "peak_bytes": (seed + 1) * 2 ** 30})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
@@ -602,7 +604,7 @@ def test_bands_and_bars_stay_where_a_metric_can_be(tmp_path):
         assert min(labels) == 0 and max(labels) == 1, (name, labels)
     bands = polygons((tmp_path / "out" / "pass_at_k.svg").read_text())
     assert [len(band) for band in bands] == [2 * len(summary["ks"])] * 2
-    joint = write_run(tmp_path / "joint", 0, "few@list", lambda i: 3, posts=2, **{"set": 3},
+    joint = write_run(tmp_path / "joint", 0, "few@list", lambda i: 3, of="few", posts=2, **{"set": 3},
                       settings={"decoding": {"name": "list", "independent": False, "set_size": 3}})
     evaluate.report([*runs, joint], tmp_path / "out")
     assert len(polygons((tmp_path / "out" / "pass_at_k.svg").read_text())) == 2
@@ -624,7 +626,8 @@ def test_arms_of_one_knob_are_joined_in_its_order(tmp_path):
 
 def test_a_method_is_placed_by_its_temperature_and_its_name_may_hold_an_at(tmp_path):
     """x@1 at T = 1 lay before x@1@0.5 and x@1@1.6, all three at 1; so did its curve's colours and names."""
-    runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: right, settings={"temperature": heat})
+    runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: right, settings={"temperature": heat},
+                      of="x@1" if arm.startswith("x@1@") else None)
             for n, (arm, right, heat) in enumerate([("x@1", 4, 1.0), ("x@1@1.6", 2, 1.6), ("x@1@0.5", 6, 0.5), ("y@beams", 3, 1.0),
                                                     ("z@0.3", 2, 1.0), ("z@3", 5, 1.0)])]
     summary = evaluate.report(runs, tmp_path / "out")
@@ -853,6 +856,30 @@ def test_equal_adapters_and_warnings_are_named(tmp_path):
     evaluate.report(runs, tmp_path / "out")
     text = (tmp_path / "out" / "report.txt").read_text()
     assert "lora (seed 0), poly (seed 0) are equal, bit for bit" in text and "poly: gated_D was 0" in text
+
+
+def test_a_knob_without_effect_is_named_and_only_what_was_measured_again_may_differ(tmp_path):
+    """poly@0.1 and poly@3 with one adapter between them were taken for one run at two temperatures, and so was an
+    arm trained as x@1 but measured at another temperature than the rest."""
+    run = lambda arm, heat=1.0, of=None, **own: write_run(
+        tmp_path / f"{arm}-{heat}", 0, arm, lambda i: 3, of=of, settings={"temperature": heat} | own)
+    again = run("poly@0.1@0.5", 0.5, of="poly@0.1", adapter="same")
+    one = run("poly@0.1", adapter="same")
+    evaluate.report([one, again], tmp_path / "out")
+    assert "equal, bit for bit" not in (tmp_path / "out" / "report.txt").read_text()
+    evaluate.report([one, again, run("poly@3", adapter="same")], tmp_path / "other")
+    assert "poly@0.1 (seed 0), poly@3 (seed 0) are equal, bit for bit" in (tmp_path / "other" / "report.txt").read_text()
+    for pair in ([one, run("x@1", 0.5)], [run("x@2", 0.5), run("y", 1.0)]):
+        with pytest.raises(evaluate.InputError, match="differ in temperature"):
+            evaluate.report(pair, tmp_path / "no")
+
+
+def test_a_path_through_training_ends_with_the_whole_run(tmp_path):
+    """grpo itself, of 120 steps, was drawn before its stops at 20 and 80; a weight's zero does stand first."""
+    arms = [("grpo", 120), ("grpo@80", 80), ("grpo@20", 20), ("poly", 40), ("poly@1", 40)]
+    summary = evaluate.report([write_run(tmp_path / arm, 0, arm, lambda i: 3, steps=n) for arm, n in arms], tmp_path / "out")
+    assert page.curves_of({arm: arm for arm in summary["arms"]}, summary) == {
+        "grpo": ["grpo@20", "grpo@80", "grpo"], "poly": ["poly", "poly@1"]}
 
 
 def test_a_sheet_holds_no_formulas(tmp_path):

@@ -162,9 +162,8 @@ def test_the_reward_is_the_mean_less_the_spread(parts):
     posts, tokenizer, model = parts
     heads = rewards.new_heads(copy.deepcopy(model), 2, 2, 6, seed=5)
     domain, texts = data.make_domain("auto", posts), [["Good for you!", "No."], ["Yes, do.", "?"]]
-    reward = lambda penalty: rewards.HeadsReward(heads, tokenizer, domain, penalty)(posts[:2], texts)
-    ids = [[rewards.ModelReward.chat(types.SimpleNamespace(tokenizer=tokenizer, domain=domain), p, t) for t in ts]
-           for p, ts in zip(posts, texts)]
+    reward = lambda penalty: rewards.HeadsReward(heads, tokenizer, domain, penalty=penalty)(posts[:2], texts)
+    ids = [[rewards.ModelReward(model, tokenizer, domain).chat(p, t) for t in ts] for p, ts in zip(posts, texts)]
     tokens, lengths = rewards.padded([x for ts in ids for x in ts], "cpu")
     assert tokens.shape == (4, max(map(len, ids[0] + ids[1]))) and lengths.tolist() == [len(x) for ts in ids for x in ts]
     with torch.no_grad():

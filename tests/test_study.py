@@ -525,6 +525,32 @@ def test_train_sh_help():
     assert ran.returncode == 0 and "--lambda" in ran.stdout
 
 
+def test_judges_and_reward_models_are_asked_in_their_own_template(world, tmp_path):
+    """All were shown Qwen3's hybrid chat, an empty think block and no system turn, whatever their template says."""
+    template = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+                "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    base, trained = tmp_path / "base", tmp_path / "trained"
+    shutil.copytree(world["model"], base)
+    (base / "chat_template.jinja").write_text(template)
+    posts = [data.Post("1", "Hi", ("Hello.", "Hey."))]
+    heads = rewards.new_heads(Qwen3.from_pretrained(base), 1, 2, 4)
+    rewards.save_heads(heads, trained, str(base))
+    session = lambda folder: SimpleNamespace(
+        args=SimpleNamespace(reward_model=str(folder), judge=str(folder), dtype="auto", spread_penalty=1.0),
+        ranks=SimpleNamespace(device=torch.device("cpu")), domain=data.Replies(posts))
+    for asked_one in (rewards.make_reward("judge", session(base)), rewards.make_reward("model", session(trained)),
+                      evaluate.Asked.load(session(base))):
+        ids = asked_one.chat(posts[0], "Ho.")
+        text = asked_one.tokenizer.decode(ids, skip_special_tokens=False)
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n") and "<think>" not in text, type(asked_one)
+    (base / "chat_template.jinja").write_text("[INST] {{ messages[0]['content'] }} [/INST]")
+    for load in (lambda: rewards.make_reward("judge", session(base)), lambda: rewards.make_reward("model", session(trained)),
+                 lambda: evaluate.Asked.load(session(base))):
+        with pytest.raises(data.InputError, match="chat template"):
+            load()
+
+
 def test_reward_model_and_judge_read_one_chat_at_a_time_as_in_a_batch(world):
     """Right padding must not reach the scored token; the judge is P(yes) against P(no) and lies in (0, 1)."""
     tokenizer = data.load_tokenizer(world["model"])
