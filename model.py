@@ -772,9 +772,17 @@ def chunk_size(vocab, device):
     return max(16, (2 ** 26 if device.type == "cuda" else 2 ** 24) // vocab)
 
 
-def chunks(count, vocab, device):
-    size = chunk_size(vocab, device)
-    return [slice(start, start + size) for start in range(0, count, size)]
+def chunks(count, vocab, device, draft=None):
+    """Slices of N tokens; with draft (N,), the draft of each in order, none is cut through."""
+    size, out, start = chunk_size(vocab, device), [], 0
+    if draft is None:
+        return [slice(start, start + size) for start in range(0, count, size)]
+    ends = [*(draft.diff().nonzero().flatten() + 1).tolist(), count]
+    for end, following in zip(ends, [*ends[1:], math.inf]):
+        if following - start > size:
+            out.append(slice(start, end))
+            start = end
+    return out
 
 
 class SelectedLogprobs(torch.autograd.Function):
@@ -819,14 +827,14 @@ def selected_logprobs(hidden, weight, target, temperature=1.0):
 
 
 class TokenLosses(torch.autograd.Function):
-    """fn's losses (N,) of tokens under a frozen W, in chunks. Whatever fn is, a token's loss
-    depends on its own hidden state alone, so its gradient is one vector, taken by autograd while
-    the chunk's logits are at hand: (N, hidden) is kept, not (N, vocab)."""
+    """fn's losses (N,) of tokens under a frozen W, in chunks. A token's loss depends on the hidden
+    states of its chunk alone, mostly on its own, so the gradient of their sum is a vector a token,
+    taken by autograd while the chunk's logits are at hand: (N, hidden) is kept, not (N, vocab)."""
 
     @staticmethod
-    def forward(ctx, fn, hidden, weight, target, temperature, *extra):
+    def forward(ctx, fn, hidden, weight, target, temperature, cuts, *extra):
         losses, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        for some in chunks(len(hidden), len(weight), hidden.device):
+        for some in cuts:
             with torch.enable_grad():
                 states = hidden[some].detach().requires_grad_()
                 logits = F.linear(states, weight).float() / temperature        # (chunk, V)
@@ -843,13 +851,13 @@ class TokenLosses(torch.autograd.Function):
         return None, (slope * grad[:, None]).to(slope.dtype), *[None] * 8
 
 
-def in_chunks(fn, hidden, weight, target, temperature, *extra):
+def in_chunks(fn, hidden, weight, target, temperature, cuts, *extra):
     """fn(logits (n, V) fp32, target (n,), *extra) -> (n,) or a tuple of such, over all N tokens,
     chunk by chunk; logits are made again in the backward pass. The way when W itself trains."""
     def of(states, weight, target, *extra):
         return fn(F.linear(states, weight).float() / temperature, target, *extra)
     parts = []
-    for some in chunks(len(hidden), len(weight), hidden.device):
+    for some in cuts:
         cut = (x[some] for x in extra)
         parts.append(checkpoint(of, hidden[some], weight, target[some], *cut, use_reentrant=False))
     if isinstance(parts[0], tuple):
@@ -872,15 +880,17 @@ def predicting_states(model, rows):
     return hidden.flatten(0, 1)[rows.predict]
 
 
-def token_losses(model, rows, fn, temperature=1.0, extra=()):
+def token_losses(model, rows, fn, temperature=1.0, extra=(), whole=False):
     """Losses (N,) fp32, with gradient, of the N reply tokens in `rows`, by any function of a
     token's logits: fn(logits (n, V) fp32, target (n,), *extra) -> (n,), called chunk by chunk.
     `extra`: tensors with N rows that are cut along, such as the base model's states. No loss here
-    needs a tensor of tokens by vocabulary."""
+    needs a tensor of tokens by vocabulary. `whole`: fn looks at a draft's tokens together, which
+    then lie in one chunk; what comes after must weigh them alike."""
     hidden, weight = predicting_states(model, rows), model.head_weight()
+    cuts = chunks(len(hidden), len(weight), hidden.device, rows.draft if whole else None)
     if weight.requires_grad or not hidden.requires_grad:
-        return in_chunks(fn, hidden, weight, rows.target, temperature, *extra)
-    return TokenLosses.apply(fn, hidden, weight, rows.target, temperature, *extra)
+        return in_chunks(fn, hidden, weight, rows.target, temperature, cuts, *extra)
+    return TokenLosses.apply(fn, hidden, weight, rows.target, temperature, cuts, *extra)
 
 
 def token_logprobs(model, rows, temperature=1.0):
@@ -889,5 +899,6 @@ def token_logprobs(model, rows, temperature=1.0):
     without truncation."""
     hidden, weight = predicting_states(model, rows), model.head_weight()
     if weight.requires_grad:
-        return in_chunks(logprob_and_entropy, hidden, weight, rows.target, temperature)
+        cuts = chunks(len(hidden), len(weight), hidden.device)
+        return in_chunks(logprob_and_entropy, hidden, weight, rows.target, temperature, cuts)
     return SelectedLogprobs.apply(hidden, weight, rows.target, temperature)

@@ -556,6 +556,7 @@ class Loss(NamedTuple):
     extra: Callable | None = None             # (session, rows) -> tensors of N rows
     states: Callable | None = None            # (hidden (N, D), draft, value) -> losses (N,)
     drafts: Callable | None = None            # adds the part of fresh drafts, see add_unlikely
+    whole: bool = False                       # does it look at a reply's tokens together?
     replies: bool = True                      # does it learn from people's replies at all?
 
 
@@ -569,7 +570,7 @@ SFT_LOSSES = {
     "unlikelihood": Loss("against repeated tokens; value: weight, 1 (arXiv 1908.04319)",
                          unlikelihood_loss, "weight", earlier_tokens),
     "ba-lora": Loss("three regularizers; value: times their weights, 1 (arXiv 2408.04556)",
-                    ba_lora_loss, "weight", base_states),
+                    ba_lora_loss, "weight", base_states, whole=True),
     "ba-lora-nlu": Loss("its form for understanding, on hidden states; value: as ba-lora "
                         "(arXiv 2408.04556)",
                         ba_lora_nlu_loss, "weight", base_states, covariance_penalty),
@@ -588,7 +589,8 @@ def reply_losses(session, rows):
     if kind.extra is base_states:
         options["head"] = session.model.head_weight()
     extra = kind.extra(session, rows) if kind.extra else ()
-    losses = token_losses(session.model, rows, partial(kind.function, **options), extra=extra)
+    losses = token_losses(session.model, rows, partial(kind.function, **options), extra=extra,
+                          whole=kind.whole)
     if kind.states:
         value = 1.0 if args.loss_value is None else args.loss_value
         losses = losses + kind.states(predicting_states(session.model, rows), rows.draft, value)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import grpo
+import model as model_py
 import polylora
 import rewards
 from data import InputError
@@ -725,9 +726,11 @@ def test_the_loss_by_chunks_is_that_of_whole_logits(parts, name):
 
 
 @pytest.mark.parametrize("name", polylora.SFT_LOSSES)
-def test_every_sft_loss_has_one_denominator_however_rows_are_packed(parts, name):
+def test_every_sft_loss_has_one_denominator_however_rows_are_packed(parts, name, monkeypatch):
+    """And however the chunks fall that logits are made in: one of BA-LoRA's terms is of a whole reply."""
     grads = []
-    for size in ("100000", "40"):
+    for size, chunk in (("100000", 10_000), ("40", 3)):
+        monkeypatch.setattr(model_py, "chunk_size", lambda vocab, device: chunk)
         s = sft_session(parts, "--loss", name, "--micro-tokens", size)
         s.params = list(polylora.adapter_state(s.model).values())
         grads.append(gradient(s, lambda tally: polylora.sft_step(s, 0))[0])

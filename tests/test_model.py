@@ -248,7 +248,7 @@ def test_a_second_derivative_is_refused():
     """The gradient is worked out in the forward pass: to differentiate it again is silently wrong."""
     h = torch.randn(3, 8, requires_grad=True)
     for loss in (SelectedLogprobs.apply(h, torch.randn(9, 8), torch.tensor([1, 2, 3]), 1.0)[0],
-                 TokenLosses.apply(nll, h, torch.randn(9, 8), torch.tensor([1, 2, 3]), 1.0)):
+                 TokenLosses.apply(nll, h, torch.randn(9, 8), torch.tensor([1, 2, 3]), 1.0, [slice(3)])):
         grad, = torch.autograd.grad(loss.pow(2).sum(), h, create_graph=True)
         with pytest.raises(RuntimeError):
             grad.sum().backward()
@@ -307,11 +307,21 @@ def test_the_fast_case_is_the_general_one():
         assert float((logp + token_losses(model, rows, nll, 0.8)).abs().max()) < 1e-5
 
 
+def test_chunks_of_whole_drafts_cut_none_through(monkeypatch):
+    monkeypatch.setattr(model_py, "chunk_size", lambda vocab, device: 5)
+    for lengths, want in (([2, 2, 2, 1, 9, 1], [(0, 4), (4, 7), (7, 16), (16, 17)]), ([5], [(0, 5)]), ([7, 5], [(0, 7), (7, 12)]),
+                          ([1] * 6, [(0, 5), (5, 6)])):
+        draft = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        cuts = model_py.chunks(len(draft), 9, draft.device, draft)
+        assert [(c.start, c.stop) for c in cuts] == want
+
+
 def test_no_loss_keeps_logits(monkeypatch):
     monkeypatch.setattr(model_py, "chunk_size", lambda vocab, device: 16)
     hidden, saved = torch.randn(64, 8, requires_grad=True), []
     with saved_tensors_hooks(lambda x: (saved.append(tuple(x.shape)), x)[1], lambda x: x), Largest() as watch:
-        TokenLosses.apply(entropy, hidden, torch.randn(3000, 8), torch.arange(64), 1.0).sum().backward()
+        cuts = model_py.chunks(64, 3000, hidden.device)
+        TokenLosses.apply(entropy, hidden, torch.randn(3000, 8), torch.arange(64), 1.0, cuts).sum().backward()
     assert (64, 8) in saved and watch.numel <= 16 * 3000
     assert not any(shape and shape[-1] == 3000 and shape[0] > 16 for shape in saved)
 
