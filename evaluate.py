@@ -230,8 +230,8 @@ def bar(posts, reward):
     """(threshold, scale) from people's replies: a draft passes when it earns more than 19 of 20
     replies that were written to another post, compared with as many replies as a draft is. The
     scale says what share of people's held-out replies, of shuffled ones (to yet other posts than
-    those that set the bar) and of truncated ones (their first half) passes by it; None where a
-    reply is compared with itself alone."""
+    those that set the bar, so of four posts or more) and of truncated ones (their first half)
+    passes by it; None where a reply is compared with itself alone."""
     whole = [post for post in posts if len(post.replies) > 1]
     single = len(whole) < 2
     if single:                               # one reply a post: it is scored beside itself
@@ -250,8 +250,8 @@ def bar(posts, reward):
         return earn(whole, texts)
     threshold = float(np.quantile(strangers(len(own) // 2), 0.95, method="higher"))
     share = lambda values: float((values > threshold).mean())
-    scale = {"people": None, "shuffled": share(strangers(max(1, len(own) // 3))),
-             "truncated": None, "threshold": threshold}
+    scale = {"people": None, "truncated": None, "threshold": threshold,
+             "shuffled": share(strangers(len(own) // 3)) if len(own) > 3 else None}
     if not (single and isinstance(reward, AgreementReward)):
         halves = [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own]
         scale |= {"people": share(earn(posts, own)), "truncated": share(earn(posts, halves))}

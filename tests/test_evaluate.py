@@ -934,6 +934,8 @@ def test_a_draft_passes_above_19_of_20_replies_to_another_post():
     assert scale["shuffled"] == (np.array(earned) > threshold).mean() != 2 / 60
     assert scale["people"] == sum(max(likeness[p.replies[0], r] for r in p.replies[1:]) > threshold for p in posts) / 60
     assert scale["people"] > 0.9
+    session.posts = posts[:3]                                                  # too few for yet other posts
+    assert evaluate.passing(session, reward)[1]["shuffled"] is None
 
 
 def test_a_stranger_s_reply_is_to_another_scene():
