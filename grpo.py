@@ -237,9 +237,10 @@ def unlikeliness_advantages(rewards, logprobs, lengths):
 
 
 def evol_advantages(classes, embeddings):
-    """EVOL-RL (arXiv 2509.15194), without a verifier: GRPO on 1/2 + u/2 for the commonest answer,
+    """EVOL-RL (arXiv 2509.15194), without a reward: GRPO on 1/2 + u/2 for the commonest answer,
     -1 + u/2 for others, -1 for none. u is minus (mean cosine to its own party + largest to any),
-    scaled to [0, 1] within the party: the majority, or the others."""
+    scaled to [0, 1] within the party: the majority, or the others. Where replies have voices the
+    answers are the verifier's (answer_classes), so it does hear which drafts are right."""
     answered, self = classes >= 0, torch.eye(classes.shape[1], dtype=torch.bool)
     most = (alike(classes).sum(-1) * answered).argmax(1, keepdim=True)
     major = answered & (classes == classes.gather(1, most))
