@@ -32,8 +32,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    CONTROL, InputError, await_file, beside, command, control_of, fetch, harmless, printable,
-    read_json, read_text, short, without_control, write_json, write_text)
+    CONTROL, InputError, await_file, beside, command, control_of, fetch, file_hash, harmless,
+    printable, read_json, read_text, short, without_control, write_json, write_text)
 from pocket import (
     POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
 from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program
@@ -76,8 +76,8 @@ def normalise(text):
 def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
     """Posts from JSON lines, plain or .gz: {"id", "post", "replies": [..] or {voice: ..}}, or
     "reply": "..", or the fields tweet_id, tweet, reply. Other fields are left alone. Lines of
-    the same post are merged, their replies kept in order; an id that another post has already
-    gets a number.
+    the same post are merged, their replies kept in order, but of a post with replies by voice
+    the first line alone counts; an id that another post has already gets a number.
 
     A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, over `max_chars` characters)
     raises InputError with file, line and reason; with skip_bad_lines it is left out and counted on
@@ -159,6 +159,10 @@ class PostFile(Sequence):
         first = order[np.append(0, self.ends[:-1])]                 # each post's first line
         self.lines = lines[order]
         names = list(self.kinds)
+        voiced = np.array([bool(voices) for voices, _ in names])[kinds]
+        later = np.ones(len(post), bool)
+        later[first] = False
+        self.dropped = int((later & (voiced | voiced[first][post])).sum())  # see merge
         seen, places = np.unique(kinds[first], return_index=True)
         self.kinds = {names[i]: place for i, place in zip(seen.tolist(), places.tolist())}
         given, origin, at = np.unique(marks[first, 2], return_index=True, return_inverse=True)
@@ -299,7 +303,8 @@ def parse_line(line, number, max_chars):
 
 
 def merge(posts, post):
-    """Add a post to {normalised text: Post}; the same text again brings only its new replies."""
+    """Add a post to {normalised text: Post}; the same text again brings only its new replies, and
+    nothing where either has replies by voice: one text, one right reply in each voice."""
     key = normalise(post.post)
     old = posts.get(key)
     if old is None:
@@ -789,6 +794,9 @@ DOMAINS = {d.name: d for d in (
 
 # ---- Commands ------------------------------------------------------------------------------------
 
+DROPPED = "lines left out: their post stands in an earlier line, one of both has replies by voice"
+
+
 def check(args):
     """Read a file as the phases will, and say what is in it."""
     posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
@@ -801,12 +809,20 @@ def check(args):
     voices = f", voices {printable(', '.join(domain.voices))}" if domain.voices else ""
     print(f"{args.data}: {len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{voices}")
+    if posts.dropped:
+        print(f"{posts.dropped} {DROPPED}")
     if broken:
         print(f"{broken} replies hold control strings such as <|im_end|>, which are left out")
     for p in random.Random(0).sample(posts, min(args.show, len(posts))):
         print(f"\n{printable(p.post)}")
         for i, r in enumerate(p.replies):
             print(printable(f"    {p.voices[i] + ': ' if p.voices else ''}{r}"))
+
+
+def made(out, wanted):
+    """Is the split in a folder the wanted one? An older one does not say what its file held."""
+    there = read_json(out / "split.json")
+    return {"contents": wanted.get("contents")} | there == {"contents": None} | wanted
 
 
 def split(args):
@@ -819,12 +835,13 @@ def split(args):
     out = Path(args.out)
     wanted = {name: getattr(args, name) for name in (
         "data", "seed", "by", "domain", "popularity", "writers", "permute")} | {"sizes": sizes}
+    if args.data not in WORLDS:
+        wanted["contents"] = file_hash(args.data)
     if os.environ.get("RANK", "0") != "0":
-        path = out / "split.json"
-        await_file(path, lambda: read_json(path) == wanted)
+        await_file(out / "split.json", lambda: made(out, wanted))
         return
     if (out / "split.json").exists():
-        if read_json(out / "split.json") != wanted:
+        if not made(out, wanted):
             raise InputError(f"{out} holds another split (see its split.json): choose another "
                              "--out, or delete that folder")
         return
@@ -848,6 +865,8 @@ def split(args):
     write_json(out / "domain.json", domain.record())
     write_json(out / "split.json", wanted)
     print(f"{out}: " + ", ".join(f"{n} {c}" for n, c in sizes.items()) + " posts")
+    if dropped := getattr(posts, "dropped", 0):
+        print(f"{dropped} {DROPPED}")
 
 
 def parser():

@@ -180,7 +180,11 @@ def majority(session, visits, prompts, tokens, texts, helper):
 
 def rewarded(session, visits, prompts, tokens, texts, helper):
     """Best-of-n: what a candidate earns. Each draft is chosen for a reader of its own."""
-    streams = [session.stream("best", number, visit) for number, visit in enumerate(visits)]
+    seen = Counter()                         # a post's drafts, in turn: on any rank the same
+    streams = []
+    for visit in visits:
+        streams.append(session.stream("best", seen[visit], visit))
+        seen[visit] += 1
     return helper([session.posts[v.index] for v in visits], texts, streams)
 
 

@@ -40,7 +40,7 @@ from polylora import diversity, held_out, listed, load_embedder, pair_distances,
 from report import read_object, report
 from rewards import REWARDS, AgreementReward, JudgeReward, make_reward
 from trainer import (Session, Visit, allow_code_flag, file_hash, load_chat, load_model, model_flags,
-                     model_hash, peak_bytes)
+                     model_hash, peak_bytes, same_base)
 
 # ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
 
@@ -61,6 +61,7 @@ def measure(args):
     session.load()
     for run in runs:
         same_domain(run, session.domain)
+        same_base(run, args)
     if args.dry_run:
         rehearse(session)
         return
@@ -361,11 +362,15 @@ def add_likelihoods(session, records, pairs):
 def add_agreement(session, records, posts, embeddings):
     """Which of people's replies each draft agrees with, on posts that have several: a cosine above
     what 19 of 20 replies to other posts reach."""
-    for record, post, drafts in zip(records, posts, embeddings):
-        if len(post.replies) > 1:
-            close = drafts @ session.embedder([list(post.replies)])[0].T > session.agreement
+    # In one call, also where there are none: with --shard all ranks make as many.
+    sizes = [len(post.replies) if len(post.replies) > 1 else 0 for post in posts]
+    texts = [text for post, n in zip(posts, sizes) for text in post.replies[:n]]
+    people = session.embedder([texts or [""]])[0][:len(texts)].split(sizes)
+    for record, n, drafts, replies in zip(records, sizes, embeddings, people):
+        if n:
+            close = drafts @ replies.T > session.agreement
             record["agrees"] = [row.nonzero()[:, 0].tolist() for row in close]
-            record["people"] = len(post.replies)
+            record["people"] = n
 
 
 # ---- A judge -------------------------------------------------------------------------------------

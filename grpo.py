@@ -37,7 +37,7 @@ from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity,
 from rewards import (REWARDS, SCHEDULES, Values, make_reward, overlong_penalty, scheduled,
                      spread_weight, voice_rows)
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
-                     seed_of, train)
+                     same_base, seed_of, train)
 
 # ---- Advantages. Rewards (P, k) -> advantages (P, k), each group on its own. ---------------------
 
@@ -772,6 +772,7 @@ def run_grpo(args):
         return
     session.load()
     same_domain(Path(args.start), session.domain)
+    same_base(args.start, args)
     if "right" in needs(args.advantage) and not session.domain.voices:
         raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of voices")
     if start is None:                        # a dry run may come before its start

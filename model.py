@@ -880,13 +880,15 @@ def predicting_states(model, rows):
     return hidden.flatten(0, 1)[rows.predict]
 
 
-def token_losses(model, rows, fn, temperature=1.0, extra=(), whole=False):
+def token_losses(model, rows, fn, temperature=1.0, extra=(), whole=False, hidden=None):
     """Losses (N,) fp32, with gradient, of the N reply tokens in `rows`, by any function of a
     token's logits: fn(logits (n, V) fp32, target (n,), *extra) -> (n,), called chunk by chunk.
     `extra`: tensors with N rows that are cut along, such as the base model's states. No loss here
     needs a tensor of tokens by vocabulary. `whole`: fn looks at a draft's tokens together, which
-    then lie in one chunk; what comes after must weigh them alike."""
-    hidden, weight = predicting_states(model, rows), model.head_weight()
+    then lie in one chunk; what comes after must weigh them alike. `hidden`: predicting_states,
+    where they are at hand."""
+    hidden = predicting_states(model, rows) if hidden is None else hidden
+    weight = model.head_weight()
     cuts = chunks(len(hidden), len(weight), hidden.device, rows.draft if whole else None)
     if weight.requires_grad or not hidden.requires_grad:
         return in_chunks(fn, hidden, weight, rows.target, temperature, cuts, *extra)

@@ -589,11 +589,12 @@ def reply_losses(session, rows):
     if kind.extra is base_states:
         options["head"] = session.model.head_weight()
     extra = kind.extra(session, rows) if kind.extra else ()
+    hidden = predicting_states(session.model, rows)
     losses = token_losses(session.model, rows, partial(kind.function, **options), extra=extra,
-                          whole=kind.whole)
+                          whole=kind.whole, hidden=hidden)
     if kind.states:
         value = 1.0 if args.loss_value is None else args.loss_value
-        losses = losses + kind.states(predicting_states(session.model, rows), rows.draft, value)
+        losses = losses + kind.states(hidden, rows.draft, value)
     return losses
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, wait
 
@@ -49,10 +50,13 @@ class Ranks:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, self.world, is_master=self.main and not agent)
-        store = dist.PrefixStore(f"{stage}/{self.restarts}", store)
+        number = os.environ.get("STUDY_STAGE", "")  # of train.sh: a stage may come twice
+        store = dist.PrefixStore(f"{number}{stage}/{self.restarts}", store)
         self.watch = Watch(self, store, host)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+        # One rank may fetch a model for an hour while others wait: who died, Watch says.
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
+                                timeout=timedelta(days=1))
 
     def sum(self, values):
         """Sums of a list of floats over all ranks, on all ranks."""

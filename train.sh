@@ -99,6 +99,7 @@ done
 [[ -z "$model" || -n "$data" ]] || fail "--model needs --data FILE, the posts to train on"
 [[ -n "$model" || ${#held[@]} == 0 ]] || fail "${held[0]} needs --model: the small world's base is made in full"
 [[ -z "$share" || -n "$model" ]] || fail "--share needs --model: small worlds weigh D by --lambda"
+[[ "$embedder" != *[[:space:]]* ]] || fail "--embedder $embedder: give a folder without blanks in its name"
 numbers='^([0-9]+(,[0-9]+)?)?$'            # in a variable: the bash of macOS wants it so
 [[ "$steps" =~ $numbers ]] || fail "--steps $steps: give one number, or two with a comma between"
 [[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
@@ -199,7 +200,7 @@ if [[ -z "$model" ]]; then
   fi
   length=24; [[ "$world" != pocket-stories ]] || length=48
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
-  adapter=(--rank 16 --alpha 32); strength="--lambda $lambda"
+  adapter=(--rank 16 --alpha 32); strength="--lambda $lambda" slow=5e-4 fast=2e-3
   sft=(--lr 2e-3 --batch 32 --steps "${first_steps:-$sft_steps}" --max-new-tokens "$length" --micro-tokens 1024 --save-every 40)
   grpo=(--lr 1e-3 --batch 16 --steps "${then_steps:-$grpo_steps}" --max-new-tokens "$length" --micro-tokens 2048 --save-every 40)
   gate="${gate:-verifier}" floor=0 passk="${passk:-passk}"
@@ -215,14 +216,15 @@ else
   # The likelihood's scale and the embedder decide what a lambda does: D's share of the gradient is held instead.
   strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
-    posts="${posts:-2500}"; jobs=1 length=100; adapter=(--rank 16 --alpha 16)
-    sft=(--lr 2e-4 --batch 16 --steps "${first_steps:-0}" --max-new-tokens 100 --checkpointing)
-    grpo=(--lr 2e-5 --batch 16 --steps "${then_steps:-0}" --max-new-tokens 100 --checkpointing)
+    posts="${posts:-2500}"; jobs=1 length=100 sft_steps=0 slow=1e-5 fast=4e-5; adapter=(--rank 16 --alpha 16)
+    batch=$(( WORLD_SIZE > 16 ? WORLD_SIZE : 16 ))   # every rank has a post
+    sft=(--lr 2e-4 --batch "$batch" --steps "${first_steps:-0}" --max-new-tokens 100 --checkpointing)
+    grpo=(--lr 2e-5 --batch "$batch" --steps "${then_steps:-0}" --max-new-tokens 100 --checkpointing)
   else                                     # a small language model, an hour or two
     [[ -n "$posts" ]] || sizes="sft=1440,grpo=320,eval=100"
-    length=24; adapter=(--rank 16 --alpha 32)
+    length=24 sft_steps=90 slow=1.5e-4 fast=6e-4; adapter=(--rank 16 --alpha 32)
     ! grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || held+=(--dtype bfloat16)  # twice as fast where the CPU has it
-    sft=(--lr 2e-3 --batch 16 --steps "${first_steps:-90}" --draft-every 3 --max-new-tokens 24 --micro-tokens 2048 --save-every 30)
+    sft=(--lr 2e-3 --batch 16 --steps "${first_steps:-$sft_steps}" --draft-every 3 --max-new-tokens 24 --micro-tokens 2048 --save-every 30)
     grpo=(--lr 3e-4 --batch 8 --steps "${then_steps:-20}" --warmup 5 --max-new-tokens 24 --micro-tokens 4096 --save-every 10)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     jobs="${jobs:-$cores}"
@@ -233,6 +235,9 @@ set_size="${set_size:-4}" then_gate="${then_gate:-$gate}" four=$(( k > 4 ? 4 : k
 cover="${cover:---set-size $set_size}"
 like=3; [[ "$weight" != 8 ]] || like=6; [[ -n "$weight" ]] || like=1    # D's part of the advantages, measured
 [[ -z "$targets" ]] || adapter+=(--targets "$targets")
+(( WORLD_SIZE <= 8 )) || sft+=(--draft-posts "$WORLD_SIZE")
+long="--steps $(( ${first_steps:-$sft_steps} * 14 / 5 ))"                # the seconds of polychromic SFT
+[[ "$long" != "--steps 0" ]] || long="--epochs 2.8"
 grpo+=(--k "$k" ${extra[@]+"${extra[@]}"} --reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 [[ -z "$study" ]] || reward=auto          # whatever an arm was paid by, the readers judge
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "${judge_embedder:-$embedder}")
@@ -245,8 +250,9 @@ spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
-row() {  # NAME PHASE START FLAGS..: a line of a register, and both of its trials
+row() {  # NAME PHASE START FLAGS..: a line of a register; in a small world at its own rate, and both of its trials
   local rate pair="$grpo_pair" own=""
+  [[ -z "$model" ]] || { echo "$*"; return; }
   [[ "$2" != sft ]] || pair="$sft_pair"
   [[ " $quarter " != *" $1 "* ]] || pair="2.5e-4 $pair" own="--lr 2.5e-4"
   [[ " "$twice" " != *[[:space:]]"$1"[[:space:]]* ]] || own="--lr ${pair##* }"
@@ -280,9 +286,9 @@ lora-d-reward       grpo  lora  --advantage group --diversity-weight ${weight:-1
 lora-d-likelihood   grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate likelihood
 lora-d-floor        grpo  lora  --advantage group --diversity-weight ${weight:-1} --gate $then_gate --diversity floor
 lora-informed       grpo  lora  --advantage group --valid-weight 0.5
-lora-slow           grpo  lora  --advantage group --lr 5e-4
-lora-kl-slow        grpo  lora  --advantage group --beta 0.3 --lr 5e-4
-lora-fast           grpo  lora  --advantage group --lr 2e-3
+lora-slow           grpo  lora  --advantage group --lr $slow
+lora-kl-slow        grpo  lora  --advantage group --beta 0.3 --lr $slow
+lora-fast           grpo  lora  --advantage group --lr $fast
 lora-clip           grpo  lora  --advantage group --updates 4
 lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
 lora-half           wise  lora-grpo  lora-grpo --scale 0.5
@@ -294,7 +300,7 @@ dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversit
 dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 lora-cover-dpp      grpo  lora      $both --diversity-share 1
 lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
-lora-long           sft   -     --lambda 0 --steps 112
+lora-long           sft   -     --lambda 0 $long
 END
   for x in $schedules; do echo "lora-cover-dpp-$x grpo lora $both --diversity-share 1 --diversity-schedule $x"; done
   for x in 0.1 0.3 1; do echo "lora-kl@$x grpo lora --advantage group --beta $x"; done
@@ -335,8 +341,10 @@ done
 
 # ---- Stages ---------------------------------------------------------------------------------------------
 
+stages=0                                   # of a seed: ranks that meet twice under one name would read old addresses
 stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the command that repeats it
   local room="$1" code=0; shift
+  export STUDY_STAGE="$(( ++stages ))"
   if [[ -n "$dry" && "$1" != split ]]; then
     set -- "$@" --dry-run
     [[ "$RANK" != 0 ]] || echo "python $room.py $*"
@@ -348,7 +356,7 @@ stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the c
 
 study() {  # SEED: every arm, then the drafts of each for the held-out posts
   trap : TERM INT                          # the program in front is told too, and saves before it ends
-  local seed="$1" to="$out/seed$1" from base measured="" name phase start flags
+  local seed="$1" to="$out/seed$1" from base measured=() name phase start flags
   # A seed has posts of its own in a small world, and without --model a base of its own.
   local deal="$seed"
   if [[ -n "$data" && -z "$world" ]]; then from="$out/data" deal=0; else from="$to/data"; fi
@@ -358,25 +366,26 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
     stage polylora base --data "$from/base.jsonl" --out "$to/base-model" --seed "$seed" --resume --steps "$base_steps" ${until[@]+"${until[@]}"} "${small[@]}"
     base="$to/base-model/model"
     # A dry run's later stages need some model: one of a single step, whose drafts are as long as can be.
-    [[ -z "$dry" ]] || "$python" "$here/polylora.py" base --data "$from/base.jsonl" --out "$to/base-model" --steps 1 "${small[@]}"
+    [[ -z "$dry" ]] || STUDY_STAGE=again "$python" "$here/polylora.py" base --data "$from/base.jsonl" --out "$to/base-model" --steps 1 "${small[@]}"
   fi
   local first=(--model "$base" --data "$from/sft.jsonl" "${adapter[@]}" "${sft[@]}")
   local second=(--model "$base" --data "$from/grpo.jsonl" "${grpo[@]}")
   local common=(--seed "$seed" --resume ${held[@]+"${held[@]}"} ${code[@]+"${code[@]}"})
   while read -r name phase start flags; do
     [[ " $arms " == *" $name "* ]] || continue
-    [[ -n "$dry" ]] || measured="$measured $to/$name"
+    [[ -n "$dry" ]] || measured+=("$to/$name")
     case "$phase" in                        # $flags is split into words on purpose
       sft) stage polylora sft "${first[@]}" "${common[@]}" --out "$to/$name" $flags < /dev/null ;;
-      wise) [[ -n "$dry" || -f "$to/$name/done.json" ]] || stage polylora wise "$to/$start" "$to/${flags%% *}" --out "$to/$name" ${flags#* } ;;
+      wise) if [[ -n "$dry" || -f "$to/$name/done.json" ]]; then : "$(( ++stages ))"; continue; fi
+        stage polylora wise "$to/$start" "$to/${flags%% *}" --out "$to/$name" ${flags#* } ;;
       grpo) stage grpo "${second[@]}" "${common[@]}" --start "$to/$start" --out "$to/$name" $flags < /dev/null ;;
     esac
   done <<< "$table"
   local measure=(--model "$base" --data "$from/eval.jsonl" --seed "$seed" "${judge[@]}" --n "$samples"
     --max-new-tokens "$length" ${code[@]+"${code[@]}"} ${held[@]+"${held[@]}"}) t
-  stage evaluate measure "${measure[@]}" --bare "$to/base" $measured
+  stage evaluate measure "${measure[@]}" --bare "$to/base" ${measured[@]+"${measured[@]}"}
   for t in $temperatures; do               # RUN@t, each an arm of its own
-    stage evaluate measure "${measure[@]}" --temperature "$t" --name "$t" $measured
+    stage evaluate measure "${measure[@]}" --temperature "$t" --name "$t" ${measured[@]+"${measured[@]}"}
   done
   local of=("$to/lora")
   [[ -z "$dry" ]] || of=(--bare "$to/base")

@@ -130,7 +130,7 @@ class Run:
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
-                "readers", "allow_code_execution", "track")
+                "readers", "allow_code_execution", "track", "model_hash")
     # Later flags, left out where they are as it always was: older folders stay valid.
     LATER = {"diversity_schedule": "constant"}
 
@@ -173,6 +173,15 @@ class Run:
         if changed and not self.done and self.ranks.main:
             said = data.printable(", ".join(changed))
             print(f"{self.folder} was begun under other versions: {said}", flush=True)
+
+    def based_on(self, model):
+        """Note the base's model_hash; InputError where the run was begun on another one."""
+        path = self.folder / "config.json"
+        before = read_json(path).get("model_hash", model) if path.exists() else model
+        if before != model:
+            raise InputError(f"{self.folder} holds a run on another base: the contents of "
+                             f"{self.config['model']} have changed: choose another --out")
+        self.config["model_hash"] = model
 
     def __enter__(self):
         """Take the folder and write the configuration: once everything was read and found right, so
@@ -358,10 +367,11 @@ class DeadSignals:
 
 class Signals:
     """Within: SIGTERM and Ctrl-C are noted in `seen`, for the loop to leave after its step; a
-    second one leaves at once."""
+    second one, a second later or more, leaves at once: under train.sh the launcher and the shell
+    both pass the same one on."""
 
     def __enter__(self):
-        self.seen, self.before = 0, {}
+        self.seen, self.at, self.before = 0, 0.0, {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self.before[number] = signal.signal(number, self.note)
@@ -370,9 +380,10 @@ class Signals:
         return self
 
     def note(self, number, frame):
-        if self.seen:
+        if self.seen and time.monotonic() - self.at > 1:
             os._exit(128 + number)
-        self.seen = number
+        if not self.seen:
+            self.seen, self.at = number, time.monotonic()
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -615,6 +626,8 @@ class Session:
         if args.shard and (self.ranks.world == 1 or args.nf4):
             raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
                              "it by torchrun --nproc-per-node=N")
+        if self.run:
+            self.run.based_on(model_hash(args.model, args.revision))
         self.model = load_model(args.model, args, self.ranks.device, args.revision, args.nf4,
                                 args.shard)
         real = data.vocabulary(self.tokenizer)  # the matrix's rows above are padding
@@ -675,6 +688,17 @@ def load_model(path, args, device, revision=None, nf4=False, shard=False):
     model.checkpointing = getattr(args, "checkpointing", False)
     model.graphs = False if getattr(args, "no_graphs", False) else None
     return model
+
+
+def same_base(run, args):
+    """InputError when a run says that its adapter was trained on another base than args.model: an
+    adapter goes onto any base of its shape, and writes nonsense there."""
+    path = Path(run) / "config.json"
+    trained_on = read_json(path).get("model_hash") if path.exists() else None
+    if trained_on not in (None, model_hash(args.model, args.revision)):
+        raise InputError(f"the adapter of {run} was trained on another base than {args.model}: name "
+                         "that one by --model, and measure runs on different bases in calls of "
+                         "their own")
 
 
 def load_chat(path, revision=None):

@@ -61,6 +61,33 @@ def test_gzip_is_read_and_lines_of_one_post_merge(tmp_path):
     assert [(p.post, p.replies) for p in posts] == [("My bus is late", ("one", "two")), ("Other", ("x",))]
 
 
+def test_lines_that_a_voiced_post_makes_useless_are_counted(tmp_path, capsys):
+    """Of a post with replies by voice the first line counts; the others vanished without a word."""
+    rows = [{"post": "Hi", "replies": {"a": "one", "b": "two"}}, {"post": "hi!", "replies": {"a": "three", "b": "four"}},
+            {"post": "Yo", "reply": "x"}, {"post": "yo", "replies": {"a": "y", "b": "z"}}, {"post": "Ho", "reply": "p"},
+            {"post": "ho", "reply": "q"}]
+    path = write(tmp_path / "posts.jsonl", *rows)
+    posts = data.load_posts(path)
+    assert [p.replies for p in posts] == [("one", "two"), ("x",), ("p", "q")] and posts.dropped == 2
+    assert data.main(["split", "--data", str(path), "--sizes", "a=3", "--domain", "replies", "--out", str(tmp_path / "s")]) == 0
+    assert data.main(["check", str(path), "--domain", "replies"]) == 0
+    assert capsys.readouterr().out.count("2 lines left out: their post stands in an earlier line") == 2
+
+
+def test_a_split_of_a_file_that_has_changed_is_refused(tmp_path, capsys):
+    """The old posts went on being used, and train.sh said "done already" of everything."""
+    path = write(tmp_path / "posts.jsonl", *({"post": f"p{i}", "reply": "r"} for i in range(9)))
+    again = lambda: data.main(["split", "--data", str(path), "--sizes", "a=4,b=3", "--out", str(tmp_path / "s")])
+    assert again() == again() == 0
+    kept = json.loads((tmp_path / "s" / "split.json").read_text())
+    del kept["contents"]                                                       # as it was written before
+    (tmp_path / "s" / "split.json").write_text(json.dumps(kept))
+    assert again() == 0
+    (tmp_path / "s" / "split.json").write_text(json.dumps(kept | {"contents": data.file_hash(path)}))
+    write(path, *({"post": f"q{i}", "reply": "r"} for i in range(9)))
+    assert again() == 2 and "holds another split" in capsys.readouterr().err
+
+
 BAD = {"not JSON": b"{'a': 1}", "not UTF-8": b'{"post": "\xff", "reply": "x"}', "not a JSON object": b"[1]", '"post"': {"reply": "x"},
        '"replies"': {"post": "x"}, "a reply is not a text": {"post": "x", "replies": ["fine", 3]}, "is empty": {"post": "x", "reply": "  "},
        "no letter": {"post": "?!", "reply": "x"}, "more than": {"post": "x" * 30_000, "reply": "x"}, "no \"post\"": {"post": 7, "reply": "x"},

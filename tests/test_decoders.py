@@ -12,7 +12,7 @@ import data
 import decoders
 from adapters import add_adapter, lora_layers
 from decoders import (DECODERS, best_of, check_decoder, contrastive_drafts, diverse_beams, draft_scores,
-                      informative, majority, read_list, read_verbalized)
+                      informative, majority, read_list, read_verbalized, rewarded)
 from generate import Samples, generate, uniforms
 from model import pack
 from trainer import Visit
@@ -141,6 +141,14 @@ def test_the_best_of_each_pool_is_kept_with_its_tokens():
     samples, texts = best_of(score)(session, ["v", "w"], 2)
     assert texts == [["bbb", "ff"], ["x", "yy"]] and samples.tokens == [[[1], [5]], [[0], [3]]]
     assert samples.finished == [[True, True]] * 2
+
+
+def test_each_of_best_of_n_s_drafts_has_a_reader_that_is_the_same_on_any_rank():
+    """Numbered along a rank's list, a post's readers hung on which posts stood before it."""
+    session = SimpleNamespace(posts=list("abcd"), stream=lambda *name: name)
+    seen = lambda visits: rewarded(session, visits, None, None, None, lambda posts, texts, streams: list(zip(posts, streams)))
+    alone = seen([Visit(3, 0)] * 2)
+    assert alone == seen([Visit(0, 0)] * 2 + [Visit(3, 0)] * 2)[2:] and len(set(alone)) == 2
 
 
 def test_self_consistency_takes_the_majority():

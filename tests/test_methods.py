@@ -738,6 +738,17 @@ def test_every_sft_loss_has_one_denominator_however_rows_are_packed(parts, name,
     assert scale > 0 and max(gap(grads[1][n], g) for n, g in grads[0].items()) < 1e-4 * scale
 
 
+def test_states_and_logits_of_a_loss_come_of_one_pass(parts, monkeypatch):
+    """With --shard a second pass of its own crossed the other ranks', which hung."""
+    passes, way = [], polylora.predicting_states
+    monkeypatch.setattr(polylora, "predicting_states", lambda *a: (passes.append(torch.is_grad_enabled()), way(*a))[1])
+    monkeypatch.setattr(model_py, "predicting_states", None)
+    s = sft_session(parts, "--loss", "ba-lora-nlu")
+    rows = packed([(s.prompt(0), [[5, 6, 7]])])
+    polylora.reply_losses(s, rows)
+    assert passes == [False, True]                                             # the base's states, and these
+
+
 def test_the_loss_s_value_reaches_it(parts):
     """gem at beta 1 is cross-entropy; ba-lora without its terms too; at the defaults they differ."""
     def grads(*flags):

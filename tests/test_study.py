@@ -402,14 +402,16 @@ def test_train_sh_is_for_the_bash_of_macos_too():
 STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid few noisy blind valid-trials blind-trials".split()
 
 
-def asked(tmp_path, *flags):
+def asked(tmp_path, *flags, ranks=1, gpu=False):
     """The commands of a launch of train.sh, [[program's path, word, ..], ..], by a python that only writes down
-    what it is asked."""
+    what it is asked, and in `stages` under which number; a rank of `ranks`, on a machine with a GPU or without."""
     fake, said = tmp_path / "python", tmp_path / "said"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    fake.write_text(f'#!/bin/sh\n[ "$1" != -c ] || {{ echo {gpu}; exit; }}\necho "$@" >> {said}\n'
+                    f'echo "$STUDY_STAGE" >> {tmp_path}/stages\n')
     fake.chmod(0o755)
     said.unlink(missing_ok=True)
-    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
+    (tmp_path / "stages").unlink(missing_ok=True)
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": str(ranks), "STUDY_PYTHON": str(fake)}
     ran = subprocess.run(["bash", "train.sh", "--out", str(tmp_path / "o"), *flags], cwd=ROOT, env=env,
                          capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
@@ -464,6 +466,67 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
               "objectives": {f"lora-{name}" for name in grpo.OBJECTIVES} - {
                   "lora-group", "lora-coverage"} | {"lora-grpo", "lora-cover"}}
     assert wanted.get(study, set()) <= names
+
+
+def test_small_worlds_rates_are_not_those_of_the_full_study(tmp_path):
+    """Arms that their two trials gave another rate trained an 8B model at 2e-3 and 4e-3, twenty to a hundred times
+    the others'; lora-slow was 25 times as fast, and lora-long shorter."""
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("")
+    arms = "lora poly poly-dpp sft-gem lora-adalora lora-long lora-grpo lora-rloo lora-clip-cov lora-slow lora-fast dpp-cover@1"
+    for gpu, first, then in (True, 2e-4, 2e-5), (False, 2e-3, 3e-4):
+        said = asked(tmp_path, "--model", "some/model", "--data", str(posts), "--jobs", "1", "--arms", arms, gpu=gpu)
+        trained = {"grpo.py": grpo.parser(), "polylora.py": polylora.parser()}
+        trained = {Path(args.out).name: args for args in (
+            trained[Path(room).name].parse_args(words) for room, *words in said if Path(room).name in trained)}
+        assert set(trained) == set(arms.split())
+        for name, args in trained.items():
+            rate = then if hasattr(args, "start") else first
+            assert args.lr == pytest.approx(rate * {"lora-slow": 0.5, "lora-fast": 2}.get(name, 1)), name
+        long, usual = trained["lora-long"], trained["lora"]
+        assert (long.steps, long.epochs) == ((0, 2.8) if gpu else (252, 1)) and usual.steps == (0 if gpu else 90)
+
+
+def test_a_launch_of_many_ranks_gives_each_a_post(tmp_path):
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("")
+    for ranks, drafted, batch in (8, 8, 16), (16, 16, 16), (24, 24, 24):
+        said = asked(tmp_path, "--model", "m", "--data", str(posts), gpu=True, ranks=ranks)
+        sft = [polylora.parser().parse_args(words) for room, *words in said if room.endswith("polylora.py")]
+        rl = [grpo.parser().parse_args(words) for room, *words in said if room.endswith("grpo.py")]
+        assert sft and rl and {(a.draft_posts, a.batch) for a in sft} == {(drafted, batch)} and {a.batch for a in rl} == {batch}
+
+
+@pytest.mark.parametrize("study", ["fresh", "free", "temperature"])
+def test_no_two_stages_of_a_seed_meet_under_one_name(tmp_path, study):
+    """The second measuring of the same runs called the dead ports of the first; also where one rank finds an arm
+    done that another does not."""
+    asked(tmp_path, "--study", study, "--seeds", "11", ranks=2)
+    *numbers, _ = (tmp_path / "stages").read_text().split()                    # the report has no ranks
+    assert len(set(numbers)) == len(numbers) > 5
+    done = tmp_path / "o" / "seed11" / "lora-half"
+    done.mkdir(parents=True)
+    (done / "done.json").write_text("{}")
+    asked(tmp_path, "--study", study, "--seeds", "11", ranks=2)
+    *now, _ = (tmp_path / "stages").read_text().split()
+    assert now[-2:] == numbers[-2:] and (len(now) == len(numbers) - 1 if study == "free" else now == numbers)
+
+
+def test_folders_may_have_blanks_in_their_names(tmp_path):
+    """After all the training the arms to measure were cut at the blank."""
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    fake, said = folder / "python", folder / "said"
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done >> "$(dirname "$0")/said"\n')
+    fake.chmod(0o755)
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
+    launch = lambda *more: subprocess.run(["bash", "train.sh", "--out", str(folder / "o"), "--seeds", "1", *more], cwd=ROOT,
+                                          env=env, capture_output=True, text=True, timeout=60)
+    assert launch("--arms", "lora").returncode == 0
+    assert str(folder / "o/seed1/lora") in said.read_text().splitlines()
+    assert said.read_text().splitlines().count(str(folder / "o/seed1/lora")) == 3   # trained, measured, reported
+    ran = launch("--embedder", "my embedder")
+    assert ran.returncode == 2 and "--embedder my embedder" in ran.stderr
 
 
 def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tmp_path):
@@ -657,6 +720,8 @@ def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path, monkeypat
     weights = Qwen3.from_pretrained(model)
     weights.model.norm.weight.data.mul_(0.5)
     weights.save_pretrained(model)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "model_hash"}))  # of older days
     assert measured("--model", str(model))[1]["settings"]["model"] != first[1]["settings"]["model"]
     monkeypatch.setattr(trainer, "fetch", lambda name, revision: Path(world["model"] if revision else model))
     assert trainer.model_hash("a/b", None) != trainer.model_hash("a/b", "abc123")
@@ -785,6 +850,44 @@ def test_the_base_s_revision_is_kept_with_the_adapter(world, tmp_path):
         args = evaluate.parser().parse_args(command)
         evaluate.name_model(args, run)
         assert (args.model, args.revision) == (world["model"], "abc123")
+
+
+def test_an_adapter_on_another_base_is_refused(world, tmp_path, capsys):
+    """It went onto any base of its shape: drafts of nonsense, and no word about it."""
+    model = write_model(tmp_path / "model")
+    other = Qwen3.from_pretrained(model)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    other.save_pretrained(model)
+    few = ["--model", str(model), "--data", world["eval"], "--out", str(tmp_path / "x"), "--max-new-tokens", "4"]
+    assert evaluate.main(["measure", world["lora"], *few[:4], "--n", "10", "--max-new-tokens", "4"]) == 2
+    assert "was trained on another base" in capsys.readouterr().err
+    assert grpo.main(["--start", world["lora"], "--steps", "1", "--k", "2", *few]) == 2
+    assert "was trained on another base" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    run = ["sft", "--model", str(model), "--data", world["sft"], "--out", str(tmp_path / "run"), "--steps", "1"]
+    assert polylora.main(run) == 0
+    (tmp_path / "run" / "done.json").unlink()                                  # as if killed
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    other.save_pretrained(model)
+    assert polylora.main([*run, "--resume"]) == 2 and "a run on another base" in capsys.readouterr().err
+
+
+def test_agreement_is_embedded_in_one_call_whatever_posts_a_rank_has():
+    """A call a post: with --shard, ranks whose posts have other numbers of replies waited for ever."""
+    calls = []
+
+    def embed(groups):
+        calls.append(groups)
+        return torch.eye(9)[torch.tensor([[len(t) for t in texts] for texts in groups])]
+    session = SimpleNamespace(embedder=embed, agreement=0.5)
+    posts = [data.Post("1", "p", ("aa",)), data.Post("2", "q", ("a", "aaa")), data.Post("3", "r", ("aaaa", "a"))]
+    drafts = torch.eye(9)[torch.tensor([[1, 2]] * 3)]
+    records = [{}, {}, {}]
+    evaluate.add_agreement(session, records, posts, drafts)
+    assert records == [{}, {"agrees": [[0], []], "people": 2}, {"agrees": [[1], []], "people": 2}]
+    evaluate.add_agreement(session, [{}], posts[:1], drafts[:1])
+    assert len(calls) == 2
 
 
 def test_an_adapter_that_was_trained_elsewhere_is_measured_beside_ours(world, tmp_path, capsys):
