@@ -78,7 +78,7 @@ fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 
 model="" data="" out="" seeds="" lambda="" weight="" posts="" steps="" base_steps="" jobs=""
 share="" targets="" dry="" reward=auto reward_model="" embedder=base judge_embedder="" samples="" held=() split=() until=() code=()
-arms="" study="" narrow="" temperatures="" decoders="" endpoint="" k=8 set_size="" cover="" gate="" then_gate="" passk="" extra=()
+arms="" study="" narrow="" temperatures="" decoders="" endpoint="" k=8 set_size="" cover="" gate="" then_gate="" like="" passk="" extra=()
 given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
@@ -163,7 +163,7 @@ case "$study" in
   valid) asked="$seven lora-kl-slow dpp-then-grpo dpp-then-passk" reward=valid ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
-  blind) asked="$seven" reward=agreement gate=likelihood passk=maxk ;;
+  blind) asked="$seven lora-kl@0.3 dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
@@ -233,7 +233,8 @@ else
 fi
 set_size="${set_size:-4}" then_gate="${then_gate:-$gate}" four=$(( k > 4 ? 4 : k - 1 ))
 cover="${cover:---set-size $set_size}"
-like=3; [[ "$weight" != 8 ]] || like=6; [[ -n "$weight" ]] || like=1    # D's part of the advantages, measured
+case "$weight" in 8) part=6 ;; "") part=1 ;; *) part=3 ;; esac           # D's part of the advantages, measured
+like="${like:-$part}"
 [[ -z "$targets" ]] || adapter+=(--targets "$targets")
 (( WORLD_SIZE <= 8 )) || sft+=(--draft-posts "$WORLD_SIZE")
 long="--steps $(( ${first_steps:-$sft_steps} * 14 / 5 ))"                # the seconds of polychromic SFT

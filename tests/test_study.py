@@ -447,6 +447,11 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
     if study == "paths":
         assert {f"{arm}@{n}" for arm in ("lora-grpo", "lora-passk", "lora-cover", "poly-grpo", "dpp-cover@1")
                 for n in (20, 40, 80)} <= names
+    if study in ("valid", "blind"):  # each method's best of its six trials
+        shares = {Path(args.out).name: args.diversity_share for args in map(grpo.parser().parse_args, (
+            words for room, *words in asked(tmp_path, "--study", study) if room.endswith("grpo.py")))}
+        assert shares["dpp-grpo"] == {"valid": 6, "blind": 3}[study] and not shares["dpp-then-passk"]
+        assert {"valid": "lora-kl-slow", "blind": "lora-kl@0.3"}[study] in shares
     if study in ("valid-trials", "blind-trials"):  # as many for each method
         tried = [name.rsplit("-at-")[0].rsplit("-", 1)[0] for name in names if name.startswith("try-")]
         assert {name: tried.count(name) for name in tried} == dict.fromkeys(
