@@ -32,8 +32,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    CONTROL, InputError, await_file, beside, command, control_of, fetch, file_hash, harmless,
-    printable, read_json, read_text, short, without_control, write_json, write_text)
+    CONTROL, InputError, await_file, beside, command, control_of, fetch, file_hash, groups,
+    harmless, hashed, printable, read_json, read_text, short, without_control, write_json,
+    write_text)
 from pocket import (
     POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
 from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program
@@ -227,18 +228,6 @@ class Chosen(Sequence):
 
 
 LONGEST_LINE = 2 ** 24           # bytes: more would take gigabytes to parse
-
-
-def hashed(text, size):
-    """The first `size` bytes of a text's sha256."""
-    return hashlib.sha256(text.encode()).digest()[:size]
-
-
-def groups(keys):
-    """Equal rows of keys (n, 2) have equal numbers (n,), 0, 1, .. in the order of first rows."""
-    joined = np.ascontiguousarray(keys).view("u8,u8")[:, 0]
-    _, first, group = np.unique(joined, return_index=True, return_inverse=True)
-    return first.argsort().argsort()[group]
 
 
 def kind_of(post):
@@ -505,8 +494,8 @@ class Domain:
     A draft is right in a voice when it is the post's reply in that voice, letter case, punctuation
     and spacing aside (normalise). Readers are long-tailed over the voices: GRPO rewards and the
     evaluation draw them by popularity_of(post). SFT pairs come from writers, who are the readers
-    unless they were given a long tail of their own. With `permute` each scene (a post's intent, less
-    what follows its last /) has an order of voices of its own, which holds for readers alone."""
+    unless they were given a long tail of their own. With `permute` each scene (a post's intent,
+    less what follows its last /) has an order of voices of its own, for readers alone."""
     name = "voices"
 
     def __init__(self, posts, voices=None, popularity=1.5, writers=None, permute=False):
@@ -537,7 +526,8 @@ class Domain:
         """{voice: share of this post's readers who like it}; {} in a domain without voices."""
         order = list(self.voices)
         if self.permute:
-            random.Random(f"readers of {post.intent.rpartition('/')[0] or post.intent}").shuffle(order)
+            scene = post.intent.rpartition("/")[0] or post.intent
+            random.Random(f"readers of {scene}").shuffle(order)
         shares = long_tail(order, self.exponent)
         return {v: shares[v] for v in self.voices}
 
@@ -794,7 +784,7 @@ DOMAINS = {d.name: d for d in (
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-DROPPED = "lines left out: their post stands in an earlier line, one of both has replies by voice"
+DROPPED = "lines left out: their post stands in an earlier line, one has replies by voice"
 
 
 def check(args):
@@ -822,7 +812,7 @@ def check(args):
 def made(out, wanted):
     """Is the split in a folder the wanted one? An older one does not say what its file held."""
     there = read_json(out / "split.json")
-    return {"contents": wanted.get("contents")} | there == {"contents": None} | wanted
+    return {"contents": wanted["contents"]} | there == wanted
 
 
 def split(args):
@@ -834,9 +824,8 @@ def split(args):
     sizes = {n: int(c) for n, c in (part.split("=") for part in args.sizes.split(","))}
     out = Path(args.out)
     wanted = {name: getattr(args, name) for name in (
-        "data", "seed", "by", "domain", "popularity", "writers", "permute")} | {"sizes": sizes}
-    if args.data not in WORLDS:
-        wanted["contents"] = file_hash(args.data)
+        "data", "seed", "by", "domain", "popularity", "writers", "permute")}
+    wanted |= {"sizes": sizes, "contents": file_hash(args.data)}
     if os.environ.get("RANK", "0") != "0":
         await_file(out / "split.json", lambda: made(out, wanted))
         return
@@ -855,7 +844,8 @@ def split(args):
     domain = make_domain(args.domain, posts, popularity=args.popularity, writers=args.writers,
                          permute=args.permute)
     if args.permute and not all(p.intent for p in posts):
-        raise InputError(f'--permute needs posts with an "intent" each: {args.data} has some without')
+        raise InputError(f'--permute needs posts with an "intent" each: {args.data} has some '
+                         "without")
     if args.by == "intent":
         parts = split_by_intent(posts, sizes, args.seed)
     else:

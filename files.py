@@ -15,6 +15,7 @@ import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
@@ -135,6 +136,20 @@ def read_json(path):
         raise InputError(f"{path} is not valid JSON ({str(e)[:100]})") from None
 
 
+def read_template(folder):
+    """The text of a folder's chat template; None where it has none."""
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja")
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    config = read_json(folder / "tokenizer_config.json")
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):  # several, by name
+        named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+        template = next(named, {}).get("template")
+    return template if isinstance(template, str) else None
+
+
 @contextmanager
 def beside(path):
     """A path to write to, in the same folder: flushed to disk and moved to `path` when all went
@@ -173,6 +188,26 @@ def file_hash(path):
         while part := file.read(2 ** 20):
             total.update(part)
     return total.hexdigest()
+
+
+def hashed(text, size):
+    """The first `size` bytes of a text's sha256."""
+    return hashlib.sha256(text.encode()).digest()[:size]
+
+
+def groups(keys):
+    """Equal rows of keys (n, 2) have equal numbers (n,), 0, 1, .. in the order of first rows."""
+    joined = np.ascontiguousarray(keys).view("u8,u8")[:, 0]
+    _, first, group = np.unique(joined, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[group]
+
+
+def duration(seconds):
+    """Seconds in words: '40 s', '12 min', '3.5 h', '2.1 days'."""
+    for unit, size in (("days", 86400), ("h", 3600)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def environment():

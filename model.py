@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from data import ChatFormat, render_chat
-from files import InputError, beside, fetch, read_json, read_text, short, write_json
+from files import InputError, beside, fetch, read_json, read_template, short, write_json
 from sandbox import render_template
 
 
@@ -467,20 +467,6 @@ def chat_format(folder):
                      "<|im_start|> and <|im_end|>: give a checkpoint with Qwen3's chat format")
 
 
-def read_template(folder):
-    """The text of a folder's chat template; None where it has none."""
-    if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja")
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    config = read_json(folder / "tokenizer_config.json")
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(template, list):  # several, by name
-        named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
-        template = next(named, {}).get("template")
-    return template if isinstance(template, str) else None
-
-
 # ---- A sentence encoder: BERT, the mean of its last states ---------------------------------------
 
 class Bert(nn.Module):
@@ -774,9 +760,10 @@ def chunk_size(vocab, device):
 
 def chunks(count, vocab, device, draft=None):
     """Slices of N tokens; with draft (N,), the draft of each in order, none is cut through."""
-    size, out, start = chunk_size(vocab, device), [], 0
+    size = chunk_size(vocab, device)
     if draft is None:
         return [slice(start, start + size) for start in range(0, count, size)]
+    out, start = [], 0
     ends = [*(draft.diff().nonzero().flatten() + 1).tolist(), count]
     for end, following in zip(ends, [*ends[1:], math.inf]):
         if following - start > size:
@@ -787,10 +774,9 @@ def chunks(count, vocab, device, draft=None):
 
 class SelectedLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target] and the entropy of that softmax, for a frozen W, in chunks of
-    tokens. A token's log-probability depends on its own hidden state alone, so its gradient is one
-    vector, (onehot(target) - softmax) W / T. Forward computes it while the chunk's softmax is at
-    hand; backward only scales it: exact for every loss of log-probabilities, without a second
-    projection, and (N, hidden) is kept, not (N, vocab)."""
+    tokens. A token's log-probability depends on its own hidden state alone: its gradient is one
+    vector, (onehot(target) - softmax) W / T, made while the chunk's softmax is at hand and scaled
+    by backward. Exact for every loss of log-probabilities; (N, hidden) is kept, not (N, vocab)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
@@ -821,9 +807,7 @@ class SelectedLogprobs(torch.autograd.Function):
 
 def selected_logprobs(hidden, weight, target, temperature=1.0):
     """The same by plain autograd, with a full (N, V) tensor: the reference."""
-    logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
-    chosen = logp.gather(-1, target[:, None]).squeeze(-1)
-    return chosen, -(logp.exp() * logp).sum(-1).detach()
+    return logprob_and_entropy(F.linear(hidden, weight).float() / temperature, target)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -883,10 +867,9 @@ def predicting_states(model, rows):
 def token_losses(model, rows, fn, temperature=1.0, extra=(), whole=False, hidden=None):
     """Losses (N,) fp32, with gradient, of the N reply tokens in `rows`, by any function of a
     token's logits: fn(logits (n, V) fp32, target (n,), *extra) -> (n,), called chunk by chunk.
-    `extra`: tensors with N rows that are cut along, such as the base model's states. No loss here
-    needs a tensor of tokens by vocabulary. `whole`: fn looks at a draft's tokens together, which
-    then lie in one chunk; what comes after must weigh them alike. `hidden`: predicting_states,
-    where they are at hand."""
+    `extra`: tensors with N rows that are cut along, such as the base model's states. `whole`: fn
+    looks at a draft's tokens together, which then lie in one chunk and weigh alike. `hidden`:
+    predicting_states, where they are at hand."""
     hidden = predicting_states(model, rows) if hidden is None else hidden
     weight = model.head_weight()
     cuts = chunks(len(hidden), len(weight), hidden.device, rows.draft if whole else None)
@@ -900,7 +883,7 @@ def token_logprobs(model, rows, temperature=1.0):
     `rows` (pack) under the softmax at `temperature`: the distribution that generate samples from
     without truncation."""
     hidden, weight = predicting_states(model, rows), model.head_weight()
+    cuts = chunks(len(hidden), len(weight), hidden.device)
     if weight.requires_grad:
-        cuts = chunks(len(hidden), len(weight), hidden.device)
         return in_chunks(logprob_and_entropy, hidden, weight, rows.target, temperature, cuts)
     return SelectedLogprobs.apply(hidden, weight, rows.target, temperature)

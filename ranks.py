@@ -6,6 +6,7 @@ RANK and WORLD_SIZE but data.py, for its messages and splits."""
 
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -201,6 +202,32 @@ def set_gradient(params, flat):
     """The inverse of Ranks.take_gradient."""
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
+
+
+class Signals:
+    """Within: SIGTERM and Ctrl-C are noted in `seen`, for the loop to leave after its step; a
+    second one, a second later or more, leaves at once: under train.sh the launcher and the shell
+    both pass the same one on."""
+
+    def __enter__(self):
+        self.seen, self.before = 0, {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self.note)
+            except ValueError:  # not the main thread: somebody else's business
+                pass
+        return self
+
+    def note(self, number, frame):
+        if self.seen and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
+        if not self.seen:
+            self.seen = number
+            self.at = time.monotonic()
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Lockstep:

@@ -41,9 +41,9 @@ def read_object(path, text=None):
 
 
 def read_run(folder, ks=KS):
-    """-> a dict: folder, arm, seed, `of` (the arm that was trained, where this is RUN@NAME), `shared`
-    (what all runs must agree on), `posts` {id: text}, clusters, values {metric: (posts,)},
-    `readers` (Counter of reader_shares), ends, scale, adapter, warnings.
+    """-> a dict: folder, arm, seed, `of` (the arm that was trained, where this is RUN@NAME),
+    `shared` (what all runs must agree on), `posts` {id: text}, clusters, values {metric:
+    (posts,)}, `readers` (Counter of reader_shares), ends, scale, adapter, warnings.
 
     Values are in the order of the post ids, NaN where a post lacks the metric; ends closes each
     stage's log."""

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import data
 from data import InputError, beside, fetch, read_json, write_json, write_text
-from files import Tracker, environment, file_hash
+from files import Tracker, duration, environment, file_hash
 from generate import generate, sampling_of
 from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
-from ranks import Ranks, shard
+from ranks import Ranks, Signals, shard
 
 try:
     import fcntl
@@ -365,31 +365,6 @@ class DeadSignals:
         return fresh
 
 
-class Signals:
-    """Within: SIGTERM and Ctrl-C are noted in `seen`, for the loop to leave after its step; a
-    second one, a second later or more, leaves at once: under train.sh the launcher and the shell
-    both pass the same one on."""
-
-    def __enter__(self):
-        self.seen, self.at, self.before = 0, 0.0, {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.before[number] = signal.signal(number, self.note)
-            except ValueError:  # not the main thread: somebody else's business
-                pass
-        return self
-
-    def note(self, number, frame):
-        if self.seen and time.monotonic() - self.at > 1:
-            os._exit(128 + number)
-        if not self.seen:
-            self.seen, self.at = number, time.monotonic()
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def train(session, params, step_fn, names, shaping=None):
     """The loop of every phase. step_fn(step) leaves the whole step's gradient, summed over ranks,
     on `params` and returns a Tally; `names` are the means to log. A step whose gradient or loss is
@@ -560,14 +535,6 @@ def leave(session, bar, step, number):
     sys.exit(128 + number)
 
 
-def duration(seconds):
-    """Seconds in words: '40 s', '12 min', '3.5 h', '2.1 days'."""
-    for unit, size in (("days", 86400), ("h", 3600)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
 # ---- The session ---------------------------------------------------------------------------------
 
 class Session:
@@ -696,9 +663,9 @@ def same_base(run, args):
     path = Path(run) / "config.json"
     trained_on = read_json(path).get("model_hash") if path.exists() else None
     if trained_on not in (None, model_hash(args.model, args.revision)):
-        raise InputError(f"the adapter of {run} was trained on another base than {args.model}: name "
-                         "that one by --model, and measure runs on different bases in calls of "
-                         "their own")
+        raise InputError(f"the adapter of {run} was trained on another base than {args.model}: "
+                         "name that one by --model, and measure runs on different bases in calls "
+                         "of their own")
 
 
 def load_chat(path, revision=None):
