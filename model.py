@@ -883,7 +883,7 @@ def token_logprobs(model, rows, temperature=1.0):
     `rows` (pack) under the softmax at `temperature`: the distribution that generate samples from
     without truncation."""
     hidden, weight = predicting_states(model, rows), model.head_weight()
-    cuts = chunks(len(hidden), len(weight), hidden.device)
     if weight.requires_grad:
+        cuts = chunks(len(hidden), len(weight), hidden.device)
         return in_chunks(logprob_and_entropy, hidden, weight, rows.target, temperature, cuts)
     return SelectedLogprobs.apply(hidden, weight, rows.target, temperature)

@@ -2,7 +2,7 @@
 
 A rank that ends before its time takes the others with it, and they name it. With --shard the
 weights are spread over the ranks, which then go through the model in lockstep. Nothing else reads
-RANK and WORLD_SIZE but data.py, for its messages and splits."""
+RANK and WORLD_SIZE but what the first rank does alone: messages, splits, adapters.run_wise."""
 
 import os
 import secrets

@@ -218,7 +218,7 @@ else
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
     posts="${posts:-2500}"; jobs=1 length=100 sft_steps=0 slow=1e-5 fast=4e-5; adapter=(--rank 16 --alpha 16)
     batch=$(( WORLD_SIZE > 16 ? WORLD_SIZE : 16 ))   # every rank has a post
-    sft=(--lr 2e-4 --batch "$batch" --steps "${first_steps:-0}" --max-new-tokens 100 --checkpointing)
+    sft=(--lr 2e-4 --batch "$batch" --steps "${first_steps:-$sft_steps}" --max-new-tokens 100 --checkpointing)
     grpo=(--lr 2e-5 --batch "$batch" --steps "${then_steps:-0}" --max-new-tokens 100 --checkpointing)
   else                                     # a small language model, an hour or two
     [[ -n "$posts" ]] || sizes="sft=1440,grpo=320,eval=100"

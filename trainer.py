@@ -662,7 +662,7 @@ def same_base(run, args):
     adapter goes onto any base of its shape, and writes nonsense there."""
     path = Path(run) / "config.json"
     trained_on = read_json(path).get("model_hash") if path.exists() else None
-    if trained_on not in (None, model_hash(args.model, args.revision)):
+    if trained_on is not None and trained_on != model_hash(args.model, args.revision):
         raise InputError(f"the adapter of {run} was trained on another base than {args.model}: "
                          "name that one by --model, and measure runs on different bases in calls "
                          "of their own")
