@@ -36,8 +36,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                                     adapter, the adapter between the two
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
-                       valid-trials, blind-trials   how those studies' settings are chosen: four methods,
-                                    six settings each, seed 101
+                       valid-trials, blind-trials, noisy-trials   how such studies' settings are chosen:
+                                    each method's six settings and the registers' at two rates, seed 101
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
                      it starts from
@@ -64,6 +64,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --embedder NAME    what embeds drafts for D: base, or the folder or hub name of an embedding model
   --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
   --samples N        drafts for each held-out post (default: 24; of a --study 40; with --model 20)
+  --temperatures "0.5 0.75"   also measure every arm at these, as ARM@T (default: none; of --study
+                     temperature "0.5 0.75 1.25 1.6")
   --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
@@ -85,7 +87,7 @@ while [[ $# -gt 0 ]]; do
     -h|--help) [[ "${RANK:-0}" != 0 ]] || usage; exit 0 ;;
     --dry-run) dry=1; shift ;;
     --model|--data|--out|--study|--arms|--seeds|--lambda|--share|--targets|--weight|--posts|--steps|--base-steps|--reward|\
-    --reward-model|--embedder|--judge-embedder|--samples|--jobs)
+    --reward-model|--embedder|--judge-embedder|--samples|--temperatures|--jobs)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       flag="${1#--}"; printf -v "${flag//-/_}" '%s' "$2"; shift 2 ;;
     --allow-code-execution)
@@ -101,6 +103,8 @@ done
 [[ -z "$share" || -n "$model" ]] || fail "--share needs --model: small worlds weigh D by --lambda"
 [[ "$embedder" != *[[:space:]]* ]] || fail "--embedder $embedder: give a folder without blanks in its name"
 numbers='^([0-9]+(,[0-9]+)?)?$'            # in a variable: the bash of macOS wants it so
+warmths='^( *[0-9]*\.?[0-9]+)* *$'
+[[ "$temperatures" =~ $warmths ]] || fail "--temperatures $temperatures: give numbers with blanks between"
 [[ "$steps" =~ $numbers ]] || fail "--steps $steps: give one number, or two with a comma between"
 [[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
@@ -158,17 +162,25 @@ case "$study" in
   controls) asked="$six $best $(named lora-kl@ "0.1 0.3 1") $(named lora-grpo@ "$stops") lora-slow lora-fast lora-entropy lora-clip
     lora-clip-higher lora-informed lora-long lora-d lora-d-free lora-d-reward lora-d-likelihood lora-d-floor poly-then-grpo poly-then-passk" ;;
   paths) asked="$six $best"; for arm in $phases; do asked="$asked $(named "$arm@" "$stops")"; done ;;
-  temperature) asked="$six $best sft-gem" temperatures="0.5 0.75 1.25 1.6" ;;
+  temperature) asked="$six $best sft-gem" temperatures="${temperatures:-0.5 0.75 1.25 1.6}" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
-  valid) asked="$seven lora-kl-slow dpp-then-grpo dpp-then-passk" reward=valid ;;
+  valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=valid ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
-  blind) asked="$seven lora-kl@0.3 dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk ;;
+  blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
-    asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
+    asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-dpp-kl- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")"
-    if [[ "$study" == valid* ]]; then reward=valid; else reward=agreement gate=likelihood passk=maxk; fi ;;
+    known="polychromic dra unlikeliness entropy" grpo_pair="5e-4 1e-3"
+    if [[ "$study" == valid* ]]; then reward=valid known="$known darling uniqueness polyepo evol ucpo maxrl mara"
+    else reward=agreement gate=likelihood passk=maxk known="$known tailrl"; fi
+    asked="$asked $(each "$(named lora- "$known")" "$grpo_pair")" ;;
+  noisy-trials)                            # and wrong verdicts less learning still
+    trials_set="$(each "4 6" "2.5e-4 5e-4 1e-3 2e-3")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
+    sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
+    asked="lora poly-dpp $(named try-passk- "$(each "4 6" "2.5e-4 5e-4 1e-3")") $(named try-cover- "$sets")"
+    asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")" ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
@@ -261,6 +273,11 @@ row() {  # NAME PHASE START FLAGS..: a line of a register; in a small world at i
   for rate in $pair; do echo "$1-at-$rate ${*:2} --lr $rate"; done
 }
 
+try() {  # NAME START "KNOB-at-RATE .." FLAGS..: an arm for each trial; the last flag is the knob's
+  local x
+  for x in $3; do echo "try-$1-$x grpo $2 ${*:4} ${x%-at-*} --lr ${x#*-at-}"; done
+}
+
 every_arm() {
   local x both="--advantage coverage $cover --diversity dpp --gate $then_gate"
   row lora sft - --lambda 0
@@ -298,6 +315,7 @@ dpp-then-grpo       grpo  poly-dpp  --advantage group
 dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
 dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
 dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
+lora-dpp-grpo       grpo  lora      --advantage group --diversity dpp --diversity-share $like --gate $then_gate
 dpp-cover-floor     grpo  poly-dpp  --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
 lora-cover-dpp      grpo  lora      $both --diversity-share 1
 lora-cover-floor    grpo  lora      --advantage coverage $cover --diversity floor --diversity-share 1 --gate $then_gate
@@ -309,16 +327,15 @@ END
   for x in $weights; do echo "poly-then-grpo@$x grpo poly@$x --advantage group"; done
   for x in $rates; do echo "lora@$x sft - --lambda 0 --lr $x"; done
   for x in $rates; do echo "full@$x sft - --lambda 0 --adapter full --lr $x"; done
-  for x in $trials_kl; do echo "try-grpo-$x grpo lora --advantage group --beta ${x%-at-*} --lr ${x#*-at-}"; done
-  for x in $trials_set; do echo "try-passk-$x grpo lora --advantage $passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
-  for x in $trials_set; do echo "try-cover-$x grpo lora --advantage coverage --set-size ${x%-at-*} --lr ${x#*-at-}"; done
-  for x in $trials_weight; do
-    echo "try-poly-$x grpo poly --advantage group --gate $gate --diversity-weight ${x%-at-*} --lr ${x#*-at-}"
-  done
-  for x in $trials_set; do echo "try-dpp-passk-$x grpo poly-dpp --advantage $passk --set-size ${x%-at-*} --lr ${x#*-at-}"; done
-  for x in $trials_share; do
-    echo "try-dpp-grpo-$x grpo poly-dpp --advantage group --diversity dpp --diversity-share ${x%-at-*} --gate $gate --lr ${x#*-at-}"
-  done
+  try grpo lora "$trials_kl" --advantage group --beta
+  try dpp-kl poly-dpp "$trials_kl" --advantage group --beta
+  try passk lora "$trials_set" --advantage $passk --set-size
+  try dpp-passk poly-dpp "$trials_set" --advantage $passk --set-size
+  try cover lora "$trials_set" --advantage coverage --set-size
+  try dpp-cover poly-dpp "$trials_set" --advantage coverage --set-size
+  try poly poly "$trials_weight" --advantage group --gate $gate --diversity-weight
+  try dpp-grpo poly-dpp "$trials_share" --advantage group --diversity dpp --gate $gate --diversity-share
+  try both poly-dpp "$trials_share" $both --diversity-share
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp $both --diversity-share $x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"

@@ -379,7 +379,7 @@ def test_torchrun_leaves_the_programs_flags_alone():
 
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
                                              (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model"),
-                                             (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number")])
+                                             (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number"), (["--temperatures", "0.5,1"], "blanks")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
@@ -399,7 +399,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
-STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid few noisy blind valid-trials blind-trials".split()
+STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid few noisy blind valid-trials blind-trials noisy-trials".split()
 
 
 def asked(tmp_path, *flags, ranks=1, gpu=False):
@@ -452,10 +452,11 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
             words for room, *words in asked(tmp_path, "--study", study) if room.endswith("grpo.py")))}
         assert shares["dpp-grpo"] == {"valid": 6, "blind": 3}[study] and not shares["dpp-then-passk"]
         assert {"valid": "lora-kl-slow", "blind": "lora-kl@0.3"}[study] in shares
-    if study in ("valid-trials", "blind-trials"):  # as many for each method
+    if study.endswith("-trials"):  # as many for each method
         tried = [name.rsplit("-at-")[0].rsplit("-", 1)[0] for name in names if name.startswith("try-")]
         assert {name: tried.count(name) for name in tried} == dict.fromkeys(
-            ("try-grpo", "try-passk", "try-dpp-passk", "try-dpp-grpo"), 6)
+            ("try-passk", "try-cover", "try-dpp-cover", "try-both") if study == "noisy-trials" else
+            ("try-grpo", "try-dpp-kl", "try-passk", "try-dpp-passk", "try-dpp-grpo"), 6)
     if study == "fresh":  # each at its best of five temperatures on seeds 11 to 13
         assert report.primary == ["dpp-cover@1@0.75", "lora-cover@0.75", "lora-passk@0.75"]
         assert set(report.primary) <= {Path(run).name for run in report.runs}
@@ -515,6 +516,13 @@ def test_no_two_stages_of_a_seed_meet_under_one_name(tmp_path, study):
     asked(tmp_path, "--study", study, "--seeds", "11", ranks=2)
     *now, _ = (tmp_path / "stages").read_text().split()
     assert now[-2:] == numbers[-2:] and (len(now) == len(numbers) - 1 if study == "free" else now == numbers)
+
+
+def test_any_study_may_be_measured_at_other_temperatures(tmp_path):
+    said = asked(tmp_path, "--study", "valid", "--seeds", "11", "--temperatures", "0.5 .75")
+    *measured, report = [evaluate.parser().parse_args(words) for room, *words in said if room.endswith("evaluate.py")]
+    assert [(args.temperature, args.name) for args in measured[1:]] == [(0.5, "0.5"), (0.75, ".75")]
+    assert {"dpp-grpo", "dpp-grpo@0.5", "dpp-grpo@.75"} <= {Path(run).name for run in report.runs}
 
 
 def test_folders_may_have_blanks_in_their_names(tmp_path):
