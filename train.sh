@@ -164,10 +164,12 @@ case "$study" in
   paths) asked="$six $best"; for arm in $phases; do asked="$asked $(named "$arm@" "$stops")"; done ;;
   temperature) asked="$six $best sft-gem" temperatures="${temperatures:-0.5 0.75 1.25 1.6}" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
-  valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=valid ;;
+  valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=valid
+    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-1e-3")" grpo_pair="5e-4 1e-3" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
-  blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk ;;
+  blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
+    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4 tailrl-at-5e-4")" grpo_pair="5e-4 1e-3" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-dpp-kl- "$trials_kl") $(named try-passk- "$trials_set")"
@@ -312,6 +314,7 @@ lora-clip-higher    grpo  lora  --advantage group --updates 4 --clip-high 0.28
 lora-half           wise  lora-grpo  lora-grpo --scale 0.5
 lora-wise           wise  lora  lora-grpo --weight 0.5
 dpp-then-grpo       grpo  poly-dpp  --advantage group
+dpp-then-kl-slow    grpo  poly-dpp  --advantage group --beta 0.3 --lr $slow
 dpp-then-passk      grpo  poly-dpp  --advantage $passk --set-size $set_size
 dpp-then-cover      grpo  poly-dpp  --advantage coverage $cover
 dpp-grpo            grpo  poly-dpp  --advantage group --diversity dpp --diversity-share $like --gate $then_gate
