@@ -129,7 +129,7 @@ weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-
 six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
 phases="lora-grpo lora-passk lora-cover poly-grpo dpp-cover@1" stops="20 40 80"
 seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
-sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
+sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" all_rates="2.5e-4 5e-4 1e-3 2e-3" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
 trials_share="$(each "1 3 6" "$grpo_pair")"
@@ -165,19 +165,20 @@ case "$study" in
   temperature) asked="$six $best sft-gem" temperatures="${temperatures:-0.5 0.75 1.25 1.6}" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=valid
-    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-1e-3")" grpo_pair="5e-4 1e-3" ;;
+    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-1e-3")" grpo_pair="$all_rates" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
-    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4 tailrl-at-5e-4")" grpo_pair="5e-4 1e-3" ;;
+    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4 tailrl-at-5e-4")" grpo_pair="$all_rates" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-dpp-kl- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")"
-    known="polychromic dra unlikeliness entropy" grpo_pair="5e-4 1e-3"
+    known="polychromic dra unlikeliness entropy" grpo_pair="$all_rates" further="darling dra polychromic polyepo" third=2e-3
     if [[ "$study" == valid* ]]; then reward=valid known="$known darling uniqueness polyepo evol ucpo maxrl mara"
-    else reward=agreement gate=likelihood passk=maxk known="$known tailrl"; fi
-    asked="$asked $(each "$(named lora- "$known")" "$grpo_pair")" ;;
+    else reward=agreement gate=likelihood passk=maxk known="$known tailrl" further="dra polychromic tailrl" third=2.5e-4; fi
+    # Those that were best at the last rate tried had one more.
+    asked="$asked $(each "$(named lora- "$known")" "5e-4 1e-3") $(each "$(named lora- "$further")" $third)" ;;
   noisy-trials)                            # and wrong verdicts less learning still
     trials_set="$(each "4 6" "2.5e-4 5e-4 1e-3 2e-3")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
     sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
