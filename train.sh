@@ -137,6 +137,7 @@ trials_share="$(each "1 3 6" "$grpo_pair")"
 twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
   lora-rloo lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
+after="dra polychromic darling"            # objectives that are also tried after SFT with D
 quarter="lora-clip-cov lora-kl-cov"       # at four updates a batch 1e-3 was too much for these: a third trial, and its rate
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
@@ -176,9 +177,10 @@ case "$study" in
     asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")"
     known="polychromic dra unlikeliness entropy" grpo_pair="$all_rates" further="darling dra polychromic polyepo" third=2e-3
     if [[ "$study" == valid* ]]; then reward=valid known="$known darling uniqueness polyepo evol ucpo maxrl mara"
-    else reward=agreement gate=likelihood passk=maxk known="$known tailrl" further="dra polychromic tailrl" third=2.5e-4; fi
+    else reward=agreement gate=likelihood passk=maxk known="$known tailrl" further="dra polychromic tailrl" third=2.5e-4 after="dra polychromic"; fi
     # Those that were best at the last rate tried had one more.
-    asked="$asked $(each "$(named lora- "$known")" "5e-4 1e-3") $(each "$(named lora- "$further")" $third)" ;;
+    asked="$asked $(each "$(named lora- "$known")" "5e-4 1e-3") $(each "$(named lora- "$further")" $third)"
+    asked="$asked $(each "$(named dpp-then- "$after")" "5e-4 1e-3")" ;;
   noisy-trials)                            # and wrong verdicts less learning still
     trials_set="$(each "4 6" "2.5e-4 5e-4 1e-3 2e-3")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
     sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
@@ -282,7 +284,7 @@ try() {  # NAME START "KNOB-at-RATE .." FLAGS..: an arm for each trial; the last
 }
 
 every_arm() {
-  local x both="--advantage coverage $cover --diversity dpp --gate $then_gate"
+  local x rate both="--advantage coverage $cover --diversity dpp --gate $then_gate"
   row lora sft - --lambda 0
   row poly sft - $strength $poly
   for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
@@ -340,6 +342,9 @@ END
   try poly poly "$trials_weight" --advantage group --gate $gate --diversity-weight
   try dpp-grpo poly-dpp "$trials_share" --advantage group --diversity dpp --gate $gate --diversity-share
   try both poly-dpp "$trials_share" $both --diversity-share
+  for x in $after; do
+    for rate in $all_rates; do echo "dpp-then-$x-at-$rate grpo poly-dpp --advantage $x --set-size $four --lr $rate"; done
+  done
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp $both --diversity-share $x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
