@@ -166,7 +166,7 @@ case "$study" in
   temperature) asked="$six $best sft-gem" temperatures="${temperatures:-0.5 0.75 1.25 1.6}" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=valid
-    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-1e-3")" grpo_pair="$all_rates" ;;
+    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" grpo_pair="$all_rates" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
