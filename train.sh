@@ -170,7 +170,7 @@ case "$study" in
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
-    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4 tailrl-at-5e-4")" grpo_pair="$all_rates" ;;
+    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4")" grpo_pair="$all_rates" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-dpp-kl- "$trials_kl") $(named try-passk- "$trials_set")"
