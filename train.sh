@@ -169,7 +169,7 @@ case "$study" in
     asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" grpo_pair="$all_rates" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
-  blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
+  blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
     asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4")" grpo_pair="$all_rates" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
