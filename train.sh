@@ -103,8 +103,8 @@ done
 [[ -z "$share" || -n "$model" ]] || fail "--share needs --model: small worlds weigh D by --lambda"
 [[ "$embedder" != *[[:space:]]* ]] || fail "--embedder $embedder: give a folder without blanks in its name"
 numbers='^([0-9]+(,[0-9]+)?)?$'            # in a variable: the bash of macOS wants it so
-warmths='^( *[0-9]*\.?[0-9]+)* *$'
-[[ "$temperatures" =~ $warmths ]] || fail "--temperatures $temperatures: give numbers with blanks between"
+number='^[0-9]*\.?[0-9]+$'
+for t in $temperatures; do [[ "$t" =~ $number ]] || fail "--temperatures $temperatures: give numbers with blanks between"; done
 [[ "$steps" =~ $numbers ]] || fail "--steps $steps: give one number, or two with a comma between"
 [[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
@@ -166,23 +166,23 @@ case "$study" in
   temperature) asked="$six $best sft-gem" temperatures="${temperatures:-0.5 0.75 1.25 1.6}" ;;
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=valid
-    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" grpo_pair="$all_rates" ;;
+    asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" ;;
   few) asked="$six $best" k=4 set_size=3 ;;
   noisy) asked="$six $best" extra=(--flip 0.15) ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
-    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4")" grpo_pair="$all_rates" ;;
+    asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4")" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
     trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-dpp-kl- "$trials_kl") $(named try-passk- "$trials_set")"
     asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")"
-    known="polychromic dra unlikeliness entropy" grpo_pair="$all_rates" further="darling dra polychromic polyepo" third=2e-3
+    known="polychromic dra unlikeliness entropy" further="darling dra polychromic polyepo" third=2e-3
     if [[ "$study" == valid* ]]; then reward=valid known="$known darling uniqueness polyepo evol ucpo maxrl mara"
     else reward=agreement gate=likelihood passk=maxk known="$known tailrl" further="dra polychromic tailrl" third=2.5e-4 after="dra polychromic"; fi
     # Those that were best at the last rate tried had one more.
     asked="$asked $(each "$(named lora- "$known")" "5e-4 1e-3") $(each "$(named lora- "$further")" $third)"
     asked="$asked $(each "$(named dpp-then- "$after")" "5e-4 1e-3")" ;;
   noisy-trials)                            # and wrong verdicts less learning still
-    trials_set="$(each "4 6" "2.5e-4 5e-4 1e-3 2e-3")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
+    trials_set="$(each "4 6" "$all_rates")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
     sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
     asked="lora poly-dpp $(named try-passk- "$(each "4 6" "2.5e-4 5e-4 1e-3")") $(named try-cover- "$sets")"
     asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")" ;;
@@ -268,14 +268,14 @@ spread="--diversity-weight $weight --gate $then_gate --gate-floor $floor"
 
 # ---- The arms: name, phase, the arm that it starts from, flags ------------------------------------------
 
-row() {  # NAME PHASE START FLAGS..: a line of a register; in a small world at its own rate, and both of its trials
-  local rate pair="$grpo_pair" own=""
+row() {  # NAME PHASE START FLAGS..: a line of a register; in a small world at its own rate, and at each that was tried
+  local rate tried="$all_rates" own=""     # the last is twice the usual one
   [[ -z "$model" ]] || { echo "$*"; return; }
-  [[ "$2" != sft ]] || pair="$sft_pair"
-  [[ " $quarter " != *" $1 "* ]] || pair="2.5e-4 $pair" own="--lr 2.5e-4"
-  [[ " "$twice" " != *[[:space:]]"$1"[[:space:]]* ]] || own="--lr ${pair##* }"
+  [[ "$2" != sft ]] || tried="$sft_pair"
+  [[ " $quarter " != *" $1 "* ]] || own="--lr 2.5e-4"
+  [[ " "$twice" " != *[[:space:]]"$1"[[:space:]]* ]] || own="--lr ${tried##* }"
   echo "$* $own"
-  for rate in $pair; do echo "$1-at-$rate ${*:2} --lr $rate"; done
+  for rate in $tried; do echo "$1-at-$rate ${*:2} --lr $rate"; done
 }
 
 try() {  # NAME START "KNOB-at-RATE .." FLAGS..: an arm for each trial; the last flag is the knob's
@@ -284,7 +284,7 @@ try() {  # NAME START "KNOB-at-RATE .." FLAGS..: an arm for each trial; the last
 }
 
 every_arm() {
-  local x rate both="--advantage coverage $cover --diversity dpp --gate $then_gate"
+  local x both="--advantage coverage $cover --diversity dpp --gate $then_gate"
   row lora sft - --lambda 0
   row poly sft - $strength $poly
   for x in $losses; do row "sft-$x" sft - --lambda 0 --loss "$x" --k 8; done
@@ -342,9 +342,7 @@ END
   try poly poly "$trials_weight" --advantage group --gate $gate --diversity-weight
   try dpp-grpo poly-dpp "$trials_share" --advantage group --diversity dpp --gate $gate --diversity-share
   try both poly-dpp "$trials_share" $both --diversity-share
-  for x in $after; do
-    for rate in $all_rates; do echo "dpp-then-$x-at-$rate grpo poly-dpp --advantage $x --set-size $four --lr $rate"; done
-  done
+  for x in $after; do row "dpp-then-$x" grpo poly-dpp --advantage "$x" --set-size "$four"; done
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp $both --diversity-share $x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has
     echo "poly-grpo-$x grpo poly --advantage group --diversity $x --diversity-share $like --gate $then_gate"
@@ -364,6 +362,9 @@ table+="$(while read -r arm line; do        # every second phase stopped early
 done <<< "$table")"
 for arm in $arms; do
   [[ $'\n'"$table" == *$'\n'"$arm "* ]] || fail "there is no arm $arm: the arms stand in $here/train.sh"
+  for t in $temperatures; do
+    [[ $'\n'"$table" != *$'\n'"$arm@$t "* ]] || fail "--temperatures $t: $arm@$t is an arm of its own; write the number otherwise (as 0.30)"
+  done
 done
 
 # ---- Stages ---------------------------------------------------------------------------------------------

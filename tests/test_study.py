@@ -379,7 +379,8 @@ def test_torchrun_leaves_the_programs_flags_alone():
 
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
                                              (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model"),
-                                             (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number"), (["--temperatures", "0.5,1"], "blanks")])
+                                             (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number"), (["--temperatures", "0.5,1"], "blanks"),
+                                             (["--temperatures", "0.5 0.7.5"], "blanks"), (["--arms", "lora poly", "--temperatures", "0.5 0.3"], "poly@0.3")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
