@@ -380,7 +380,7 @@ def test_torchrun_leaves_the_programs_flags_alone():
 @pytest.mark.parametrize("arguments, word", [(["--modle", "x"], "--modle"), (["--model", "x"], "--data"),
                                              (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"), (["--seeds"], "value"), (["--nf4"], "--model"),
                                              (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number"), (["--temperatures", "0.5,1"], "blanks"),
-                                             (["--temperatures", "0.5 0.7.5"], "blanks"), (["--arms", "lora poly", "--temperatures", "0.5 0.3"], "poly@0.3")])
+                                             (["--temperatures", "0.5 0.7.5"], "blanks")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
     ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
@@ -524,6 +524,14 @@ def test_any_study_may_be_measured_at_other_temperatures(tmp_path):
     *measured, report = [evaluate.parser().parse_args(words) for room, *words in said if room.endswith("evaluate.py")]
     assert [(args.temperature, args.name) for args in measured[1:]] == [(0.5, "0.5"), (0.75, ".75")]
     assert {"dpp-grpo", "dpp-grpo@0.5", "dpp-grpo@.75"} <= {Path(run).name for run in report.runs}
+
+
+@pytest.mark.parametrize("flags, word", [(["--arms", "lora lroa-grpo"], "lroa-grpo"),
+                                         (["--arms", "lora poly", "--temperatures", "0.5 0.3"], "poly@0.3")])
+def test_arms_that_do_not_exist_or_would_share_a_folder_are_refused_before_anything_runs(flags, word):
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": "false"}
+    ran = subprocess.run(["bash", "train.sh", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
 
 
 def test_folders_may_have_blanks_in_their_names(tmp_path):
