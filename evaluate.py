@@ -121,6 +121,9 @@ def jobs_of(session, runs):
         about |= {"measured_of": arm} if tail else {}
         about |= {"embedder": config["embedder"]} if "embedder" in config else {}
         to = run.with_name(run.name + tail)
+        if tail and (to / "adapter").exists():
+            raise InputError(f"--name {name}: {to} is a run of its own, which would be written over: "
+                             "take another name")
         jobs.append((run, to, own, about if tail or "seed" not in config else None))
     return jobs
 

@@ -36,8 +36,8 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                                     adapter, the adapter between the two
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
-                       valid-trials, blind-trials, noisy-trials   how such studies' settings are chosen:
-                                    each method's six settings and the registers' at two rates, seed 101
+                       valid-trials, blind-trials, noisy-trials, few-trials   how such studies' settings
+                                    are chosen: each method's settings and the registers' at two rates, seed 101
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
                      it starts from
@@ -138,6 +138,7 @@ twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-a
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
   lora-rloo lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
 after="dra polychromic darling"            # objectives that are also tried after SFT with D
+spread_out="polyepo darling dra polychromic"   # published terms for diversity, where D stands beside coverage
 quarter="lora-clip-cov lora-kl-cov"       # at four updates a batch 1e-3 was too much for these: a third trial, and its rate
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
@@ -185,7 +186,12 @@ case "$study" in
     trials_set="$(each "4 6" "$all_rates")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
     sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
     asked="lora poly-dpp $(named try-passk- "$(each "4 6" "2.5e-4 5e-4 1e-3")") $(named try-cover- "$sets")"
-    asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")" ;;
+    asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")"
+    asked="$asked $(each "$(named lora- "$spread_out")" "5e-4 1e-3")" ;;
+  few-trials)
+    k=4 set_size=3 trials_set="$(each "2 3" "$grpo_pair")" trials_share="$(each "1 3" "$grpo_pair")" seeds="${seeds:-101}"
+    asked="lora poly-dpp $(named try-passk- "$trials_set") $(named try-cover- "$trials_set") $(named try-dpp-cover- "$trials_set")"
+    asked="$asked $(named try-both- "$trials_share") $(each "$(named lora- "$spread_out")" "$grpo_pair")" ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
@@ -280,6 +286,7 @@ row() {  # NAME PHASE START FLAGS..: a line of a register; in a small world at i
 
 try() {  # NAME START "KNOB-at-RATE .." FLAGS..: an arm for each trial; the last flag is the knob's
   local x
+  [[ -z "$model" ]] || return 0            # those rates are small worlds'
   for x in $3; do echo "try-$1-$x grpo $2 ${*:4} ${x%-at-*} --lr ${x#*-at-}"; done
 }
 

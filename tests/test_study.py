@@ -400,7 +400,7 @@ def test_train_sh_is_for_the_bash_of_macos_too():
         assert text.count(every) == text.count(guarded), name
 
 
-STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid few noisy blind valid-trials blind-trials noisy-trials".split()
+STUDIES = "primary trials rates map cover fresh lambda full losses adapters diversities objectives controls paths temperature free valid few noisy blind valid-trials blind-trials noisy-trials few-trials".split()
 
 
 def asked(tmp_path, *flags, ranks=1, gpu=False):
@@ -455,13 +455,15 @@ def test_every_command_of_a_named_study_is_one_that_the_programs_take(tmp_path, 
         assert {"valid": "lora-kl-slow", "blind": "lora-kl@0.3"}[study] in shares
     if study.endswith("-trials"):  # as many for each method
         tried = [name.rsplit("-at-")[0].rsplit("-", 1)[0] for name in names if name.startswith("try-")]
+        sets = study in ("noisy-trials", "few-trials")
         assert {name: tried.count(name) for name in tried} == dict.fromkeys(
-            ("try-passk", "try-cover", "try-dpp-cover", "try-both") if study == "noisy-trials" else
-            ("try-grpo", "try-dpp-kl", "try-passk", "try-dpp-passk", "try-dpp-grpo"), 6)
+            ("try-passk", "try-cover", "try-dpp-cover", "try-both") if sets else
+            ("try-grpo", "try-dpp-kl", "try-passk", "try-dpp-passk", "try-dpp-grpo"), 4 if study == "few-trials" else 6)
+        assert not sets or {f"lora-{name}-at-1e-3" for name in ("polyepo", "darling", "dra", "polychromic")} <= names
     if study == "fresh":  # each at its best of five temperatures on seeds 11 to 13
         assert report.primary == ["dpp-cover@1@0.75", "lora-cover@0.75", "lora-passk@0.75"]
         assert set(report.primary) <= {Path(run).name for run in report.runs}
-    if study == "few":           # groups of four in both phases
+    if study.startswith("few"):  # groups of four in both phases
         assert {words[words.index("--k") + 1] for _, *words in asked(tmp_path, "--study", study) if "--k" in words} == {"4"}
     if study in ("few", "noisy"):
         assert report.primary == ["dpp-cover@1", "lora-cover", "lora-passk"]
@@ -554,6 +556,10 @@ def test_folders_may_have_blanks_in_their_names(tmp_path):
 def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tmp_path):
     posts = tmp_path / "posts.jsonl"
     posts.write_text("")
+    tried = ("--model", "some/model", "--data", str(posts), "--arms", "lora try-cover-4-at-1e-3")
+    ran = subprocess.run(["bash", "train.sh", *tried], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                         env=os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": "false"})
+    assert ran.returncode == 2 and "no arm try-cover-4-at-1e-3" in ran.stderr   # its rate is a small world's
     for more, share, weight, gate in ((), 1, 0, "auto"), (("--weight", "2"), 0, 2, "auto"):
         said = asked(tmp_path, "--model", "some/model", "--data", str(posts), "--jobs", "1", *more)
         line, = (x for x in said if x[0].endswith("grpo.py") and any(word.endswith("seed1/poly-grpo") for word in x))
@@ -785,6 +791,9 @@ def test_every_decoder_is_measured_and_reported_as_an_arm_of_its_own(world, tmp_
     assert capsys.readouterr().out.count("1. ") == 3
     assert evaluate.main([*common, "--decoder", "list", "--set-size", "11"]) == 2
     assert evaluate.main([*common, "--name", "a/b"]) == 2
+    shutil.copytree(run, trained := tmp_path / "run@20")
+    assert evaluate.main([*common, "--name", "20"]) == 2 and "run@20" in capsys.readouterr().err
+    assert (trained / "evaluation.json").read_bytes() == before       # a stop at 20 steps, not run at another setting
 
 
 def test_prompts_for_stories_from_file_to_report(world, tmp_path, capsys):
