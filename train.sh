@@ -187,11 +187,12 @@ case "$study" in
     sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
     asked="lora poly-dpp $(named try-passk- "$(each "4 6" "2.5e-4 5e-4 1e-3")") $(named try-cover- "$sets")"
     asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")"
-    asked="$asked $(each "$(named lora- "$spread_out")" "5e-4 1e-3")" ;;
+    asked="$asked $(each "$(named lora- "$spread_out")" "5e-4 1e-3") $(each "lora-polyepo lora-dra" 2e-3)"
+    asked="$asked $(each "lora-darling lora-polychromic" 2.5e-4)" ;;
   few-trials)
     k=4 set_size=3 trials_set="$(each "2 3" "$grpo_pair")" trials_share="$(each "1 3" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-passk- "$trials_set") $(named try-cover- "$trials_set") $(named try-dpp-cover- "$trials_set")"
-    asked="$asked $(named try-both- "$trials_share") $(each "$(named lora- "$spread_out")" "$grpo_pair")" ;;
+    asked="$asked $(named try-both- "$trials_share") $(each "$(named lora- "$spread_out")" "5e-4 $grpo_pair")" ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
