@@ -172,7 +172,7 @@ case "$study" in
     asked="$six $best $(each "try-passk-3 try-cover-3 try-dpp-cover-3" 1e-3) $(named try-both- "$trials_share") lora-polyepo-at-1e-3" ;;
   noisy) trials_set="4-at-1e-3 6-at-5e-4" trials_share="1-at-2e-3 3-at-2e-3" extra=(--flip 0.15)
     asked="$six $best $(each "try-passk-4 try-cover-4 try-dpp-cover-4" 1e-3) try-dpp-cover-6-at-5e-4"
-    asked="$asked $(named try-both- "$trials_share") lora-polyepo-at-2e-3" ;;
+    asked="$asked $(named try-both- "$trials_share") $(each lora-polyepo "1e-3 2e-3")" ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
     asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4")" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
