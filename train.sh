@@ -170,7 +170,7 @@ case "$study" in
     asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" ;;
   few) k=4 set_size=3 trials_set=3-at-1e-3 trials_share="1-at-1e-3 3-at-2e-3"  # the best at T = 0.75 and 1
     asked="$six $best $(each "try-passk-3 try-cover-3 try-dpp-cover-3" 1e-3) $(named try-both- "$trials_share") lora-polyepo-at-1e-3" ;;
-  noisy) trials_set="4-at-1e-3 6-at-5e-4" trials_share="1-at-2e-3 3-at-2e-3" extra=(--flip 0.15)
+  noisy) trials_set="4-at-1e-3 6-at-5e-4" trials_share=3-at-2e-3 extra=(--flip 0.15)  # dpp-cover@1 is the best at 0.75
     asked="$six $best $(each "try-passk-4 try-cover-4 try-dpp-cover-4" 1e-3) try-dpp-cover-6-at-5e-4"
     asked="$asked $(named try-both- "$trials_share") $(each lora-polyepo "1e-3 2e-3")" ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
