@@ -153,7 +153,7 @@ case "$study" in
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
     asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts") $(named lora-cover-dpp- "$schedules")" ;;
   cover) asked="$six $best lora-cover-dpp lora-cover-floor" seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
-  fresh) asked="lora lora-passk lora-cover $best" temperatures=0.75 seeds="${seeds:-$fresh}"
+  fresh) asked="lora lora-passk lora-cover $best dpp-then-cover" temperatures=0.75 seeds="${seeds:-$fresh}"
     endpoint="dpp-cover@1@0.75 lora-cover@0.75 lora-passk@0.75" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
