@@ -122,8 +122,8 @@ def jobs_of(session, runs):
         about |= {"embedder": config["embedder"]} if "embedder" in config else {}
         to = run.with_name(run.name + tail)
         if tail and (to / "adapter").exists():
-            raise InputError(f"--name {name}: {to} is a run of its own, which would be written over: "
-                             "take another name")
+            raise InputError(f"{to} is a run of its own, which this would write over: "
+                             "give another --name")
         jobs.append((run, to, own, about if tail or "seed" not in config else None))
     return jobs
 

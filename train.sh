@@ -37,7 +37,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                        valid        the other reward: 1 for being right in any voice
                        few, noisy, blind   rollouts of 4; 15% of verdicts turned round; no verifier
                        valid-trials, blind-trials, noisy-trials, few-trials   how such studies' settings
-                                    are chosen: each method's settings and the registers' at two rates, seed 101
+                                    are chosen: each method's, and the registers' at two or three rates, seed 101
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
                      it starts from
@@ -129,7 +129,7 @@ weights="0.1 0.3 1 3" parts="0.3 1 3" schedules="rising falling held" rates="2e-
 six="lora poly lora-grpo lora-passk lora-cover poly-grpo" best="poly-dpp dpp-cover@1"
 phases="lora-grpo lora-passk lora-cover poly-grpo dpp-cover@1" stops="20 40 80"
 seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
-sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" all_rates="2.5e-4 5e-4 1e-3 2e-3" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
+sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" three_rates="5e-4 $grpo_pair" all_rates="2.5e-4 $three_rates" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
 trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
 trials_share="$(each "1 3 6" "$grpo_pair")"
@@ -138,7 +138,7 @@ twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-a
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
   lora-rloo lora-gspo lora-passk-mixed lora-polyepo lora-darling lora-unlikeliness lora-focal lora-ucpo lora-mara"
 after="dra polychromic darling"            # objectives that are also tried after SFT with D
-spread_out="polyepo darling dra polychromic"   # published terms for diversity, where D stands beside coverage
+published="polyepo darling dra polychromic"   # terms for diversity, where D stands beside coverage
 quarter="lora-clip-cov lora-kl-cov"       # at four updates a batch 1e-3 was too much for these: a third trial, and its rate
 named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  # PREFIX "A B": PREFIXA PREFIXB
 case "$study" in
@@ -169,7 +169,7 @@ case "$study" in
   valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=valid
     asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" ;;
   few) k=4 set_size=3 trials_set=3-at-1e-3 trials_share="1-at-1e-3 3-at-2e-3"  # the best at T = 0.75 and 1
-    asked="$six $best $(each "try-passk-3 try-cover-3 try-dpp-cover-3" 1e-3) $(named try-both- "$trials_share") lora-polyepo-at-1e-3" ;;
+    asked="$six $best $(named try- "passk-$trials_set cover-$trials_set dpp-cover-$trials_set") $(named try-both- "$trials_share") lora-polyepo-at-1e-3" ;;
   noisy) trials_set="4-at-1e-3 6-at-5e-4" trials_share=3-at-2e-3 extra=(--flip 0.15)  # dpp-cover@1 is the best at 0.75
     asked="$six $best $(each "try-passk-4 try-cover-4 try-dpp-cover-4" 1e-3) try-dpp-cover-6-at-5e-4"
     asked="$asked $(named try-both- "$trials_share") $(each lora-polyepo "1e-3 2e-3")" ;;
@@ -186,16 +186,16 @@ case "$study" in
     asked="$asked $(each "$(named lora- "$known")" "5e-4 1e-3") $(each "$(named lora- "$further")" $third)"
     asked="$asked $(each "$(named dpp-then- "$after")" "5e-4 1e-3")" ;;
   noisy-trials)                            # and wrong verdicts less learning still
-    trials_set="$(each "4 6" "$all_rates")" trials_share="$(each "1 3" "5e-4 1e-3 2e-3")" seeds="${seeds:-101}"
-    sets="$(each "4 6" "5e-4 1e-3 2e-3")" extra=(--flip 0.15)
+    trials_set="$(each "4 6" "$all_rates")" trials_share="$(each "1 3" "$three_rates")" seeds="${seeds:-101}"
+    sets="$(each "4 6" "$three_rates")" extra=(--flip 0.15)
     asked="lora poly-dpp $(named try-passk- "$(each "4 6" "2.5e-4 5e-4 1e-3")") $(named try-cover- "$sets")"
     asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")"
-    asked="$asked $(each "$(named lora- "$spread_out")" "5e-4 1e-3") $(each "lora-polyepo lora-dra" 2e-3)"
+    asked="$asked $(each "$(named lora- "$published")" "5e-4 1e-3") $(each "lora-polyepo lora-dra" 2e-3)"
     asked="$asked $(each "lora-darling lora-polychromic" 2.5e-4)" ;;
   few-trials)
     k=4 set_size=3 trials_set="$(each "2 3" "$grpo_pair")" trials_share="$(each "1 3" "$grpo_pair")" seeds="${seeds:-101}"
     asked="lora poly-dpp $(named try-passk- "$trials_set") $(named try-cover- "$trials_set") $(named try-dpp-cover- "$trials_set")"
-    asked="$asked $(named try-both- "$trials_share") $(each "$(named lora- "$spread_out")" "5e-4 $grpo_pair")" ;;
+    asked="$asked $(named try-both- "$trials_share") $(each "$(named lora- "$published")" "$three_rates")" ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
