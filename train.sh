@@ -40,7 +40,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
                                     are chosen: each method's, and the registers' at two or three rates, seed 101
   --arms "A B"       arms to train, by the names in this file (default: lora poly lora-grpo lora-passk
                      lora-cover poly-grpo; with --model without coverage); an arm needs the arm that
-                     it starts from
+                     it starts from. Trials: try-cover-4-at-1e-3 (method, its knob, rate)
   --seeds "1 2"      seeds of the study (default: "1 2 3"; of a --study "11 12 13 14 15"; with --model "1")
   --dry-run          print every stage with its command, posts, steps, memory and time; train nothing but a
                      small base's first step
@@ -131,8 +131,6 @@ phases="lora-grpo lora-passk lora-cover poly-grpo dpp-cover@1" stops="20 40 80"
 seven="lora poly lora-grpo lora-passk poly-grpo poly-dpp dpp-grpo"  # where no reader's taste is rewarded
 sft_pair="2e-3 4e-3" grpo_pair="1e-3 2e-3" three_rates="5e-4 $grpo_pair" all_rates="2.5e-4 $three_rates" twelve="$(echo {11..22})" fresh="$(echo {23..34})"
 each() { local x r; for r in $2; do for x in $1; do printf '%s ' "$x-at-$r"; done; done; }  # "A B" "RATE RATE"
-trials_kl="$(each "0 0.1 0.3" "$grpo_pair")" trials_set="$(each "4 5 6" "$grpo_pair")" trials_weight="$(each "2 4 8" "$grpo_pair")"
-trials_share="$(each "1 3 6" "$grpo_pair")"
 # The rows that their two trials (--study rates) gave twice the learning rate:
 twice="sft-gem sft-gem-logsigmoid sft-entropy sft-ba-lora sft-ba-lora-nlu lora-adalora lora-lori lora-moa lora-ensemble
   poly-dpp poly-vendi poly-distinct poly-ngram poly-levenshtein poly-straight-through
@@ -144,8 +142,8 @@ named() { local name; for name in $2; do printf '%s%s ' "$1" "$name"; done; }  #
 case "$study" in
   "") asked="$six" ;;
   primary) asked="$six"; seeds="${seeds:-$twelve}" ;;
-  trials) asked="lora poly $(named try-grpo- "$trials_kl") $(named try-passk- "$trials_set")"
-    asked="$asked $(named try-cover- "$trials_set") $(named try-poly- "$trials_weight")" seeds="${seeds:-101 102}" ;;
+  trials) asked="lora poly $(each "$(named try-grpo- "0 0.1 0.3") $(named try-passk- "4 5 6")" "$grpo_pair")"
+    asked="$asked $(each "$(named try-cover- "4 5 6") $(named try-poly- "2 4 8")" "$grpo_pair")" seeds="${seeds:-101 102}" ;;
   rates) asked="lora poly $(named sft- "$losses") $(named lora- "$adapters") $(named poly- "$diversities straight-through")"
     asked="lora poly $(each "$asked" "$sft_pair") $(each "$(named lora- "$beside $objectives")" "$grpo_pair")"
     asked="$asked $(each "$quarter" 2.5e-4)" seeds="${seeds:-101}" ;;
@@ -168,17 +166,16 @@ case "$study" in
   free) asked="lora lora-grpo lora-half lora-wise" decoders="beams contrastive self-consistency best-of-n mmi" ;;
   valid) asked="$seven lora-kl-slow lora-dpp-grpo dpp-then-grpo dpp-then-kl-slow dpp-then-passk" reward=valid
     asked="$asked $(named lora- "polychromic-at-1e-3 polyepo-at-2e-3 darling-at-2e-3")" ;;
-  few) k=4 set_size=3 trials_set=3-at-1e-3 trials_share="1-at-1e-3 3-at-2e-3"  # the best at T = 0.75 and 1
-    asked="$six $best $(named try- "passk-$trials_set cover-$trials_set dpp-cover-$trials_set") $(named try-both- "$trials_share") lora-polyepo-at-1e-3" ;;
-  noisy) trials_set="4-at-1e-3 6-at-5e-4" trials_share=3-at-2e-3 extra=(--flip 0.15)  # dpp-cover@1 is the best at 0.75
-    asked="$six $best $(each "try-passk-4 try-cover-4 try-dpp-cover-4" 1e-3) try-dpp-cover-6-at-5e-4"
-    asked="$asked $(named try-both- "$trials_share") $(each lora-polyepo "1e-3 2e-3")" ;;
+  few) k=4 set_size=3                      # beside the usual ones the best trials at T = 0.75 and 1; so in noisy
+    asked="$six $best $(each "try-passk-3 try-cover-3 try-dpp-cover-3 try-both-1" 1e-3) try-both-3-at-2e-3 lora-polyepo-at-1e-3" ;;
+  noisy) extra=(--flip 0.15)               # there dpp-cover@1 is the best at 0.75
+    asked="$six $best $(each "try-passk-4 try-cover-4 try-dpp-cover-4" 1e-3) try-dpp-cover-6-at-5e-4 try-both-3-at-2e-3"
+    asked="$asked $(each lora-polyepo "1e-3 2e-3")" ;;
   blind) asked="$seven lora-kl@0.3 lora-dpp-grpo dpp-then-grpo dpp-then-passk" reward=agreement gate=likelihood like=3 passk=maxk
     asked="$asked $(named lora- "dra-at-5e-4 polychromic-at-5e-4")" ;;
   valid-trials|blind-trials)               # less learning and smaller sets may suit rivals better there
-    trials_kl="$(each "0 0.1 0.3" "5e-4 1e-3")" trials_set="$(each "2 4 6" "$grpo_pair")" seeds="${seeds:-101}"
-    asked="lora poly-dpp $(named try-grpo- "$trials_kl") $(named try-dpp-kl- "$trials_kl") $(named try-passk- "$trials_set")"
-    asked="$asked $(named try-dpp-passk- "$trials_set") $(named try-dpp-grpo- "$trials_share")"
+    asked="lora poly-dpp $(each "$(named try-grpo- "0 0.1 0.3") $(named try-dpp-kl- "0 0.1 0.3")" "5e-4 1e-3")" seeds="${seeds:-101}"
+    asked="$asked $(each "$(named try-passk- "2 4 6") $(named try-dpp-passk- "2 4 6") $(named try-dpp-grpo- "1 3 6")" "$grpo_pair")"
     known="polychromic dra unlikeliness entropy" further="darling dra polychromic polyepo" third=2e-3
     if [[ "$study" == valid* ]]; then reward=valid known="$known darling uniqueness polyepo evol ucpo maxrl mara"
     else reward=agreement gate=likelihood passk=maxk known="$known tailrl" further="dra polychromic tailrl" third=2.5e-4 after="dra polychromic"; fi
@@ -186,16 +183,15 @@ case "$study" in
     asked="$asked $(each "$(named lora- "$known")" "5e-4 1e-3") $(each "$(named lora- "$further")" $third)"
     asked="$asked $(each "$(named dpp-then- "$after")" "5e-4 1e-3")" ;;
   noisy-trials)                            # and wrong verdicts less learning still
-    trials_set="$(each "4 6" "$all_rates")" trials_share="$(each "1 3" "$three_rates")" seeds="${seeds:-101}"
-    sets="$(each "4 6" "$three_rates")" extra=(--flip 0.15)
-    asked="lora poly-dpp $(named try-passk- "$(each "4 6" "2.5e-4 5e-4 1e-3")") $(named try-cover- "$sets")"
-    asked="$asked $(named try-dpp-cover- "$sets") $(named try-both- "$trials_share")"
+    seeds="${seeds:-101}" extra=(--flip 0.15)
+    asked="lora poly-dpp $(each "$(named try-passk- "4 6")" "2.5e-4 5e-4 1e-3")"
+    asked="$asked $(each "$(named try-cover- "4 6") $(named try-dpp-cover- "4 6") $(named try-both- "1 3")" "$three_rates")"
     asked="$asked $(each "$(named lora- "$published")" "5e-4 1e-3") $(each "lora-polyepo lora-dra" 2e-3)"
     asked="$asked $(each "lora-darling lora-polychromic" 2.5e-4)" ;;
   few-trials)
-    k=4 set_size=3 trials_set="$(each "2 3" "$grpo_pair")" trials_share="$(each "1 3" "$grpo_pair")" seeds="${seeds:-101}"
-    asked="lora poly-dpp $(named try-passk- "$trials_set") $(named try-cover- "$trials_set") $(named try-dpp-cover- "$trials_set")"
-    asked="$asked $(named try-both- "$trials_share") $(each "$(named lora- "$published")" "$three_rates")" ;;
+    k=4 set_size=3 seeds="${seeds:-101}"
+    asked="lora poly-dpp $(each "$(named try-passk- "2 3") $(named try-cover- "2 3") $(named try-dpp-cover- "2 3")" "$grpo_pair")"
+    asked="$asked $(each "$(named try-both- "1 3")" "$grpo_pair") $(each "$(named lora- "$published")" "$three_rates")" ;;
   *) fail "there is no study $study: see --help" ;;
 esac
 [[ -z "$study" ]] || seeds="${seeds:-11 12 13 14 15}"
@@ -288,10 +284,13 @@ row() {  # NAME PHASE START FLAGS..: a line of a register; in a small world at i
   for rate in $tried; do echo "$1-at-$rate ${*:2} --lr $rate"; done
 }
 
-try() {  # NAME START "KNOB-at-RATE .." FLAGS..: an arm for each trial; the last flag is the knob's
-  local x
+try() {  # NAME START FLAGS..: every try-NAME-KNOB-at-RATE that is asked; the last flag is the knob's
+  local x trial='^([0-9.]+)-at-([0-9.e-]+)$'
   [[ -z "$model" ]] || return 0            # those rates are small worlds'
-  for x in $3; do echo "try-$1-$x grpo $2 ${*:4} ${x%-at-*} --lr ${x#*-at-}"; done
+  for x in $arms; do
+    [[ "$x" == try-$1-* && "${x#try-$1-}" =~ $trial ]] || continue
+    echo "$x grpo $2 ${*:3} ${BASH_REMATCH[1]} --lr ${BASH_REMATCH[2]}"
+  done
 }
 
 every_arm() {
@@ -344,15 +343,15 @@ END
   for x in $weights; do echo "poly-then-grpo@$x grpo poly@$x --advantage group"; done
   for x in $rates; do echo "lora@$x sft - --lambda 0 --lr $x"; done
   for x in $rates; do echo "full@$x sft - --lambda 0 --adapter full --lr $x"; done
-  try grpo lora "$trials_kl" --advantage group --beta
-  try dpp-kl poly-dpp "$trials_kl" --advantage group --beta
-  try passk lora "$trials_set" --advantage $passk --set-size
-  try dpp-passk poly-dpp "$trials_set" --advantage $passk --set-size
-  try cover lora "$trials_set" --advantage coverage --set-size
-  try dpp-cover poly-dpp "$trials_set" --advantage coverage --set-size
-  try poly poly "$trials_weight" --advantage group --gate $gate --diversity-weight
-  try dpp-grpo poly-dpp "$trials_share" --advantage group --diversity dpp --gate $gate --diversity-share
-  try both poly-dpp "$trials_share" $both --diversity-share
+  try grpo lora --advantage group --beta
+  try dpp-kl poly-dpp --advantage group --beta
+  try passk lora --advantage $passk --set-size
+  try dpp-passk poly-dpp --advantage $passk --set-size
+  try cover lora --advantage coverage --set-size
+  try dpp-cover poly-dpp --advantage coverage --set-size
+  try poly poly --advantage group --gate $gate --diversity-weight
+  try dpp-grpo poly-dpp --advantage group --diversity dpp --gate $gate --diversity-share
+  try both poly-dpp $both --diversity-share
   for x in $after; do row "dpp-then-$x" grpo poly-dpp --advantage "$x" --set-size "$four"; done
   for x in $parts; do echo "dpp-cover@$x grpo poly-dpp $both --diversity-share $x"; done
   for x in $others; do  # another D in phase two, at the part of the advantages that cosine has

@@ -528,8 +528,15 @@ def test_any_study_may_be_measured_at_other_temperatures(tmp_path):
     assert {"dpp-grpo", "dpp-grpo@0.5", "dpp-grpo@.75"} <= {Path(run).name for run in report.runs}
 
 
+def test_any_trial_may_be_asked_by_its_name(tmp_path):
+    said = asked(tmp_path, "--arms", "lora try-cover-5-at-7e-4", "--seeds", "11")
+    args, = [grpo.parser().parse_args(words) for room, *words in said if room.endswith("grpo.py")]
+    assert (Path(args.out).name, args.advantage, args.set_size, args.lr) == ("try-cover-5-at-7e-4", "coverage", 5, 7e-4)
+
+
 @pytest.mark.parametrize("flags, word", [(["--arms", "lora lroa-grpo"], "lroa-grpo"),
                                          (["--arms", "lora poly", "--temperatures", "0.5 0.3"], "poly@0.3"),
+                                         (["--arms", "lora try-cover-four-at-1e-3"], "no arm try-cover-four-at-1e-3"),
                                          # A trial's rate is a small world's.
                                          (["--model", "some/model", "--data", "README.md", "--arms", "lora try-cover-4-at-1e-3"],
                                           "no arm try-cover-4-at-1e-3")])
