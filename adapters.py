@@ -841,18 +841,23 @@ def wise_command(sub):
 def run_wise(args):
     runs, out = [Path(f) for f in args.folders], Path(args.out)
     inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
+    configs = [folder.resolve().parent / "config.json" for folder in inside]
+    hashes = {read_json(path).get("model_hash") for path in configs if path.exists()} - {None}
+    if len(hashes) > 1:                      # one name may have been two models
+        raise InputError(f"{runs[0]} and {runs[1]} were trained on different base models")
     if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
         raise InputError("--weight is from 0 to 1, and --scale above 0")
-    is_run = inside[1] != runs[1]
-    last = out / ("done.json" if is_run else "adapter_config.json")  # what is written last
+    nested, is_run = inside[1] != runs[1], (runs[1] / "done.json").exists()
+    place = out / "adapter" if nested else out
+    last = out / "done.json" if is_run else place / "adapter_config.json"  # what is written last
     if os.environ.get("RANK", "0") != "0":
         await_file(last)
         return
-    killed = {"adapter", "config.json"} if is_run else {"adapter_model.safetensors"}
+    killed = {"adapter", "config.json"} if nested else {"adapter_model.safetensors"}
     held = {p.name for p in out.iterdir() if p.suffix != ".partial"} if out.exists() else set()
-    if not held <= killed:  # what a killed call leaves is made again
+    if last.exists() or not held <= killed:  # what a killed call leaves is made again
         raise InputError(f"{out} exists: choose another --out")
-    interpolate_adapters(*inside, args.weight, out / "adapter" if is_run else out, args.scale)
+    interpolate_adapters(*inside, args.weight, place, args.scale)
     if is_run:  # what `evaluate.py measure` reads of a run
         mark = {"wise": [str(run) for run in runs], "weight": args.weight, "scale": args.scale}
         for name in ("config.json", "done.json"):

@@ -281,7 +281,7 @@ def parse_line(line, number, max_chars):
         raise ValueError("a reply in a voice has no letter or digit")
     given = d.get("tweet_id") if d.get("id") is None else d["id"]
     name = f"line-{number}" if given is None else str(given)
-    intent = str(d.get("intent", ""))
+    intent = str("" if d.get("intent") is None else d["intent"])
     if max(map(len, (post, name, intent, *replies, *voices))) > max_chars:
         raise ValueError(f"a text of more than {max_chars:,} characters")
     try:

@@ -316,6 +316,14 @@ DECODERS = {
 }
 
 
+def alone(model, decoder):
+    """InputError for an ensemble under a decoder that is not plain sampling: draft d is member d's,
+    and what others choose or search for would be of one member and scored by another."""
+    if model.deal is not None and decoder != "sampling":
+        raise InputError(f"--decoder {decoder}: an ensemble shares its drafts out over its members "
+                         "by plain sampling alone")
+
+
 def check_decoder(args, k):
     """InputError where the flags of --decoder do not fit together or to k drafts a post."""
     way, size = DECODERS[args.decoder], args.set_size

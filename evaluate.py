@@ -33,12 +33,12 @@ import data
 import people
 from adapters import base, drop_lora, load_adapter, read_adapter_config
 from data import InputError, command, printable, read_json, write_text
-from decoders import DECODERS, check_decoder, draft_scores
+from decoders import DECODERS, alone, check_decoder, draft_scores
 from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
     KS, distinct_n, pareto_front, pass_at_k, self_bleu, separation, vendi_score)
 from polylora import diversity, held_out, listed, load_embedder, pair_distances, same_domain
 from report import read_object, report
-from rewards import REWARDS, AgreementReward, JudgeReward, make_reward
+from rewards import REWARDS, AgreementReward, JudgeReward, make_reward, reward_model_hash
 from trainer import (Session, Visit, allow_code_flag, file_hash, load_chat, load_model, model_flags,
                      model_hash, peak_bytes, same_base)
 
@@ -50,6 +50,8 @@ def measure(args):
     if args.n < 10:
         raise InputError(f"--n {args.n}: Pass@10 needs at least 10 drafts a post (twice as many "
                          "are better)")
+    if args.judge_drafts < 1:
+        raise InputError(f"--judge-drafts {args.judge_drafts}: at least 1")
     check_decoder(args, args.n)
     runs = [finished(run) for run in args.runs]
     if runs:
@@ -78,6 +80,7 @@ def measure(args):
         drop_lora(session.model)
         if own["adapter"]:
             load_adapter(session.model, run / "adapter", dropout=0.0)
+            alone(session.model, args.decoder)
         session.shard_model()
         args.seed = own["seed"]  # a run's drafts are drawn from its own seed, the same in every arm
         measure_run(session, to, own, scale, config)
@@ -149,12 +152,12 @@ def load_measures(session):
 
 
 def finished(folder):
-    """A run's folder, as a Path; InputError where it holds no adapter. One that was trained
-    elsewhere, in PEFT's layout in FOLDER/adapter, will do."""
+    """A run's folder, as a Path with a name; InputError where it holds no adapter. One that was
+    trained elsewhere, in PEFT's layout in FOLDER/adapter, will do."""
     if not (Path(folder) / "adapter" / "adapter_config.json").exists():
         raise InputError(f"{folder}: no adapter there: give runs of polylora.py sft or grpo.py, or "
                          "folders with one in PEFT's layout in FOLDER/adapter")
-    return Path(folder)
+    return Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
 
 
 def config_of(run):
@@ -190,8 +193,11 @@ def optional_settings(args):
     if args.decoder != "sampling" or args.top_k or args.min_p:
         knobs = {name: getattr(args, name) for name in way.knobs}
         out["decoding"] = {"name": args.decoder, "independent": not way.joint} | knobs
-    if args.reward == "model":
+    asked = {args.reward, args.best_by if args.decoder == "best-of-n" else args.reward}
+    if "model" in asked:
         out["spread_penalty"] = args.spread_penalty
+    if asked & {"model", "judge"} and args.reward_model:
+        out["reward_model_hash"] = reward_model_hash(args.reward_model)
     if args.pass_above is not None:
         out["pass_above"] = args.pass_above
     if args.judge:
@@ -433,14 +439,18 @@ def show_drafts(args):
     """Print k drafts for one post, as an app would show them; drafts that say the same are shown
     once, with their number. Without a post: a prompt that keeps picks (people.converse)."""
     run = finished(args.folder)
+    if args.k < 1:
+        raise InputError(f"--k {args.k}: at least 1 draft")
     if args.post is not None and not args.post.strip():
         raise InputError("the post is empty: give its text in quotes")
     name_model(args, run)
     args.out, args.set_size = args.folder, args.k
     check_decoder(args, args.k)
     session = Session(args, "drafts")
+    same_base(run, args)
     session.load_model()
     load_adapter(session.model, run / "adapter", dropout=0.0)
+    alone(session.model, args.decoder)
     session.shard_model()
     done = run / "done.json"
     domain = data.DOMAINS[read_json(done)["domain"]["domain"] if done.exists() else "replies"]
@@ -512,8 +522,6 @@ def parser():
              "0.5 with --reward judge")
     add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge, or a folder "
                                "of rewards.py train")
-    add("--spread-penalty", type=float, default=1.0,
-        help="how many times their spread is taken off the mean of several reward models")
     add("--domain", default="auto",
         help=f"how drafts are scored: auto, {', '.join(data.DOMAINS)}")
     allow_code_flag(m)
@@ -544,7 +552,8 @@ def parser():
     d.add_argument("--k", type=int, default=5, help="drafts to write")
     d.add_argument("--seed", type=int, default=1,
                    help="of the sampling: another seed, other drafts")
-    d.add_argument("--reward-model", help="Qwen3 folder or hub name for --best-by model or judge")
+    d.add_argument("--reward-model", help="Qwen3 folder or hub name for --best-by model or judge, "
+                                          "or a folder of rewards.py train")
     d.add_argument("--embedder", default="base", help="what embeds drafts for --best-by")
     d.set_defaults(run=show_drafts)
     for q in (m, d):
@@ -556,6 +565,9 @@ def parser():
                        help="of sampling; 0 is greedy, so that all drafts are equal")
         q.add_argument("--top-p", type=float, default=1.0,
                        help="smallest share of probability to sample from")
+        q.add_argument("--spread-penalty", type=float, default=1.0,
+                       help="how many times their spread is taken off the mean of several reward "
+                            "models")
         decoder_flags(q)
         model_flags(q)
     r = sub.add_parser("report", help="compare measured runs: tables and pictures", **form)

@@ -815,10 +815,13 @@ def check_grpo(args):
         raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
     alone = args.advantage == "single-stream-spo" and not (
         args.diversity_weight or args.diversity_share)
-    if args.k < 2 - alone or args.entropy_weight and args.k < 2:
+    if args.k < 2 - alone or (args.entropy_weight or args.resample) and args.k < 2:
         raise InputError(f"--k {args.k}: a group needs at least 2 drafts")
     if args.diversity_weight and args.diversity_share:
         raise InputError("--diversity-weight and --diversity-share both weigh D: give one of them")
+    if args.diversity_schedule != "constant" and not args.diversity_weight + args.diversity_share:
+        raise InputError(f"--diversity-schedule {args.diversity_schedule} times no weight: give "
+                         "--diversity-weight or --diversity-share")
     if "beta" in needs(args.advantage) and not args.beta:
         raise InputError(f"--advantage {args.advantage} weighs the likelihood under the starting "
                          "adapter by --beta: give one above 0")

@@ -45,6 +45,8 @@ def ask(args):
     if len(ids) < 2:
         raise InputError("the runs have fewer than 2 posts in common; measure them on the same")
     shortest = min(len(found[i]["drafts"]) for found in records for i in ids)
+    if args.posts < 0:
+        raise InputError(f"--posts {args.posts}: how many posts to ask about, or 0 for all")
     if not 1 <= args.k <= shortest:
         raise InputError(f"--k {args.k}: a set needs 1 to {shortest} drafts, as many as were "
                          "measured")
@@ -149,6 +151,8 @@ def picks(args):
     """Count filled sheets, a file a rater: a table on the screen and in PREFIX.txt, the numbers in
     PREFIX.json."""
     place = args.key or key_of(args.sheets[0])
+    if not Path(place).is_file():
+        raise InputError(f"there is no key {place}: name with --key the one that `ask` wrote")
     key = read_object(place)
     if key.get("version") != 1 or not isinstance(key.get("items"), dict):
         raise InputError(f"{place} is no key of `ask`; name the right one with --key")

@@ -258,8 +258,7 @@ class Embedder:
 
 
 def load_embedder(session):
-    """session.embedder, as --embedder names it: the base model, a BERT sentence encoder or a
-    Qwen3-Embedding."""
+    """session.embedder by --embedder: the base model, a BERT encoder or a Qwen3-Embedding."""
     args, device = session.args, session.ranks.device
     if args.embedder == "base":
         corpus = list(islice((r for p in session.posts for r in p.replies or (p.post,)), 2048))
@@ -587,7 +586,8 @@ def reply_losses(session, rows):
     args, kind = session.args, SFT_LOSSES[session.args.loss]
     options = {} if args.loss_value is None else {kind.knob: args.loss_value}
     if kind.extra is base_states:
-        options["head"] = session.model.head_weight()
+        with base(session.model):            # all weights train: its own head, not the teacher's
+            options["head"] = session.model.head_weight().detach()
     extra = kind.extra(session, rows) if kind.extra else ()
     hidden = predicting_states(session.model, rows)
     losses = token_losses(session.model, rows, partial(kind.function, **options), extra=extra,

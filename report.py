@@ -62,6 +62,8 @@ def read_run(folder, ks=KS):
     for number, record in enumerate(records, 1):
         try:
             n = len(records[0]["drafts"])  # k above n cannot be estimated: that column is left out
+            if min(ks) > n:
+                raise InputError(f"{path} has {n} drafts a post, too few for any of --ks")
             row = post_metrics(record, [k for k in ks if k <= n])
             if record["id"] in metrics:
                 raise ValueError(f"the post {record['id']!r} was there before")
@@ -231,7 +233,7 @@ def summarise(arms, against=None, ks=KS):
     every = [run for runs in arms.values() for run in runs]
     first = every[0]
     names = dict.fromkeys(name for run in every for name in run["values"])
-    ks = [k for k in ks if f"pass@{k}" in names]
+    ks = sorted(int(name[5:]) for name in names if re.fullmatch(r"pass@\d+", name))  # sets' too
     shared = all(run["posts"] == first["posts"] for run in every)
     out = {"version": 2, "measured": first["shared"], "posts": len(first["posts"]), "ks": ks,
            "same_posts_for_all_seeds": shared, "against": against, "arms": {}, "differences": {},

@@ -30,7 +30,7 @@ from data import InputError, beside, command, read_json, write_json
 from model import read_tensors, token_logprobs
 from polylora import load_embedder
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
-                     load_chat, load_model, seed_of, train)
+                     file_hash, load_chat, load_model, model_hash, seed_of, train)
 
 class VerifierReward:
     """1 when the draft is right in the voice of this post's reader, drawn anew at every visit by
@@ -181,10 +181,24 @@ def verifier(**how):
 def embedded(reward):
     """make(session) for a reward by the session's embedder."""
     def make(session):
+        bare = [post for post in session.posts if not post.replies]
+        if bare and reward is AgreementReward:
+            raise InputError(f"the post {data.short(bare[0].id)} has no reply that a draft could "
+                             "agree with: leave such posts out, or use --reward relevance")
+        if session.args.embedder == "base" and len(session.posts) < 2:
+            raise InputError("the base's states of one post alone tell no draft from another: name "
+                             "an embedding model by --embedder, or choose by a reward model")
         if session.embedder is None:
             load_embedder(session)
         return reward(session.embedder, session.domain)
     return make
+
+
+def reward_model_hash(path):
+    """What tells reward models of one name from each other: of a folder of rewards.py train its
+    members' adapters, of a Qwen3 trainer.model_hash."""
+    places = member_folders(path)
+    return [file_hash(p / "adapter_model.safetensors") for p in places] or model_hash(path, None)
 
 
 def scored(name, reward, head):
@@ -193,6 +207,8 @@ def scored(name, reward, head):
         args = session.args
         if not args.reward_model:
             raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
+        if getattr(session, "run", None):
+            session.run.based_on(reward_model_hash(args.reward_model), "reward_model")
         if head == "has_score" and member_folders(args.reward_model):
             heads, tokenizer, form = load_heads(args.reward_model, args, session.ranks.device)
             return HeadsReward(heads, tokenizer, session.domain, form, args.spread_penalty)
@@ -332,13 +348,14 @@ SCHEDULES = {  # name -> (factor from the share of steps done and the share of D
 
 def scheduled(session, step, spread):
     """The factor of --diversity-schedule in a step; spread: the mean D of its drafts, over all
-    ranks. The first step's is kept, after a resume it is read from the log."""
+    ranks. Kept is that of the first step that has drafts, which the log says after a resume, and on
+    a rank that had none of them."""
     args = session.args
-    if not step:
-        session.first_spread = spread
-    elif args.diversity_schedule == "held" and not hasattr(session, "first_spread"):
-        with open(session.run.folder / "metrics.jsonl", encoding="utf-8") as log:
-            session.first_spread = json.loads(log.readline())["D"]
+    if args.diversity_schedule == "held" and not hasattr(session, "first_spread"):
+        log = step and session.run.folder / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log and log.exists() else []
+        known = (line["D"] for line in map(json.loads, filter(None, lines)) if "D" in line)
+        session.first_spread = next(known, spread)
     first = getattr(session, "first_spread", 0.0)
     factor, _ = SCHEDULES[args.diversity_schedule]
     return factor(step / max(1, args.steps - 1), (first - spread) / abs(first) if first else 0.0)
@@ -377,17 +394,21 @@ def parse_preference(line, number):
         d = json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
-    if not isinstance(d, dict) or "drafts" not in d:
+    if not isinstance(d, dict) or not isinstance(d.get("drafts"), list):
         post = data.parse_line(line, number, 20_000)
         likes = d.get("reply_likes")
         if likes is not None and (not isinstance(likes, (int, float)) or not math.isfinite(likes)):
             raise ValueError("reply_likes is no number")
         return Preferences(post, None if likes is None else [likes] * len(post.replies))
-    post = data.parse_line(json.dumps(d | {"replies": d["drafts"]}).encode(), number, 20_000)
-    pick, count = d.get("pick"), len(post.replies)
-    if type(pick) is not int or not 0 <= pick < count:
-        raise ValueError(f"pick must be the place of a draft, from 0 to {count - 1}")
-    return Preferences(post, [float(i == pick) for i in range(count)])
+    pick, drafts = d.get("pick"), d["drafts"]
+    if type(pick) is not int or not 0 <= pick < len(drafts):
+        raise ValueError(f"pick must be the place of a draft, from 0 to {len(drafts) - 1}")
+    # An empty draft was none to choose, and one that says what the pick says is no worse.
+    said = [data.normalise(text) if isinstance(text, str) else text for text in drafts]
+    kept = [i for i, text in enumerate(said) if i == pick or text not in ("", said[pick])]
+    replies = [drafts[i] for i in kept]
+    post = data.parse_line(json.dumps(d | {"replies": replies}).encode(), number, 20_000)
+    return Preferences(post, [float(i == pick) for i in kept])
 
 
 def load_preferences(path, skip_bad_lines=False):

@@ -105,6 +105,9 @@ done
 numbers='^([0-9]+(,[0-9]+)?)?$'            # in a variable: the bash of macOS wants it so
 number='^[0-9]*\.?[0-9]+$'
 for t in $temperatures; do [[ "$t" =~ $number ]] || fail "--temperatures $temperatures: give numbers with blanks between"; done
+ten='^([1-9][0-9]+)?$'                     # ten or more, where it is given
+[[ "$samples" =~ $ten ]] || fail "--samples $samples: Pass@10 needs at least 10 drafts a post"
+[[ "$posts" =~ $ten ]] || fail "--posts $posts: give 10 or more; the evaluation has a fifth as many"
 [[ "$steps" =~ $numbers ]] || fail "--steps $steps: give one number, or two with a comma between"
 [[ -z "$study" || -z "$model" ]] || fail "--study is for the small worlds: with --model say --arms"
 case "$data" in pocket-code|pocket-stories) world="$data" ;; *) world="" ;; esac  # a small world by name
@@ -151,7 +154,7 @@ case "$study" in
     asked="$asked $(named poly-grpo- "$others") poly-dpp dpp-then-grpo dpp-then-passk dpp-then-cover dpp-grpo"
     asked="$asked dpp-cover-floor lora-cover-dpp $(named dpp-cover@ "$parts") $(named lora-cover-dpp- "$schedules")" ;;
   cover) asked="$six $best lora-cover-dpp lora-cover-floor" seeds="${seeds:-$twelve}" endpoint="dpp-cover@1 lora-cover" ;;
-  fresh) asked="lora lora-passk lora-cover $best dpp-then-cover" temperatures=0.75 seeds="${seeds:-$fresh}"
+  fresh) asked="lora lora-passk lora-cover $best dpp-then-cover" temperatures="${temperatures:-0.75}" seeds="${seeds:-$fresh}"
     endpoint="dpp-cover@1@0.75 lora-cover@0.75 lora-passk@0.75" ;;
   lambda) asked="lora lora-grpo $(named poly@ "$weights") $(named poly-then-grpo@ "$weights")" ;;
   full) asked="$(named lora@ "$rates") $(named full@ "$rates")" ;;
@@ -483,6 +486,9 @@ if [[ "$RANK" == 0 ]]; then
   [[ " $arms " != *" dpp-cover@1 "* ]] || ours=dpp-cover@1
   for arm in lora-cover lora-passk; do
     [[ " $arms " != *" $arm "* || " $arms " != *" $ours "* ]] || rivals="$rivals $arm"
+  done
+  for arm in $endpoint; do                 # the study's own, where all its arms were asked
+    [[ " ${runs[*]} " == *"/$arm "* ]] || endpoint=""
   done
   [[ -z "$rivals" ]] || endpoint="${endpoint:-$ours $rivals}"
   stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${endpoint:+--primary $endpoint}

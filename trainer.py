@@ -130,7 +130,7 @@ class Run:
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
-                "readers", "allow_code_execution", "track", "model_hash")
+                "readers", "allow_code_execution", "track", "model_hash", "reward_model_hash")
     # Later flags, left out where they are as it always was: older folders stay valid.
     LATER = {"diversity_schedule": "constant"}
 
@@ -157,7 +157,7 @@ class Run:
         """InputError when the folder's configuration is another one; a word when only
         versions are."""
         for key in sorted(old.keys() | self.config.keys()):
-            before, now = old.get(key, False), self.config.get(key, False)
+            before, now = (c.get(key, self.LATER.get(key, False)) for c in (old, self.config))
             if key in self.VOLATILE or before == now:
                 continue
             if key == "data_hash":
@@ -174,14 +174,16 @@ class Run:
             said = data.printable(", ".join(changed))
             print(f"{self.folder} was begun under other versions: {said}", flush=True)
 
-    def based_on(self, model):
-        """Note the base's model_hash; InputError where the run was begun on another one."""
-        path = self.folder / "config.json"
-        before = read_json(path).get("model_hash", model) if path.exists() else model
-        if before != model:
-            raise InputError(f"{self.folder} holds a run on another base: the contents of "
-                             f"{self.config['model']} have changed: choose another --out")
-        self.config["model_hash"] = model
+    def based_on(self, hashed, what="model"):
+        """Note the hash of the run's base, or of its reward_model; InputError where the run was
+        begun with another one."""
+        path, key = self.folder / "config.json", f"{what}_hash"
+        before = read_json(path).get(key, hashed) if path.exists() else hashed
+        if before != hashed:
+            name = {"model": "base"}.get(what, what.replace("_", " "))
+            raise InputError(f"{self.folder} holds a run on another {name}: the contents of "
+                             f"{self.config[what]} have changed: choose another --out")
+        self.config[key] = hashed
 
     def __enter__(self):
         """Take the folder and write the configuration: once everything was read and found right, so
@@ -622,7 +624,7 @@ class Session:
         """This rank's share. Each rank needs at least one, since all take part in every step."""
         if len(items) < self.ranks.world:
             raise InputError(f"{len(items)} posts cannot be dealt to {self.ranks.world} ranks: "
-                             "raise --batch, or start fewer ranks")
+                             "start fewer, or give more (in training by --batch)")
         return items[self.ranks.rank::self.ranks.world]
 
     def prompt(self, index):
@@ -661,6 +663,8 @@ def same_base(run, args):
     """InputError when a run says that its adapter was trained on another base than args.model: an
     adapter goes onto any base of its shape, and writes nonsense there."""
     path = Path(run) / "config.json"
+    if not path.exists():                    # RUN/adapter
+        path = Path(run).resolve().parent / "config.json"
     trained_on = read_json(path).get("model_hash") if path.exists() else None
     if trained_on is not None and trained_on != model_hash(args.model, args.revision):
         raise InputError(f"the adapter of {run} was trained on another base than {args.model}: "
@@ -850,6 +854,7 @@ def run_base(args):
             nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
     session.model.checkpointing = args.checkpointing
     session.params = list(session.model.parameters())
+    args.steps = args.steps or math.ceil(len(session.posts) * args.epochs / args.batch)
     step_fn = lambda step: base_step(session, step)
     announce(session, step_fn)
     summary = train(session, session.params, step_fn, ["ce"])

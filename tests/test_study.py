@@ -948,7 +948,8 @@ def test_train_sh_runs_on_the_python_of_its_launch_and_a_failed_seed_ends_the_ot
         (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 99\n")
         (tmp_path / "bin" / name).chmod(0o755)
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    few = ["--posts", "3", "--seeds", "1", "--out", str(tmp_path / "a")]
+    (tmp_path / "posts.jsonl").write_text('{"post": "one post", "reply": "a reply"}\n')
+    few = ["--data", str(tmp_path / "posts.jsonl"), "--seeds", "1", "--out", str(tmp_path / "a")]
     ran = subprocess.run([sys.executable, "train.sh", *few], cwd=ROOT, env=env, capture_output=True,
                          text=True, timeout=120)
     assert ran.returncode == 2 and "--sizes" in ran.stderr and "to repeat it alone" in ran.stderr
