@@ -32,7 +32,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    CONTROL, InputError, await_file, beside, command, control_of, fetch, file_hash, groups,
+    CONTROL, InputError, await_file, begin, beside, command, control_of, fetch, file_hash, groups,
     harmless, hashed, printable, read_json, read_text, short, without_control, write_json,
     write_text)
 from pocket import (
@@ -345,7 +345,7 @@ def split_by_intent(posts, sizes, seed, scenes=40):
     room = len(posts) - sum(sizes.values()) + wanted
     wanted = max(wanted, len(posts) * wanted / sum(sizes.values()))
     for intent in intents:
-        if found < wanted or len(held) < scenes and found + numbers[intent] <= room:
+        if found + numbers[intent] <= room and (found < wanted or len(held) < scenes):
             held.add(intent)
             found += numbers[intent]
     parts = {}
@@ -442,8 +442,8 @@ def check_chat(tokenizer, path):
             if ids != [tokenizer.token_to_id(mark)]:
                 raise InputError(f"{file} has no token {mark}: give a checkpoint with Qwen3's chat "
                                  "format")
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if decode(tokenizer, ids) != text:
+        ids = encode_reply(tokenizer, text) + stop_ids(tokenizer)
+        if decode(tokenizer, ids) != text:  # also where <|im_end|> is no special token
             raise InputError(f"{file} does not give a text back as it was: fetch it again")
 
 
@@ -793,7 +793,7 @@ def check(args):
     domain = load_domain(args.data, args.domain, posts)
     marks, broken = array("Q"), 0
     for reply in (r for p in posts for r in p.replies):
-        marks.frombytes(hashed(normalise(reply), 8))
+        marks.frombytes(hashed(normalise(reply) or reply, 8))
         broken += bool(CONTROL.search(reply))
     different = len(np.unique(np.frombuffer(marks, np.uint64)))
     voices = f", voices {printable(', '.join(domain.voices))}" if domain.voices else ""
@@ -803,7 +803,7 @@ def check(args):
         print(f"{posts.dropped} {DROPPED}")
     if broken:
         print(f"{broken} replies hold control strings such as <|im_end|>, which are left out")
-    for p in random.Random(0).sample(posts, min(args.show, len(posts))):
+    for p in random.Random(0).sample(posts, min(max(args.show, 0), len(posts))):
         print(f"\n{printable(p.post)}")
         for i, r in enumerate(p.replies):
             print(printable(f"    {p.voices[i] + ': ' if p.voices else ''}{r}"))
@@ -811,16 +811,16 @@ def check(args):
 
 def made(out, wanted):
     """Is the split in a folder the wanted one? An older one does not say what its file held."""
-    there = read_json(out / "split.json")
-    return {"contents": wanted["contents"]} | there == wanted
+    return {"contents": wanted["contents"]} | read_json(out / "split.json") == wanted
 
 
 def split(args):
-    """Write NAME.jsonl for each NAME=N of --sizes into --out: disjoint by post, and domain.json,
-    which says what all later stages take them for. A split made already is kept. Of several ranks
-    the first writes."""
-    if not re.fullmatch(r"\w+=0*[1-9]\d*(,\w+=0*[1-9]\d*)*", args.sizes):
-        raise InputError(f"--sizes {args.sizes}: write NAME=N,NAME=N with N at least 1")
+    """Write NAME.jsonl for each NAME=N of --sizes into --out, disjoint by post, and domain.json:
+    what later stages take them for. A split made already is kept. Of several ranks one writes."""
+    names = re.findall(r"(\w+)=", args.sizes)
+    if (not re.fullmatch(r"\w+=0*[1-9]\d*(,\w+=0*[1-9]\d*)*", args.sizes)
+            or len(set(names)) < len(names)):
+        raise InputError(f"--sizes {args.sizes}: write NAME=N,NAME=N, each name once, N at least 1")
     sizes = {n: int(c) for n, c in (part.split("=") for part in args.sizes.split(","))}
     out = Path(args.out)
     wanted = {name: getattr(args, name) for name in (
@@ -836,24 +836,24 @@ def split(args):
         return
     if args.data in WORLDS:
         # By intent, chance decides how many posts the held-out scenes have: a few more.
-        number = sum(sizes.values())
-        posts = pocket_posts(number + number // 5 if args.by == "intent" else number, args.seed,
-                             args.data)
+        number = sum(sizes.values()) * (6 if args.by == "intent" else 5) // 5
+        posts = pocket_posts(number, args.seed, args.data)
     else:
         posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
     domain = make_domain(args.domain, posts, popularity=args.popularity, writers=args.writers,
                          permute=args.permute)
     if args.permute and not all(p.intent for p in posts):
-        raise InputError(f'--permute needs posts with an "intent" each: {args.data} has some '
-                         "without")
+        raise InputError(f'--permute: {args.data} has posts without an "intent"')
     if args.by == "intent":
         parts = split_by_intent(posts, sizes, args.seed)
     else:
         parts = dict(zip(sizes, split_posts(posts, list(sizes.values()), args.seed)))
+    mark = begin(out, [*(f"{name}.jsonl" for name in sizes), "domain.json"])
     for name, part in parts.items():
         save_posts(part, out / f"{name}.jsonl")
     write_json(out / "domain.json", domain.record())
     write_json(out / "split.json", wanted)
+    mark.unlink()
     print(f"{out}: " + ", ".join(f"{n} {c}" for n, c in sizes.items()) + " posts")
     if dropped := getattr(posts, "dropped", 0):
         print(f"{dropped} {DROPPED}")

@@ -127,6 +127,10 @@ def jobs_of(session, runs):
         if tail and (to / "adapter").exists():
             raise InputError(f"{to} is a run of its own, which this would write over: "
                              "give another --name")
+        there = config_of(to)
+        held = (to / "adapter").exists() or there and there.get("arm") != arm + tail
+        if held and run not in runs:
+            raise InputError(f"--bare {to} holds a run or a model: give another folder")
         jobs.append((run, to, own, about if tail or "seed" not in config else None))
     return jobs
 

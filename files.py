@@ -98,6 +98,18 @@ def fetch(path, revision=None):
                          f"({reason}): check the name, the revision and the connection") from None
 
 
+def begin(folder, names):
+    """Say in a folder that files of these names are being made there -> the mark, to be removed at
+    the end. InputError where one is there already that no such call left, killed since."""
+    mark = folder / "made.partial"
+    there = [name for name in names if (folder / name).exists()]
+    if there and not mark.exists():
+        raise InputError(f"{folder / there[0]} exists, and would be written over: choose another "
+                         "--out")
+    write_text(mark, "")
+    return mark
+
+
 LARGEST_TEXT = 2 ** 26           # bytes: parsed, brackets alone take twenty times as much
 
 

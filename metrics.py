@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import re
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -71,13 +72,21 @@ def pick_at_k(passed, scores, k):
 # Scripts without spaces between words: Thai, Lao, Khmer, Japanese, Chinese. There a character
 # counts.
 UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+# Marks that continue a letter, as in Hindi or in accents written apart: no part of \w.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1f000)) if unicodedata.category(c)[0] == "M")
+
+
+def plain_words(text):
+    """Lower-cased words of letters, marks, digits and _, by which drafts are compared."""
+    return re.findall(rf"[\w{MARKS}]+", unicodedata.normalize("NFC", text.lower()))
 
 
 def words(text):
     """Lower-cased words ("don't" is one), single characters of scripts without spaces, and single
     punctuation marks or emoji: what all metrics count."""
-    letters = rf"[^\W{UNSPACED}]+"
-    return re.findall(rf"[{UNSPACED}]|{letters}(?:['’]{letters})*|[^\w\s]", text.lower())
+    letters = rf"[^\W{UNSPACED}]+(?:[{MARKS}]+[^\W{UNSPACED}]*)*"
+    text = unicodedata.normalize("NFC", text.lower())
+    return re.findall(rf"[{UNSPACED}]|{letters}(?:['’]{letters})*|[^\w\s]", text)
 
 
 def ngrams(tokens, n):

@@ -227,7 +227,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config, self.model = config, Backbone(config)
         self.vocab = config.vocab_size
-        self.has_logits, self.has_score = lm_head or config.tie_word_embeddings, score_head
+        self.has_logits, self.has_score = lm_head, score_head
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if score_head:
@@ -319,9 +319,14 @@ class Qwen3(nn.Module):
             with beside(folder / file) as path:
                 part = {n: tensors[n].contiguous() for n in names}
                 save_file(part, path, metadata={"format": "pt"})
+        index, kept = folder / "model.safetensors.index.json", {*plan.filename_to_tensors}
         if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            write_json(folder / "model.safetensors.index.json", index)
+            kept.add(index.name)
+            write_json(index, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        ours = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+        for old in folder.iterdir():         # an old index would have its shards read again
+            if ours.fullmatch(old.name) and old.name not in kept:
+                old.unlink()
         write_json(folder / "config.json", self.config.to_dict())
 
 

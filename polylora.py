@@ -32,7 +32,7 @@ from adapters import (  # noqa: F401  (LoRA by the door through which it is look
     save_adapter, trained, wise_command)
 from data import InputError, command
 from generate import straight_through_loss
-from metrics import edit_distance, ngram_distance, repeated_tokens
+from metrics import edit_distance, ngram_distance, plain_words, repeated_tokens
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
 from trainer import (Session, Tally, add_cross_entropy, announce, base_command, batch_visits,
@@ -146,7 +146,7 @@ def answer_classes(domain, posts, texts):
 def word_distances(distance):
     """texts, P lists of k -> (P, k, k) of a distance between their words."""
     def of_group(texts):
-        words = [re.findall(r"\w+", text.lower()) for text in texts]
+        words = [plain_words(text) for text in texts]
         return [[distance(a, b) for b in words] for a in words]
     return lambda drafts: torch.tensor([of_group(texts) for texts in drafts.texts])
 

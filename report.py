@@ -352,6 +352,8 @@ def primary(arms, arm, against, margin=0.02):
     for metric, floor, claim in (("pass@5", 0.0, "superior"), ("pass@1", -margin, "not inferior"),
                                  ("pass@10", 0.0, "superior")):
         row = paired(arms[arm], arms[against], metric)
+        if not all(metric in run["values"] for run in (*arms[arm], *arms[against])):
+            raise InputError(f"--primary needs {metric}, which --ks or too few drafts leave out")
         if row is None:
             raise InputError(f"--primary {arm} {against}: no seed or post in common for {metric}")
         held = row["low"] > floor
@@ -463,6 +465,9 @@ def notes_of(summary):
            "seeds crossed with posts (by intent), Satterthwaite's degrees of freedom"
            if summary["same_posts_for_all_seeds"] else
            "posts of their own for each seed: t over seeds")
+    single = [arm for arm, a in summary["arms"].items() if len(a["seeds"]) < 2]
+    if single and seeds[-1] > 1:
+        how += f"; of one seed, and so over posts alone: {', '.join(single)}"
     out = ["Numbers are counted within a post, then averaged over posts. Lower self-bleu is more "
            "diverse.",
            f"Intervals: {how}."]
@@ -491,9 +496,9 @@ def notes_of(summary):
     if smallest:
         out.append("The smallest difference in Pass@5 that this study could see: "
                    f"{max(smallest):.3f}.")
-        least = 2 / 2 ** min(row["seeds"] for rows in summary["differences"].values()
-                             for row in rows.values())
-        if 0.05 < least < 1:
+        least = 2 / 2 ** min((row["seeds"] for rows in summary["differences"].values()
+                              for row in rows.values() if row["seeds"] > 1), default=9)
+        if least > 0.05:
             out.append(f"So few seeds cannot reject anything by flipping signs: the smallest "
                        f"possible p is {least:.3g}, before Holm.")
     short = [f"{name} in {row['posts_left_out']} posts of {arm}"

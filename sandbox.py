@@ -30,6 +30,7 @@ import os
 import re
 import signal
 import subprocess
+import textwrap
 import sys
 import types
 from dataclasses import dataclass
@@ -202,10 +203,17 @@ def program_of(draft, head, names):
     """The program in a draft: its fenced block, the first that defines the function asked for, or
     all of it. After the task's head, so that its imports are there; where the function is not
     defined anew, what is there is its body."""
-    defined = lambda text: not names or re.search(rf"^\s*def +{re.escape(names[0])}\b", text, re.M)
-    blocks = re.findall(r"```\w*[ \t]*\n(.*?)(?:```|\Z)", draft, re.S) or [draft]
+    name = re.escape(names[0]) if names else ""
+    defined = lambda text: not name or re.search(rf"^\s*def +{name}\b|^{name}\s*=", text, re.M)
+    blocks = re.findall(r"(?:```|~~~)[ \t]*\w*[ \t\r]*\n(.*?)(?:```|~~~|\Z)", draft, re.S) or [draft]
     code = next(filter(defined, blocks), blocks[0])
-    return f"{head}    pass\n\n{code}" if head and defined(code) else head + code
+    if head and defined(code):
+        return f"{head}    pass\n\n{code}"
+    if head and code[:1].strip():
+        # A draft is stripped, of its first line's indent too; one that is flat was written so.
+        flat = re.search(r"^\S", code.partition("\n")[2], re.M)
+        code = textwrap.indent(code, "    ") if flat else f"    {code}"
+    return head + code
 
 
 # ---- The guard and the walls ---------------------------------------------------------------------

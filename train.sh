@@ -65,7 +65,7 @@ The whole study: base model, SFT (plain and polychromic), GRPO from each, Pass@k
   --judge-embedder NAME   what embeds drafts when they are measured (default: as --embedder)
   --samples N        drafts for each held-out post (default: 24; of a --study 40; with --model 20)
   --temperatures "0.5 0.75"   also measure every arm at these, as ARM@T (default: none; of --study
-                     temperature "0.5 0.75 1.25 1.6")
+                     temperature "0.5 0.75 1.25 1.6", of fresh 0.75)
   --allow-code-execution [as-root]   run drafts of code to judge them, in a sandbox (as root only when told)
   --nf4              with --model: the frozen weights in 4 bits, a third of the memory
   --shard            with --model: the frozen weights spread over the ranks
@@ -384,11 +384,12 @@ done
 
 stages=0                                   # of a seed: ranks that meet twice under one name would read old addresses
 stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the command that repeats it
-  local room="$1" code=0; shift
+  local room="$1" code=0 said real; shift
   export STUDY_STAGE="$(( ++stages ))"
   if [[ -n "$dry" && "$1" != split ]]; then
+    said="$*"; real="${out%-dry-run}"
+    [[ "$RANK" != 0 ]] || echo "python $room.py ${said//$out/$real}"
     set -- "$@" --dry-run
-    [[ "$RANK" != 0 ]] || echo "python $room.py $*"
   fi
   "$python" "$here/$room.py" "$@" || code=$?
   (( code == 0 )) || { echo "train.sh: rank $RANK: $room.py ended with exit code $code; to repeat it alone:" \

@@ -1,8 +1,12 @@
 """What meets and what changes: flags together, folders whose contents are replaced under their name, files with
 gaps. Each of these ended in a traceback or, worse, in a wrong result without a word."""
 
+import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
 import types
 from pathlib import Path
 
@@ -14,10 +18,13 @@ import data
 import decoders
 import evaluate
 import grpo
+import metrics
 import polylora
 import rewards
+import sandbox
 import trainer
-from model import Qwen3
+from model import Config, Qwen3
+from test_evaluate import write_run
 from test_study import asked, grpo_args, lines, sft_args, world  # noqa: F401  (world: a fixture)
 
 SHORT = ["--max-new-tokens", "5"]
@@ -241,7 +248,144 @@ def test_small_slips_are_sentences(root, capsys, monkeypatch):
     assert "exists" in refused(capsys, polylora.main, "wise", w["lora"], foreign, "--out", root / "between")
 
 
-# ---- train.sh ------------------------------------------------------------------------------------------------
+# ---- Files that stand in the way -----------------------------------------------------------------------------
+
+def test_a_split_writes_over_nothing_that_was_there(root, capsys, monkeypatch):
+    """It wrote its parts over its own source, and over a user's eval.jsonl, without a word."""
+    before = {path.name: path.read_bytes() for path in root.glob("*.jsonl")}
+    split = ["split", "--data", root / "sft.jsonl", "--out", root, "--sizes"]
+    assert "written over" in refused(capsys, data.main, *split, "sft=5,other=3")
+    assert {path.name: path.read_bytes() for path in root.glob("*.jsonl")} == before
+    assert "each name once" in refused(capsys, data.main, *split, "a=3,a=4")
+    out = root / "parts"
+    save, split[4] = data.save_posts, out
+    monkeypatch.setattr(data, "save_posts", lambda posts, path: save(posts, path) if path.name == "a.jsonl" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):                                     # killed between two parts
+        data.main(list(map(str, [*split, "a=3,b=4"])))
+    monkeypatch.setattr(data, "save_posts", save)
+    assert data.main(list(map(str, [*split, "a=3,b=4"]))) == 0
+    assert {p.name for p in out.iterdir()} == {"a.jsonl", "b.jsonl", "domain.json", "split.json"}
+
+
+def test_held_out_intents_leave_the_other_parts_enough():
+    """The first intent drawn, of 60 posts in 100, was held out whatever was left; two of four seeds were refused."""
+    posts = [data.Post(str(i), f"number {i}", ("yes",), (), "A" if i < 60 else "B") for i in range(100)]
+    for seed in range(8):
+        parts = data.split_by_intent(posts, {"sft": 55, "eval": 30}, seed)
+        assert {p.intent for p in parts["sft"]} == {"A"} and {p.intent for p in parts["eval"]} == {"B"}
+
+
+def test_the_bare_base_is_measured_into_no_run_and_no_model(root, capsys):
+    """--bare wrote its config.json over a checkpoint's, and over a run's."""
+    w = places(root)
+    assert polylora.main(sft_args(w, "lora")) == 0
+    for folder in (w["lora"], w["model"]):
+        before = (Path(folder) / "config.json").read_bytes()
+        assert "--bare" in refused(capsys, evaluate.main, "measure", "--model", w["model"], "--bare", folder, "--data",
+                                   w["eval"], "--n", "10", *SHORT)
+        assert (Path(folder) / "config.json").read_bytes() == before
+    bare = ["--bare", root / "bare", "--model", w["model"], "--data", w["eval"]]
+    assert measured(capsys, *bare, "--name", "hot") == measured(capsys, *bare) == "1 of 1 runs"
+    assert measured(capsys, *bare, "--temperature", "0.9") == "1 of 1 runs"     # again, into what it wrote itself
+
+
+def test_a_checkpoint_written_over_a_sharded_one_is_the_one_that_is_read(tmp_path):
+    """The old index stayed, and with it the old weights."""
+    model = tiny_qwen(tie=True)
+    model.save_pretrained(tmp_path, shard_bytes=20_000)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Qwen3.from_pretrained(tmp_path).model.norm.weight, model.model.norm.weight)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def tiny_qwen(tie, **heads):
+    return Qwen3(Config(64, 16, 32, 2, 2, 1, 8, tie_word_embeddings=tie), **heads)
+
+
+def test_a_tied_embedding_is_no_token_head_of_a_reward_model(tmp_path):
+    """With tied embeddings a reward model passed for a judge, and could be fine-tuned as a writer."""
+    for tie in (True, False):
+        folder = tmp_path / str(tie)
+        tiny_qwen(tie, lm_head=False, score_head=True).save_pretrained(folder)
+        model = Qwen3.from_pretrained(folder)
+        assert model.has_score and not model.has_logits
+        tiny_qwen(tie).save_pretrained(folder)
+        assert Qwen3.from_pretrained(folder).has_logits
+
+
+def test_a_tokenizer_whose_stop_is_no_special_token_is_refused(root, capsys):
+    """<|im_end|> stood in every draft's text: nothing was right, all rewards were 0."""
+    w = places(root)
+    path = root / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["special"] and token["content"] != "<|im_end|>"
+    path.write_text(json.dumps(tokenizer))
+    assert "does not give a text back" in refused(capsys, polylora.main, *sft_args(w, "never"))
+
+
+# ---- Texts ---------------------------------------------------------------------------------------------------
+
+def test_marks_continue_their_word():
+    """Hindi fell apart at its vowel signs, which made unlike drafts alike; and by --diversity ngram or levenshtein,
+    which left them out, words that differ were equal."""
+    assert metrics.words("\u0939\u093f\u0928\u094d\u0926\u0940 ok, don't") == ["\u0939\u093f\u0928\u094d\u0926\u0940", "ok", ",", "don't"]
+    assert metrics.words("cafe\u0301") == metrics.words("caf\u00e9") == ["caf\u00e9"]
+    assert metrics.plain_words("Don't, caf\u00e9_1") == ["don", "t", "caf\u00e9_1"]
+    for a, b in itertools.combinations(("\u0915\u0940", "\u0915\u093e", "\u0915\u0947"), 2):
+        assert metrics.plain_words(a) != metrics.plain_words(b)
+
+
+HEAD = "def add(a, b):\n"
+
+
+@pytest.mark.parametrize("draft", [
+    "return a + b", "c = a + b\n    return c", "c = a + b\nreturn c", "if a:\n        return a + b\n    return b",
+    "```python\r\n    return a + b\n```", "``` python\ndef add(a, b):\n    return a + b\n```", "~~~py\n    return a + b\n~~~",
+    "add = lambda a, b: a + b", "```\n    return a + b\n```\nThis adds.", "def add(a, b):\n    return a + b"])
+def test_a_body_that_lost_its_first_indent_is_a_body(draft):
+    """HumanEval's own way of completing could never be right: drafts are stripped."""
+    for head in (HEAD, '"""Sums."""\n' + HEAD + "    'Add.'\n"):
+        room = {}
+        exec(sandbox.program_of(draft, head, ["add"]), room)
+        assert room["add"](2, 3) == 5
+
+
+# ---- The report, and train.sh ------------------------------------------------------------------------------------------------
+
+def test_notes_of_unequal_seeds_say_whose_interval_is_over_what(tmp_path, capsys):
+    """An arm of one seed was said to have an interval over seeds, and took away the warning of the others."""
+    runs = []
+    for arm, seeds in (("a", (1, 2, 3)), ("b", (1,)), ("c", (1, 2, 3))):
+        for seed in seeds:
+            runs.append(write_run(tmp_path / f"{arm}{seed}", seed, arm, lambda i: i % 3 + 2 * (arm == "c") + seed % 2,
+                                  post=f"of seed {seed}"))
+    assert evaluate.main(["report", *runs, "--out", str(tmp_path / "r"), "--against", "a"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "of one seed, and so over posts alone: b" in out and "the smallest possible p is 0.25" in out
+    assert "--primary needs pass@5" in refused(capsys, evaluate.main, "report", *runs, "--out", tmp_path / "r", "--ks", "1,3",
+                                               "--primary", "c", "a")
+
+
+def test_every_room_is_in_the_package():
+    """sandbox.py was missing: an installed package could not be imported."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"(\w+)"', re.search(r"py-modules = \[(.*?)\]", text, re.S)[1]))
+    assert listed == {path.stem for path in Path(__file__).parents[1].glob("*.py")}
+
+
+def test_a_dry_run_prints_the_commands_that_would_run(tmp_path):
+    """They held --dry-run and a folder that is removed again."""
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": "true"}
+    ran = subprocess.run(["bash", "train.sh", "--out", str(tmp_path / "o"), "--dry-run", "--seeds", "1"],
+                         cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, timeout=60)
+    said = [line for line in ran.stdout.splitlines() if line.startswith("python ")]
+    assert len(said) > 6 and not any("dry-run" in line for line in said) and str(tmp_path / "o/seed1/lora") in ran.stdout
+
 
 def test_a_study_with_other_arms_or_temperatures_is_reported(tmp_path):
     """After all the training the report failed: the study's endpoint named an arm that was not asked; `fresh` measured

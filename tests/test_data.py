@@ -394,7 +394,7 @@ def test_an_intent_without_parts_is_a_scene_by_itself(tmp_path, capsys):
     del rows[7]["intent"]
     write(path, *rows)
     assert data.main([*flags, str(tmp_path / "bad")]) == 2
-    assert '--permute needs posts with an "intent" each' in capsys.readouterr().err
+    assert 'has posts without an "intent"' in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 
