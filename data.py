@@ -848,12 +848,12 @@ def split(args):
         parts = split_by_intent(posts, sizes, args.seed)
     else:
         parts = dict(zip(sizes, split_posts(posts, list(sizes.values()), args.seed)))
-    mark = begin(out, [*(f"{name}.jsonl" for name in sizes), "domain.json"])
+    mark = begin(out, [*(f"{name}.jsonl" for name in sizes), "domain.json"], "split.json")
     for name, part in parts.items():
         save_posts(part, out / f"{name}.jsonl")
     write_json(out / "domain.json", domain.record())
     write_json(out / "split.json", wanted)
-    mark.unlink()
+    mark.unlink(missing_ok=True)
     print(f"{out}: " + ", ".join(f"{n} {c}" for n, c in sizes.items()) + " posts")
     if dropped := getattr(posts, "dropped", 0):
         print(f"{dropped} {DROPPED}")

@@ -98,12 +98,13 @@ def fetch(path, revision=None):
                          f"({reason}): check the name, the revision and the connection") from None
 
 
-def begin(folder, names):
-    """Say in a folder that files of these names are being made there -> the mark, to be removed at
-    the end. InputError where one is there already that no such call left, killed since."""
+def begin(folder, names, last):
+    """Say in a folder that files of these names are being made there, and then `last` -> the mark,
+    to be removed at the end. InputError where one is there already that no such call left, killed
+    since or at work beside this one."""
     mark = folder / "made.partial"
     there = [name for name in names if (folder / name).exists()]
-    if there and not mark.exists():
+    if there and not mark.exists() and not (folder / last).exists():
         raise InputError(f"{folder / there[0]} exists, and would be written over: choose another "
                          "--out")
     write_text(mark, "")

@@ -265,6 +265,17 @@ def test_a_split_writes_over_nothing_that_was_there(root, capsys, monkeypatch):
     monkeypatch.setattr(data, "save_posts", save)
     assert data.main(list(map(str, [*split, "a=3,b=4"]))) == 0
     assert {p.name for p in out.iterdir()} == {"a.jsonl", "b.jsonl", "domain.json", "split.json"}
+    # Another call, at work beside this one on the same folder, ends while this one reads.
+    for path in out.iterdir():
+        path.rename(root / f"kept-{path.name}")
+    load = data.load_posts
+
+    def slow(*args, **options):
+        for path in root.glob("kept-*"):
+            path.rename(out / path.name.removeprefix("kept-"))
+        return load(*args, **options)
+    monkeypatch.setattr(data, "load_posts", slow)
+    assert data.main(list(map(str, [*split, "a=3,b=4"]))) == 0 and not list(out.glob("*.partial"))
 
 
 def test_held_out_intents_leave_the_other_parts_enough():
