@@ -50,6 +50,8 @@ def measure(args):
     if args.n < 10:
         raise InputError(f"--n {args.n}: Pass@10 needs at least 10 drafts a post (twice as many "
                          "are better)")
+    if args.temperature == 0 and args.decoder == "sampling":
+        raise InputError("--temperature 0 writes one draft n times: give one above 0 to measure")
     if args.judge_drafts < 1:
         raise InputError(f"--judge-drafts {args.judge_drafts}: at least 1")
     check_decoder(args, args.n)
@@ -219,7 +221,7 @@ def decoding_helper(session):
     if args.amateur == "base":
         return session.model, base
     amateur = load_model(args.amateur, args, session.ranks.device)
-    amateur.vocab = min(amateur.vocab, data.load_tokenizer(args.amateur).get_vocab_size())
+    amateur.vocab = min(amateur.vocab, data.vocabulary(data.load_tokenizer(args.amateur)))
     return amateur, nullcontext
 
 

@@ -30,7 +30,7 @@ from adapters import (Budget, adapter, add_lora, frozen_copy, load_adapter, read
                       trained)
 from data import InputError, command
 from metrics import duplicate_rate
-from model import Rows, token_logprobs
+from model import Rows, add_mismatch, token_logprobs
 from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
                       draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
                       measure, pair_distances, same_domain, turned)
@@ -678,7 +678,7 @@ def rollout(session, step, tally):
             group.reference.index_add_(0, rows.draft.cpu(), reference.cpu())
         batches.append(Batch(rows, None, sampled, old, reference))
         if old is not None:
-            tally.add("mismatch", (old - sampled).abs().sum(), len(old))
+            add_mismatch(tally, old, sampled)
     if group.reference is not None:
         group.reference = group.reference.view_as(group.rewards)
     objective = OBJECTIVES[args.advantage]
@@ -749,7 +749,7 @@ def grpo_step(session, step):
         tally.add("entropy", entropy.sum(), len(logp))
         tally.add("clipped", clipped, len(logp))
         if batch.old is None:
-            tally.add("mismatch", (logp.detach() - batch.sampled).abs().sum(), len(logp))
+            add_mismatch(tally, logp.detach(), batch.sampled)
         if args.beta:
             k1 = (logp - batch.reference).detach()
             for name, value in (("k1", k1.sum()), ("k2", (k1 ** 2).sum() / 2), ("kl", kl)):
@@ -761,7 +761,7 @@ def grpo_step(session, step):
 
 LOGGED = ["reward", "valid", "D", "different", "entropy", "gated_D", "quality", "D_share",
           "D_weight", "reward_std", "advantage", "zero_variance", "clipped", "kl", "k1", "k2",
-          "mismatch", "length", "truncated"]
+          "mismatch", "far_off", "length", "truncated"]
 
 
 def run_grpo(args):
