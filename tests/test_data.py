@@ -23,6 +23,7 @@ import pocket
 import sandbox
 from data import InputError, Post
 from model import chat_format, pack
+from tiny import qwen_tokenizer
 from trainer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -759,9 +760,9 @@ def test_a_tokenizer_is_checked_before_it_is_used(tmp_path, tokenizer):
 def test_ids_of_a_conversation_hold_the_templates_control_tokens_alone(tokenizer, own):
     """Every control string of the tokenizer, in the post, in the reply, and in the names beside them."""
     if own == "Qwen3's":
-        if not (SHARED / "qwen3_tokenizer").exists():
-            pytest.skip("Qwen3's tokenizer.json is not beside the repository")
-        tokenizer = data.load_tokenizer(SHARED / "qwen3_tokenizer")
+        if not qwen_tokenizer().exists():
+            pytest.skip("Qwen3's tokenizer.json is neither beside the repository nor installed")
+        tokenizer = data.load_tokenizer(qwen_tokenizer())
     if own == "others'":                     # of another family beside ChatML's, as SmolLM2 has them
         tokenizer = Tokenizer.from_str(tokenizer.to_str())
         tokenizer.add_special_tokens(["<file_sep>", "[INST]", "<s>", "\u2581of"])

@@ -24,10 +24,11 @@ import polylora
 import rewards
 import trainer
 from model import Config, Qwen3
+from tiny import qwen_tokenizer
 from trainer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-QWEN_TOKENIZER = ROOT.parent / "shared" / "qwen3_tokenizer"
+QWEN_TOKENIZER = qwen_tokenizer()
 TOPICS = ("kettle", "bus", "lecture", "garden", "match", "storm")
 
 
@@ -121,7 +122,7 @@ def adapter_of(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.skipif(not QWEN_TOKENIZER.exists(), reason="Qwen3's tokenizer.json is not beside the repository")
+@pytest.mark.skipif(not QWEN_TOKENIZER.exists(), reason="Qwen3's tokenizer.json is neither beside the repository nor installed")
 def test_the_chain_with_qwen3s_own_tokenizer(world, tmp_path, capsys):
     """151,669 tokens and their padding rows through every stage."""
     other = world | {"model": str(write_model(tmp_path / "model", data.load_tokenizer(QWEN_TOKENIZER)))}

