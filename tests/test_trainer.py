@@ -347,7 +347,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)                                        # the same one, by the shell's trap
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.2)                                              # its step is not done
+        process.wait(timeout=4)              # its step is not done; and no signal is "the same one" any more, however busy the machine
     process.send_signal(signal.SIGINT)
     said, wrong = process.communicate(timeout=10)
     assert process.returncode == 130 and "stopped after" not in said and "Traceback" not in wrong
