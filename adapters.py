@@ -831,7 +831,7 @@ def wise_command(sub):
     """`wise`: what lies between two adapters (WiSE-FT)."""
     w = sub.add_parser("wise", help="an adapter between two others, as a run to measure")
     add = w.add_argument
-    add("folders", nargs=2, metavar="RUN", help="two finished runs, or their adapter folders: A, then B")
+    add("folders", nargs=2, metavar="RUN", help="two finished runs, or adapter folders: A, then B")
     add("--weight", type=float, default=0.5, help="of B's update; A's has 1 - weight")
     add("--scale", type=float, default=1.0, help="of the sum: 0.5 halves the adapter's alpha")
     add("--out", required=True, help="folder to make: a run's if B is a run")

@@ -303,7 +303,7 @@ class Qwen3(nn.Module):
         return quantise(model, device) if nf4 else model
 
     def save_pretrained(self, folder, *, shard_bytes=5_000_000_000):
-        """config.json and model.safetensors, or numbered shards and their index: the hub's layout."""
+        """config.json and model.safetensors, or shards and their index: the hub's layout."""
         folder = Path(folder)
         if any(isinstance(m, NF4) for m in self.modules()):
             raise InputError("a model in NF4 cannot be saved: save its adapter, and load the "
@@ -894,7 +894,7 @@ def token_logprobs(model, rows, temperature=1.0):
 
 
 def add_mismatch(tally, scored, sampled):
-    """Adds how far training's log-probabilities lie from sampling's: the mean, the share by > .1."""
+    """Adds how far training's log-probabilities are from sampling's: mean, and share beyond .1."""
     off = (scored - sampled).abs()
     tally.add("mismatch", off.sum(), len(off))
     tally.add("far_off", (off > 0.1).sum(), len(off))

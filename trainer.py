@@ -703,7 +703,7 @@ def common_flags(p, *, lr, steps, batch, schedule="cosine"):
     add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
     add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
-    add("--warmup", type=int, default=10, help="steps of linear warm-up; of fewer --steps none reaches --lr")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up; fewer never reach --lr")
     add("--schedule", default=schedule, choices=("cosine", "constant"),
         help="learning rate after the warm-up")
     add("--clip", type=float, default=1.0,
@@ -890,7 +890,7 @@ def check_base(args):
     """The shape of a model made from nothing."""
     check_common(args)
     if args.nf4 or args.shard or args.dtype == "bfloat16":
-        raise InputError("--nf4, --shard and bfloat16 are for a frozen base: one is made in float32")
+        raise InputError("--nf4, --shard, bfloat16 are for a frozen base: one is made in float32")
     uneven = args.heads < 2 or args.heads % 2 or args.hidden % (2 * max(args.heads, 1))
     if args.layers < 1 or args.hidden < 1 or uneven:
         raise InputError(f"--layers {args.layers}, --heads {args.heads}, --hidden {args.hidden}: a "
