@@ -72,21 +72,28 @@ def pick_at_k(passed, scores, k):
 # Scripts without spaces between words: Thai, Lao, Khmer, Japanese, Chinese. There a character
 # counts.
 UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-# Marks that continue a letter, as in Hindi or in accents written apart: no part of \w.
-MARKS = "".join(c for c in map(chr, range(0x300, 0x1f000)) if unicodedata.category(c)[0] == "M")
+
+
+@functools.cache
+def word_patterns():
+    """The patterns of plain_words and words. Made once, when first asked for: of a hundred thousand
+    characters they hold the marks that continue a letter, as in Hindi or in accents written apart,
+    which are no part of \\w."""
+    marks = "".join(c for c in map(chr, range(0x300, 0x1f000)) if unicodedata.category(c)[0] == "M")
+    letters = rf"[^\W{UNSPACED}]+(?:[{marks}]+[^\W{UNSPACED}]*)*"
+    return (re.compile(rf"[\w{marks}]+"),
+            re.compile(rf"[{UNSPACED}]|{letters}(?:['’]{letters})*|[^\w\s]"))
 
 
 def plain_words(text):
     """Lower-cased words of letters, marks, digits and _, by which drafts are compared."""
-    return re.findall(rf"[\w{MARKS}]+", unicodedata.normalize("NFC", text.lower()))
+    return word_patterns()[0].findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def words(text):
     """Lower-cased words ("don't" is one), single characters of scripts without spaces, and single
     punctuation marks or emoji: what all metrics count."""
-    letters = rf"[^\W{UNSPACED}]+(?:[{MARKS}]+[^\W{UNSPACED}]*)*"
-    text = unicodedata.normalize("NFC", text.lower())
-    return re.findall(rf"[{UNSPACED}]|{letters}(?:['’]{letters})*|[^\w\s]", text)
+    return word_patterns()[1].findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def ngrams(tokens, n):

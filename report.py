@@ -63,7 +63,7 @@ def read_run(folder, ks=KS):
         try:
             n = len(records[0]["drafts"])  # k above n cannot be estimated: that column is left out
             if min(ks) > n:
-                raise InputError(f"{path} has {n} drafts a post, too few for any of --ks")
+                raise ValueError(f"{n} drafts a post, too few for any of --ks")
             row = post_metrics(record, [k for k in ks if k <= n])
             if record["id"] in metrics:
                 raise ValueError(f"the post {record['id']!r} was there before")
