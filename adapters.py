@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, await_file, beside, read_json, write_json
+from data import InputError, await_file, base_hash, beside, read_json, write_json
 from model import NF4, Parts, read_tensors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -841,9 +841,7 @@ def wise_command(sub):
 def run_wise(args):
     runs, out = [Path(f) for f in args.folders], Path(args.out)
     inside = [run / "adapter" if (run / "adapter").is_dir() else run for run in runs]
-    configs = [folder.resolve().parent / "config.json" for folder in inside]
-    hashes = {read_json(path).get("model_hash") for path in configs if path.exists()} - {None}
-    if len(hashes) > 1:                      # one name may have been two models
+    if len({*map(base_hash, runs)} - {None}) > 1:  # one name may have been two models
         raise InputError(f"{runs[0]} and {runs[1]} were trained on different base models")
     if not 0 <= args.weight <= 1 or not 0 < args.scale < math.inf:
         raise InputError("--weight is from 0 to 1, and --scale above 0")

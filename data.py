@@ -32,9 +32,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
-    CONTROL, InputError, await_file, begin, beside, command, control_of, fetch, file_hash, groups,
-    harmless, hashed, printable, read_json, read_text, short, without_control, write_json,
-    write_text)
+    CONTROL, InputError, await_file, base_hash, begin, beside, command, control_of, fetch,
+    file_hash, groups, harmless, hashed, printable, read_json, read_text, short, without_control,
+    write_json, write_text)
 from pocket import (
     POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
 from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program

@@ -192,6 +192,15 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def base_hash(run):
+    """The hash of the base that a run was trained on, or the run whose adapter folder this is; None
+    where nothing says it."""
+    path = Path(run) / "config.json"
+    if not path.exists():                    # RUN/adapter
+        path = Path(run).resolve().parent / "config.json"
+    return read_json(path).get("model_hash") if path.exists() else None
+
+
 def file_hash(path):
     """sha256 of a file's bytes; None for what is no file (a name such as `pocket`, a hub name)."""
     if not os.path.isfile(path):

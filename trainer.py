@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 import data
-from data import InputError, beside, fetch, read_json, write_json, write_text
+from data import InputError, base_hash, beside, fetch, read_json, write_json, write_text
 from files import Tracker, duration, environment, file_hash
 from generate import generate, sampling_of
 from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
@@ -662,10 +662,7 @@ def load_model(path, args, device, revision=None, nf4=False, shard=False):
 def same_base(run, args):
     """InputError when a run says that its adapter was trained on another base than args.model: an
     adapter goes onto any base of its shape, and writes nonsense there."""
-    path = Path(run) / "config.json"
-    if not path.exists():                    # RUN/adapter
-        path = Path(run).resolve().parent / "config.json"
-    trained_on = read_json(path).get("model_hash") if path.exists() else None
+    trained_on = base_hash(run)
     if trained_on is not None and trained_on != model_hash(args.model, args.revision):
         raise InputError(f"the adapter of {run} was trained on another base than {args.model}: "
                          "name that one by --model, and measure runs on different bases in calls "

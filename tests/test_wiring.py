@@ -74,7 +74,7 @@ def test_ranks_begin_at_one_adapter_and_drop_out_apart(world, monkeypatch, tmp_p
         monkeypatch.setattr(trainer.Ranks, "__init__", lambda self, *a, r=rank, of=ranks, **k: (of(self, *a, **k), vars(self).update(rank=r))[0])
         monkeypatch.setattr(trainer.Ranks, "main", True, raising=False)
         out = tmp_path / f"r{rank}"
-        assert polylora.main(sft_args(world | {"sft": world["sft"]}, "x", "--out", str(out), "--dropout", "0.1")) == 0
+        assert polylora.main(sft_args(world, "x", "--out", str(out), "--dropout", "0.1")) == 0
         monkeypatch.setattr(trainer.Ranks, "__init__", ranks)
         drops.append(seen)
     assert starts[0] == starts[1] and len(drops[0]) == len(drops[1]) >= 2
