@@ -6,7 +6,6 @@ adapter did to the weights. In order: the layers, the register, putting one on a
 copies, what some ask for in each step, files, merging."""
 
 import math
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, await_file, base_hash, beside, read_json, write_json
-from model import NF4, Parts, read_tensors
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from data import (InputError, await_file, base_hash, beside, first_rank, read_json, short,
+                  write_json)
+from hub import read_tensors
+from model import NF4, Parts
+from peft_files import (LINEARS, adalora_masks, adapted_layers, check_layer_settings,
+                        check_settings, fill_cut_triplets, is_number, read_config_file)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -403,9 +404,10 @@ def add_adapter(model, kind, rank, alpha, **options):
 
 
 def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0, kind="lora", members=4,
-             width=None):
+             width=None, layers=None):
     """Put LoRA, or another of ADAPTERS' layers, on every linear layer whose last name is in
-    `targets`; the rest of the model is frozen. Returns model.
+    `targets`, or on those of the full names `layers`; the rest of the model is frozen. Returns
+    model.
 
     A is drawn from a generator of its own on the CPU: the same on every rank and device (seed None:
     nothing is drawn, a file follows). The token head and the embedding are never wrapped: tied, one
@@ -422,7 +424,8 @@ def add_lora(model, rank, alpha, *, dropout=0.0, targets=LINEARS, seed=0, kind="
     width = width or make.width_of(rank, members)
     model.requires_grad_(False)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    wanted = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in targets]
+    wanted = [(n, m) for n, m in model.named_modules()
+              if (n.rpartition(".")[2] in targets if layers is None else n in layers)]
     if kind == "ensemble":
         model.deal = Deal(width // rank)
     for name, linear in wanted:
@@ -587,7 +590,7 @@ def save_adapter(model, folder, base="", revision=None):
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "revision": revision}
     if layers:
         config |= layer_config(next(iter(layers.values())))
-        config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
+        config["target_modules"] = target_names(model, layers)
         stored = {f"{n}.{part}": t for n, layer in layers.items()
                   for part, t in layer.stored().items()}
     else:
@@ -597,6 +600,14 @@ def save_adapter(model, folder, base="", revision=None):
     with beside(folder / "adapter_model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
+
+
+def target_names(model, layers):
+    """target_modules of a configuration: the last names of the layers with LoRA, or, where some
+    layers of these names are without it, their full names."""
+    short_names = sorted({name.rpartition(".")[2] for name in layers})
+    covered = [name for name in module_names(model) if name.rpartition(".")[2] in short_names]
+    return short_names if covered == list(layers) else list(layers)
 
 
 def layer_config(layer):
@@ -616,33 +627,36 @@ def layer_config(layer):
     return config
 
 
+def marks_of(config):
+    """The kinds beside plain LoRA that a configuration of PEFT's type LORA asks for."""
+    marks = [kind for kind, mark in MARKS.items() if config.get(mark)]
+    if config.get("init_lora_weights") == "pissa" or config.get("pissa_rank"):
+        marks.append("pissa")
+    return marks
+
+
 def kind_of(config):
     """The name in ADAPTERS of a configuration's adapter; None for one that is not here."""
     kinds = [kind for kind, row in ADAPTERS.items() if row.peft_type == config.get("peft_type")]
     if kinds[:1] != ["lora"]:
         return kinds[0] if kinds else None
-    marks = [kind for kind, mark in MARKS.items() if config.get(mark)]
-    if config.get("init_lora_weights") == "pissa" or config.get("pissa_rank"):
-        marks.append("pissa")
+    marks = marks_of(config)
     return None if len(marks) > 1 else [*marks, "lora"][0]
 
 
 def read_adapter_config(folder):
     """adapter_config.json, checked before anything is built from it."""
     path = Path(folder) / "adapter_config.json"
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object: it is no adapter's configuration")
-    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
-        if config.get(key):
-            raise InputError(f"{path} sets {key}: only LoRA without it is implemented")
-    kind, start = kind_of(config), config.get("init_lora_weights")
-    if kind is None or config.get("bias", "none") != "none":
-        raise InputError(f"{path} is of no LoRA adapter that is implemented: "
-                         f"{', '.join(ADAPTERS)} are, one at a time")
-    if isinstance(start, str) and start not in ("pissa", "gaussian", "eva", "orthogonal"):
-        raise InputError(f"{path}: init_lora_weights is {start[:40]!r}, which changes the weights "
-                         "under LoRA in a way that is not implemented: save it converted to LoRA")
+    config = read_config_file(folder)
+    kind = kind_of(config)
+    check_settings(path, config, ("rank_pattern",) if kind == "adalora" else ())
+    if kind is None and config.get("peft_type") == "LORA":
+        raise InputError(f"{path} asks for {' and '.join(marks_of(config))} together: one at a "
+                         "time is implemented")
+    if kind is None:
+        known = sorted({row.peft_type for row in ADAPTERS.values()})
+        raise InputError(f"{path} has peft_type {short(config.get('peft_type'))}: implemented are "
+                         f"{', '.join(known)}")
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), (str, type(None))):
             raise InputError(f"{path}: {key} must be a text")
@@ -652,26 +666,29 @@ def read_adapter_config(folder):
 
 
 def check_layer_config(path, config):
-    if not {"r", "lora_alpha", "target_modules"} <= config.keys():
-        raise InputError(f"{path} lacks r, lora_alpha or target_modules: the adapter is incomplete")
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    for key in ("r", "lora_alpha", "target_modules"):
+        if config.get(key) is None:
+            raise InputError(f"{path} lacks {key}: the adapter is incomplete")
     alpha, dropout = config["lora_alpha"], config.get("lora_dropout") or 0.0
-    targets = config["target_modules"]
     for key in ("r", "init_r", "target_r", "pissa_rank", "members"):
         if key in config and (type(config[key]) is not int or not 1 <= config[key] <= 2 ** 16):
-            raise InputError(f"{path}: {key} is {str(config[key])[:40]}: a rank is a whole number "
+            raise InputError(f"{path}: {key} is {short(config[key])}: a rank is a whole number "
                              "from 1 to 65,536")
-    if not number(alpha) or not 0 < abs(alpha) < 1e9 or not number(dropout) or not 0 <= dropout < 1:
-        raise InputError(f"{path}: lora_alpha or lora_dropout is no number that can be worked with")
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise InputError(f"{path}: target_modules must be a list of names")
+    if not is_number(alpha) or not 0 < abs(alpha) < 1e9:
+        raise InputError(f"{path}: lora_alpha is {short(alpha)}: it must be a number other than 0")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout is {short(dropout)}: it is from 0 to below 1")
+    check_layer_settings(path, config)
     kind = kind_of(config)
     wants = {"adalora": ("init_r", "target_r")}.get(kind, ())
     wants = ("members",) if issubclass(ADAPTERS[kind].layer, ParallelLinear) else wants
     lacking = [key for key in wants if key not in config]
-    if lacking or "pissa_rank" in config and config["r"] != 2 * config["pissa_rank"]:
-        raise InputError(f"{path} lacks {lacking[0]}: the adapter is incomplete" if lacking else
-                         f"{path}: r must be twice pissa_rank")
+    if lacking:
+        raise InputError(f"{path} lacks {lacking[0]}: the adapter is incomplete")
+    if "pissa_rank" in config and config["r"] != 2 * config["pissa_rank"]:
+        raise InputError(f"{path}: r must be twice pissa_rank")
+    if kind == "adalora":
+        adalora_masks(path, config)
 
 
 def shape_of(config):
@@ -694,8 +711,7 @@ def load_adapter(model, folder, *, dropout=None):
     folder = Path(folder)
     config = read_adapter_config(folder)
     kind = kind_of(config)
-    tensors = read_tensors(folder, file="adapter_model.safetensors")
-    stored = {n.removeprefix(PREFIX): t for n, t in tensors.items()}
+    stored = adapter_tensors(folder)
     if kind == "full":
         own = adapter_state(model if model.original is not None else train_in_full(model))
         check_fit(folder, own, stored)
@@ -703,12 +719,15 @@ def load_adapter(model, folder, *, dropout=None):
             for name, p in own.items():
                 p.copy_(stored[name])
         return model
+    path = folder / "adapter_config.json"
+    if kind == "adalora":
+        stored = fill_cut_triplets(folder, stored, adalora_masks(path, config))
     shape, rows = shape_of(config)
-    check_rows(folder, config, stored, rows)
+    names = adapted_layers(path, config, module_names(model), stored)
+    check_rows(folder, config, stored, rows, names)
     if not lora_layers(model):
         computed = config.get("init_lora_weights") == "pissa"  # what it departs from is not stored
-        add_lora(model, **shape, targets=tuple(config["target_modules"]), kind=kind,
-                 seed=0 if computed else None)
+        add_lora(model, **shape, layers=names, kind=kind, seed=0 if computed else None)
     layers = lora_layers(model)
     if {layer.kind for layer in layers.values()} != {kind}:
         raise InputError(f"the adapter in {folder} is {kind}'s, the model has another's layers")
@@ -725,6 +744,25 @@ def load_adapter(model, folder, *, dropout=None):
     return model
 
 
+def adapter_tensors(folder):
+    """name in the model -> tensor of an adapter's file."""
+    tensors = read_tensors(folder, file="adapter_model.safetensors")
+    odd = sorted(name for name in tensors if not name.startswith(PREFIX))
+    if odd:
+        raise InputError(f"{folder}/adapter_model.safetensors has a tensor {short(odd[0])}: PEFT's "
+                         f"names begin with {PREFIX}")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def module_names(model):
+    """Names of the layers that PEFT could put LoRA on, the tied token head among them."""
+    inside = ("lora_A", "lora_B")
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, (nn.Linear, nn.Embedding, NF4, LoRALinear))
+             and name.rpartition(".")[2] not in inside]
+    return names if "lm_head" in names else [*names, "lm_head"]
+
+
 def beside_start(layers, stored):
     """PEFT's file of a PiSSA adapter holds A and B alone, to be added to a residue that it makes
     anew from W: with A0 and B0, made anew as well, it is PiSSALinear.stored."""
@@ -737,13 +775,20 @@ def beside_start(layers, stored):
     return whole
 
 
-def check_rows(folder, config, stored, rows):
+def check_rows(folder, config, stored, rows, names):
     """A file against its configuration, before anything of that size is built."""
-    held = {n.rpartition(".lora_")[0].rpartition(".")[2] for n in stored}
+    held = {n.rpartition(".lora_")[0] for n in stored if ".lora_A" in n}
     matrices = {n: t for n, t in stored.items() if ".lora_A" in n or ".lora_B" in n}
-    if not set(config["target_modules"]) <= held or any(t.dim() != 2 for t in matrices.values()):
-        raise InputError(f"{folder}/adapter_model.safetensors lacks matrices of a target module "
-                         "that its configuration names: the adapter is incomplete")
+    lacking, others = [name for name in names if name not in held], sorted(held - set(names))
+    if lacking and others:
+        raise InputError(f"{folder}/adapter_model.safetensors has matrices of {short(others[0])} "
+                         f"and none of {short(lacking[0])}: it does not fit this model: its names are "
+                         "of another model, or under another prefix")
+    if lacking or any(t.dim() != 2 for t in matrices.values()):
+        raise InputError(f"{folder}/adapter_model.safetensors lacks matrices of "
+                         f"{short((lacking or sorted(matrices))[0])}, which its configuration "
+                         "names: it was not saved in full (ZeRO-3 without gathering leaves such "
+                         "files)")
     if {t.shape[0] for n, t in matrices.items() if ".lora_A" in n} != {rows}:
         raise InputError(f"{folder}/adapter_config.json says r = {config['r']}, its tensors have "
                          "another rank: the adapter does not fit itself")
@@ -751,11 +796,20 @@ def check_rows(folder, config, stored, rows):
 
 def check_fit(folder, own, stored):
     """InputError unless both have the same names and shapes."""
-    odd = sorted(own.keys() ^ stored.keys())
-    odd = odd or sorted(n for n in own if own[n].shape != stored[n].shape)
-    if odd:
-        raise InputError(f"the adapter in {folder} does not fit this model (first difference: "
-                         f"{odd[0]!r}): it was trained on another one, or on other layers")
+    lacks, more = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    shapes = sorted(n for n in own.keys() & stored.keys() if own[n].shape != stored[n].shape)
+    if lacks:
+        difference = f"lacks {short(lacks[0])}"
+    elif more:
+        difference = f"has {short(more[0])}, which the model lacks"
+    elif shapes:
+        name = shapes[0]
+        difference = (f"has {short(name)} in shape {tuple(stored[name].shape)}, the model in "
+                      f"{tuple(own[name].shape)}")
+    else:
+        return
+    raise InputError(f"the adapter in {folder} does not fit this model: it {difference}: it was "
+                     "trained on another model, or on other layers")
 
 
 # ---- Taking off, merging, interpolating ----------------------------------------------------------
@@ -848,7 +902,7 @@ def run_wise(args):
     nested, is_run = inside[1] != runs[1], (runs[1] / "done.json").exists()
     place = out / "adapter" if nested else out
     last = out / "done.json" if is_run else place / "adapter_config.json"  # what is written last
-    if os.environ.get("RANK", "0") != "0":
+    if not first_rank():
         await_file(last)
         return
     killed = {"adapter", "config.json"} if nested else {"adapter_model.safetensors"}

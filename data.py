@@ -13,7 +13,6 @@ import functools
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -31,13 +30,16 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+import formats
 from files import (  # noqa: F401  (by the door through which most rooms look for them)
     CONTROL, InputError, await_file, base_hash, begin, beside, command, control_of, fetch,
-    file_hash, groups, harmless, hashed, printable, read_json, read_text, short, without_control,
+    file_hash, first_rank, groups, harmless, hashed, printable, read_json, read_text, short, without_control,
     write_json, write_text)
+from formats import same_text
 from pocket import (
     POCKET, SHAPES, SUMS, TALES, TASK, expand, parse, polish, scene_maker, shape_of, write_sum)
-from sandbox import NotAllowed, allowance, as_post, checked_tests, program_of, run_program
+from sandbox import NotAllowed, allowance, checked_tests, program_of, run_program
+from solutions import failing_solutions
 
 # ---- Files of posts ------------------------------------------------------------------------------
 
@@ -52,22 +54,29 @@ class Post:
     voices: tuple[str, ...] = ()
     intent: str = ""
     tests: str = ""
+    prompt: bool = False         # put to the model as it stands
 
     @property
     def key(self):
-        """What random streams hang on: the post itself, since ids are somebody else's and
-        may clash."""
-        return hashlib.sha256(normalise(self.post).encode()).hexdigest()[:16]
+        """Key for per-post seeds: a hash of the text, because ids are user-supplied and may
+        collide. Posts of prose that differ in their signs alone share one; tasks of code do not."""
+        text = self.same if self.tests else normalise(self.post)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def same(self):
+        """The form of the text in which posts are compared."""
+        return same_text(self.post, code=bool(self.tests))
 
 
 NO_LETTERS = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
 def normalise(text):
-    """Lower-cased letters, marks and digits, nothing else: the form in which posts and replies are
-    compared. Two texts are the same when they differ in letter case, punctuation, spacing and in
-    the way of writing a character (NFKC) alone. Marks stay: without them Hindi and Thai words that
-    differ become equal."""
+    """Lower-cased letters, marks and digits, nothing else: the form in which replies are compared
+    (posts: same_text). Two are the same when they differ in letter case, punctuation, spacing and
+    in the way of writing a character (NFKC) alone. Marks stay: without them Hindi and Thai words
+    that differ become equal."""
     if text.isascii():  # the same, fifty times faster
         return text.encode().lower().translate(None, NO_LETTERS).decode()
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
@@ -75,14 +84,16 @@ def normalise(text):
 
 
 def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
-    """Posts from JSON lines, plain or .gz: {"id", "post", "replies": [..] or {voice: ..}}, or
-    "reply": "..", or the fields tweet_id, tweet, reply. Other fields are left alone. Lines of
-    the same post are merged, their replies kept in order, but of a post with replies by voice
-    the first line alone counts; an id that another post has already gets a number.
+    """Posts from JSON lines, plain or .gz. A line: {"id", "post", "replies": [..] or {voice: ..}},
+    or "reply": "..", or the fields tweet_id, tweet, reply; or {"prompt"} and, of a reply,
+    "completion", "response" or "chosen"; or a task of HumanEval or MBPP. Other fields are left
+    alone and counted in `.unread`. Lines of the same post (same_text) are merged, their replies
+    kept in order, but of a post with replies by voice the first line alone counts; an id that
+    another post has already gets a number.
 
-    A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, over `max_chars` characters)
-    raises InputError with file, line and reason; with skip_bad_lines it is left out and counted on
-    stderr. Returns a sequence that reads a post when it is asked for.
+    A bad line (not UTF-8, not JSON, no post, no reply, a wrong type, a field twice, over
+    `max_chars` characters) raises InputError with file, line and reason; with skip_bad_lines it is
+    left out and counted on stderr. Returns a sequence that reads a post when it is asked for.
     """
     return PostFile(path, skip_bad_lines, max_chars)
 
@@ -90,39 +101,42 @@ def load_posts(path, *, skip_bad_lines=False, max_chars=20_000):
 class PostFile(Sequence):
     """The posts of a file. Kept of each is where its lines stand, some thirty bytes a line, so a
     million posts fit anywhere; a post is read again when it is asked for. `kinds`: see kinds_of."""
-    unique = True                # no two posts are equal but for case and punctuation
+    unique = True                # no two posts are the same text
 
     def __init__(self, path, skip_bad_lines=False, max_chars=20_000):
         self.path, self.max_chars = path, max_chars
         self.recent, self.names = {}, {}     # {place: Post}, lately asked for; {place: its new id}
-        number, bad = 0, []
+        number, bad, reason = 0, [], ""
         # Of each line: 16 bytes of its post's hash and 8 of its id's; its number and offset; its
         # kind's number.
         marks, lines = array("Q"), array("Q")
         kinds = array("Q")
-        self.kinds = {}
+        self.kinds, self.unread = {}, Counter()
         try:
             for number, line, place in self.read_lines():
                 try:
-                    post = parse_line(line, number, max_chars)
+                    d = read_line(line)
+                    post = post_of(d, number, max_chars)
                 except ValueError as e:
                     if not skip_bad_lines:
-                        raise InputError(f"{path}, line {number}: {e} (--skip-bad-lines leaves "
-                                         "such lines out)") from None
+                        raise InputError(bad_line(path, number, e, not lines)) from None
                     bad.append(number)
+                    reason = reason or str(e)
                     continue
-                marks.frombytes(hashed(normalise(post.post), 16) + hashed(post.id, 8))
+                marks.frombytes(hashed(post.same, 16) + hashed(post.id, 8))
                 kinds.append(self.kinds.setdefault(kind_of(post), len(self.kinds)))
                 lines.extend((number, self.keep(line, place)))
+                self.unread.update(d.keys() - formats.READ)
         except FileNotFoundError:
             raise InputError(f"there is no file {path}: give --data a file of posts") from None
         except (OSError, EOFError, zlib.error) as e:
-            raise InputError(f"{path} cannot be read after line {number} ({e}): is it "
-                             "whole?") from None
-        if bad:
+            raise InputError(cannot_be_read(path, number, e)) from None
+        if bad and lines:
             print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
+        if bad and not lines:
+            raise InputError(bad_line(path, bad[0], reason, True, every=True))
         if not lines:
-            raise InputError(f"{path} holds no posts")
+            raise InputError(f"{path} holds no posts: it is empty")
         self.index(*(np.frombuffer(x, np.uint64) for x in (marks, kinds, lines)))
 
     def read_lines(self):
@@ -160,10 +174,15 @@ class PostFile(Sequence):
         first = order[np.append(0, self.ends[:-1])]                 # each post's first line
         self.lines = lines[order]
         names = list(self.kinds)
-        voiced = np.array([bool(voices) for voices, _ in names])[kinds]
+        voiced = np.array([bool(voices) for voices, *_ in names])[kinds]
         later = np.ones(len(post), bool)
         later[first] = False
-        self.dropped = int((later & (voiced | voiced[first][post])).sum())  # see merge
+        dropped = later & (voiced | voiced[first][post])                    # see merge
+        self.dropped = int(dropped.sum())
+        merged = np.flatnonzero(later & ~dropped)
+        self.merged = len(merged)
+        if self.merged:          # the numbers of the first such line and of the line it went to
+            self.merged_first = [int(lines[i, 0]) for i in (merged[0], first[post[merged[0]]])]
         seen, places = np.unique(kinds[first], return_index=True)
         self.kinds = {names[i]: place for i, place in zip(seen.tolist(), places.tolist())}
         given, origin, at = np.unique(marks[first, 2], return_index=True, return_inverse=True)
@@ -231,9 +250,10 @@ LONGEST_LINE = 2 ** 24           # bytes: more would take gigabytes to parse
 
 
 def kind_of(post):
-    """What decides on a post's domain: its voices; which domain knows it for its own, if any."""
-    return (frozenset(post.voices),
-            next((name for name, domain in DOMAINS.items() if domain.claims(post)), ""))
+    """What decides on a post's domain: its voices; which domain knows it for its own, if any; and
+    whether it has no reply to learn from."""
+    claim = next((name for name, domain in DOMAINS.items() if domain.claims(post)), "")
+    return frozenset(post.voices), claim, not post.replies
 
 
 def kinds_of(posts):
@@ -246,32 +266,53 @@ def kinds_of(posts):
     return kinds
 
 
-def parse_line(line, number, max_chars):
-    """One JSON line -> Post; ValueError says what is wrong with it."""
+def bad_line(path, number, reason, first, every=False):
+    """What to say of a bad line. first: no line before it was good, so that the file may be of
+    another format altogether. every: no line is good."""
+    other = formats.other_format(path) if first else None
+    if other:
+        return f"{path} {other}"
+    if every:
+        return f"{path} holds no posts: every line is bad, the first, line {number}: {reason}"
+    return f"{path}, line {number}: {reason} (--skip-bad-lines leaves such lines out)"
+
+
+def cannot_be_read(path, number, error):
+    """What to say of a file that ends in an error of the system or of gzip."""
+    if os.path.isdir(path):
+        return f"{path} is a folder: give a file of posts"
+    if isinstance(error, PermissionError):
+        return f"{path} may not be read by this user: change its permissions"
+    if isinstance(error, gzip.BadGzipFile) and not number:
+        return f"{path} is not packed with gzip: give it a name that does not end in .gz"
+    return f"{path} cannot be read after line {number} ({error}): is it whole?"
+
+
+def read_line(line):
+    """One line of bytes -> its JSON object; ValueError says what is wrong with it."""
     if len(line) == LONGEST_LINE:
         raise ValueError(f"a line of more than {LONGEST_LINE:,} bytes")
-    try:
-        d = json.loads(line.decode("utf-8-sig"))  # some editors start a file with a mark
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError):  # ValueError: a number of 5,000 digits, too
-        raise ValueError("not JSON") from None
-    if not isinstance(d, dict):
-        raise ValueError("not a JSON object")
-    d = d | as_post(d)
-    tests, prompt = "", isinstance(d.get("prompt"), str)
-    # A field may be there and be null.
-    post = d.get("tweet") if d.get("post") is None else d["post"]
-    replies = d.get("reply") if d.get("replies") is None else d["replies"]
+    return formats.read_object(line)
+
+
+def parse_line(line, number, max_chars):
+    """One JSON line -> Post; ValueError says what is wrong with it."""
+    return post_of(read_line(line), number, max_chars)
+
+
+def post_of(d, number, max_chars):
+    """The Post of a line's JSON object; ValueError says what is wrong with it."""
+    d = formats.fields_of(d)
+    tests, post, replies = "", d["post"], d["replies"]
     if not isinstance(post, str) or not post.strip():
-        raise ValueError('no "post" (or "tweet") text')
+        raise ValueError('no "post" (or "tweet", or "prompt") text: it is empty, or no text')
     voices = tuple(replies) if isinstance(replies, dict) else ()
     replies = list(replies.values()) if voices else replies
     replies = [replies] if isinstance(replies, str) else replies
-    replies = [] if replies is None and prompt else replies   # a prompt, to be answered freely
-    if d.get("tests") is not None:
+    replies = [] if replies is None and d["prompt"] else replies   # to be answered freely
+    if d["tests"] is not None:
         tests = json.dumps(checked_tests(d["tests"]), ensure_ascii=False)
-    if not isinstance(replies, list) or not replies and not prompt:
+    if not isinstance(replies, list) or not replies and not d["prompt"]:
         raise ValueError('no "replies" (or "reply")')
     if not all(isinstance(r, str) and r.strip() for r in replies):
         raise ValueError("a reply is not a text, or is empty")
@@ -279,28 +320,27 @@ def parse_line(line, number, max_chars):
         raise ValueError("the post has no letter or digit")
     if voices and not all(map(normalise, replies)):  # an empty draft would be right in that voice
         raise ValueError("a reply in a voice has no letter or digit")
-    given = d.get("tweet_id") if d.get("id") is None else d["id"]
-    name = f"line-{number}" if given is None else str(given)
-    intent = str("" if d.get("intent") is None else d["intent"])
+    name = f"line-{number}" if d["id"] is None else str(d["id"])
+    intent = str("" if d["intent"] is None else d["intent"])
     if max(map(len, (post, name, intent, *replies, *voices))) > max_chars:
         raise ValueError(f"a text of more than {max_chars:,} characters")
     try:
         "".join((name, post, intent, *replies, *voices)).encode("utf-8")
     except UnicodeEncodeError:  # neither a file nor the tokenizer takes it
         raise ValueError("half a character (an escape like \\ud83d without its pair)") from None
-    return Post(name, post.strip(), tuple(r.strip() for r in replies), voices, intent, tests)
+    replies = tuple(r.strip() for r in replies)
+    return Post(name, post.strip(), replies, voices, intent, tests, d["prompt"])
 
 
 def merge(posts, post):
-    """Add a post to {normalised text: Post}; the same text again brings only its new replies, and
+    """Add a post to {form of its text: Post}; the same text again brings only its new replies, and
     nothing where either has replies by voice: one text, one right reply in each voice."""
-    key = normalise(post.post)
-    old = posts.get(key)
+    old = posts.get(post.same)
     if old is None:
-        posts[key] = post
+        posts[post.same] = post
     elif not old.voices and not post.voices:
         replies = old.replies + tuple(r for r in post.replies if r not in old.replies)
-        posts[key] = Post(old.id, old.post, replies, (), old.intent)
+        posts[post.same] = dataclasses.replace(old, replies=replies)
 
 
 def save_posts(posts, path):
@@ -311,7 +351,7 @@ def save_posts(posts, path):
             line = {"id": p.id, "post": p.post, "replies": replies}
             line |= {"intent": p.intent} if p.intent else {}
             line |= {"tests": json.loads(p.tests)} if p.tests else {}
-            line |= {} if p.replies else {"prompt": p.post}
+            line |= {"prompt": p.post} if p.prompt else {}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -319,7 +359,7 @@ def split_posts(posts, sizes, seed):
     """Disjoint random sequences of posts of the given sizes: disjoint by text, not by line."""
     unique = range(len(posts))
     if not getattr(posts, "unique", False):
-        unique = {normalise(p.post): i for i, p in enumerate(posts)}.values()
+        unique = {p.same: i for i, p in enumerate(posts)}.values()
     places = array("Q", unique)
     if sum(sizes) > len(places):
         raise InputError(f"{sum(sizes)} posts are asked for ({' + '.join(map(str, sizes))}) and "
@@ -362,9 +402,11 @@ def split_by_intent(posts, sizes, seed, scenes=40):
 class ChatFormat:
     """How a checkpoint's chat is written: ChatML, with an empty think block in front of an answer
     that is not thought about (Qwen3's hybrid models) or none (Qwen3-Instruct-2507, SmolLM2), and
-    the system turn that its template puts in where a chat has none."""
+    the system turn that its template puts in where a chat has none. think_history: every earlier
+    answer keeps its think block, too (TRL's training template of Qwen3)."""
     think_block: bool = True
     system: str = ""
+    think_history: bool = False
 
 
 def render_chat(messages, *, add_generation_prompt, thinking=False, chat=ChatFormat()):
@@ -373,7 +415,7 @@ def render_chat(messages, *, add_generation_prompt, thinking=False, chat=ChatFor
 
     With a think block, and without thinking, an empty one opens the answer, in the prompt; and a
     final assistant turn always has one, its own or an empty one, so that what is trained and what
-    is prompted agree. Earlier assistant turns lose theirs."""
+    is prompted agree. Earlier assistant turns lose theirs, unless chat.think_history."""
     if chat.system and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": chat.system}, *messages]
     out, last_user = [], max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
@@ -385,7 +427,8 @@ def render_chat(messages, *, add_generation_prompt, thinking=False, chat=ChatFor
                 thought = m["reasoning_content"].strip("\n")
             elif mark:
                 thought, content = thought.rpartition("<think>")[2].strip("\n"), rest.lstrip("\n")
-            if i > last_user and (i == len(messages) - 1 or thought):
+            last = i > last_user and (i == len(messages) - 1 or thought)
+            if last or chat.think_history:
                 content = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
         out.append(f"<|im_start|>{m['role']}\n{content}<|im_end|>\n")
     if add_generation_prompt:
@@ -399,19 +442,34 @@ def load_tokenizer(path, *, revision=None):
     pads nor cuts. InputError where its ids go beyond the rows that config.json gives the model."""
     file = fetch(path, revision) / "tokenizer.json"
     if not file.exists():
-        raise InputError(f"{file} is missing: the checkpoint needs its tokenizer")
+        raise InputError(f"{file} is missing: {other_tokenizer(file.parent)}")
     with tokenizer_errors(file):
         tokenizer = Tokenizer.from_str(read_text(file))
         tokenizer.no_padding()               # a file may ask for 128 tokens, whatever the text
         tokenizer.no_truncation()
         ids = vocabulary(tokenizer)
     config = file.with_name("config.json")
+    if not config.exists() and file.with_name("adapter_config.json").exists():
+        raise InputError(f"{config} is missing: {other_tokenizer(file.parent)}")
     config = read_json(config) if config.exists() else {}
     rows = config.get("vocab_size") if isinstance(config, dict) else None
     if isinstance(rows, int) and not 0 < ids <= rows:  # what else is wrong there the model says
         raise InputError(f"{file} has ids up to {ids - 1}, and config.json beside it rows for "
-                         f"{rows} tokens: they are of different checkpoints")
+                         f"{rows} tokens: they are of different checkpoints, or tokens were added "
+                         "without resize_token_embeddings")
     return tokenizer
+
+
+def other_tokenizer(folder):
+    """Says what a checkpoint's folder without tokenizer.json lacks."""
+    if (folder / "adapter_config.json").exists():
+        return "the folder is an adapter's: give its base model here, and the adapter as a run"
+    slow = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+            if (folder / name).exists()]
+    if slow:
+        return (f"the folder has {slow[0]}, a tokenizer in an older format: convert it once with "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+    return "copy the tokenizer of the model's source next to the weights"
 
 
 def vocabulary(tokenizer):
@@ -443,8 +501,13 @@ def check_chat(tokenizer, path):
                 raise InputError(f"{file} has no token {mark}: give a checkpoint with Qwen3's chat "
                                  "format")
         ids = encode_reply(tokenizer, text) + stop_ids(tokenizer)
-        if decode(tokenizer, ids) != text:  # also where <|im_end|> is no special token
-            raise InputError(f"{file} does not give a text back as it was: fetch it again")
+        back = decode(tokenizer, ids)
+        if "<|im_end|>" in back or "<|endoftext|>" in back:
+            raise InputError(f"{file} does not mark <|im_end|> or <|endoftext|> as special tokens, "
+                             "so they would be part of every reply: set \"special\": true there")
+        if back != text:
+            raise InputError(f"{file} does not give a text back as it was ({text!r} became "
+                             f"{back[:40]!r}): it is not a byte-level tokenizer such as Qwen3's")
 
 
 def stop_ids(tokenizer):
@@ -596,13 +659,13 @@ class Replies(Domain):
 
 
 class Stories(Replies):
-    """Prompts for stories and the like, with or without people's answers: judged by a reward model
-    or a judge, and by their diversity."""
+    """Prompts for stories and the like, with or without people's answers, put to the model as they
+    stand: judged by a reward model or a judge, and by their diversity."""
     name = "stories"
 
     @staticmethod
     def claims(post):
-        return not post.replies
+        return post.prompt and not post.voices
 
     messages = Domain.messages
 
@@ -614,20 +677,42 @@ class Code(Domain):
 
     def __init__(self, posts, **readers):
         super().__init__(posts, **readers)
-        self.permitted, self.verdicts = False, {}
+        self.posts, self.permitted, self.verdicts = posts, False, {}
 
     @staticmethod
     def claims(post):
         return bool(post.tests)
 
     def permit(self, given):
+        """Let drafts be run, once every task's known solution has passed its own tests: where it
+        fails, every draft would, without a word."""
         try:
             self.permitted = allowance(given)
         except NotAllowed as e:
             raise InputError(str(e)) from None
+        if os.environ.get("RANK", "0") == "0":
+            self.refuse(self.failing())
+
+    def refuse(self, failing):
+        """InputError where known solutions fail: how many, which, and why."""
+        if failing:
+            some = "; ".join(f"{short(self.posts[i].id)}: {why[:200]}"
+                             for i, why in list(failing.items())[:3])
+            more = "; .." if len(failing) > 3 else ""
+            raise InputError(
+                f"the known solution of {len(failing)} of {len(self.posts)} tasks does not pass "
+                f"its own tests, so that no draft could ({some}{more}): correct these tasks, or "
+                "leave them out by data.py split --allow-code-execution --skip-bad-lines")
+
+    def failing(self):
+        """{place of a task: why its known solution fails}."""
+        try:
+            return failing_solutions(self.posts, self.permitted)
+        except NotAllowed as e:
+            raise InputError(str(e)) from None
 
     def voices_of(self, post, draft):
-        key = post.key, draft
+        key = post.tests, draft
         if key not in self.verdicts:         # reward, gate and classes all ask
             if len(self.verdicts) >= 10_000:
                 self.verdicts.clear()
@@ -645,9 +730,9 @@ def make_domain(name, posts, **readers):
     hold. A file in which some posts have voices and others none, or other ones, is refused: which
     domain it is of is the user's to say. readers: popularity, writers, permute of Domain."""
     voices, kinds = posts[0].voices if len(posts) else (), kinds_of(posts)
-    odd = min((place for (other, _), place in kinds.items() if other != set(voices)), default=None)
+    odd = min((place for (other, *_), place in kinds.items() if other != set(voices)), default=None)
     voiced = bool(voices) and odd is None                                      # in any order
-    claims = {claim for _, claim in kinds}
+    claims = {claim for _, claim, _ in kinds}
     own = claims.pop() if odd is None and len(claims) == 1 else ""
     if name == "auto":
         if odd is not None:
@@ -659,8 +744,10 @@ def make_domain(name, posts, **readers):
         raise InputError(f"there is no domain {name!r}: choose auto, {', '.join(DOMAINS)}")
     made = f", written by data.py split --data {name}" if name in WORLDS else ""
     if (made or name == "code") and own != name or name == "voices" and not voiced:
-        raise InputError(f"--domain {name} needs posts that all have replies in the same "
-                         f"voices{made}: use --domain replies or auto")
+        wanted = (f"replies in the same voices{made}" if name != "code" else
+                  "tests and a known solution, as in HumanEval's and MBPP's formats")
+        raise InputError(f"--domain {name} needs posts that all have {wanted}: use --domain "
+                         "replies or auto")
     return DOMAINS[name](posts, **readers)
 
 
@@ -683,7 +770,7 @@ def load_domain(path, name, posts):
                          f"{place}): leave --domain out, or split again")
     free = record["domain"] in ("replies", "stories")
     special = record["domain"] in WORLDS or record["domain"] == "code"
-    for (voices, claim), first in kinds_of(posts).items():
+    for (voices, claim, _), first in kinds_of(posts).items():
         if not free and (not voices or voices != set(record["voices"])
                          or special and claim != record["domain"]):
             raise InputError(f"{path}: the post {short(posts[first].id)} has not the voices that "
@@ -787,6 +874,48 @@ DOMAINS = {d.name: d for d in (
 DROPPED = "lines left out: their post stands in an earlier line, one has replies by voice"
 
 
+def say_what_was_read(posts):
+    """Print how many lines were merged or dropped, and which fields are not read."""
+    if dropped := getattr(posts, "dropped", 0):
+        print(f"{dropped} {DROPPED}")
+    if merged := getattr(posts, "merged", 0):
+        line, earlier = posts.merged_first
+        print(f"{merged} lines merged with an earlier line of the same post (first: line {line} "
+              f"with line {earlier}): same but for letter case, spacing, full stops and the like")
+    unread = getattr(posts, "unread", {})
+    if "rejected" in unread:
+        print(f"{unread['rejected']} lines have a \"rejected\" reply: rewards.py train learns from "
+              "it in this file; as posts, and after a split, the chosen reply alone is kept")
+    names = sorted(unread.keys() - {"rejected"})
+    if names:
+        print(printable(f"Fields that are not read: {formats.shown(names[:12])}"
+                        + (", .." if len(names) > 12 else "")))
+
+
+def known_solutions(posts, domain, args):
+    """The posts, or with --skip-bad-lines those whose known solution passes. Known solutions are
+    run where --allow-code-execution is given."""
+    if domain.name != "code":
+        return posts
+    if not args.allow_code_execution:
+        print(f"{len(posts)} tasks of code, whose known solutions were not run: give "
+              "--allow-code-execution to run them, in a sandbox")
+        return posts
+    try:
+        domain.permitted = allowance(args.allow_code_execution)
+    except NotAllowed as e:
+        raise InputError(str(e)) from None
+    failing = domain.failing()
+    if not args.skip_bad_lines or len(failing) == len(posts):
+        domain.refuse(failing)
+    for place, why in list(failing.items())[:5]:
+        print(printable(f"{args.data}: {short(posts[place].id)}: its known solution fails: "
+                        f"{why[:200]}"), file=sys.stderr)
+    print(f"{len(posts) - len(failing)} of {len(posts)} known solutions pass their tests"
+          + (f"; {len(failing)} tasks left out" if failing else ""))
+    return Chosen(posts, [i for i in range(len(posts)) if i not in failing]) if failing else posts
+
+
 def check(args):
     """Read a file as the phases will, and say what is in it."""
     posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
@@ -799,8 +928,8 @@ def check(args):
     voices = f", voices {printable(', '.join(domain.voices))}" if domain.voices else ""
     print(f"{args.data}: {len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{voices}")
-    if posts.dropped:
-        print(f"{posts.dropped} {DROPPED}")
+    say_what_was_read(posts)
+    known_solutions(posts, domain, args)
     if broken:
         print(f"{broken} replies hold control strings such as <|im_end|>, which are left out")
     for p in random.Random(0).sample(posts, min(max(args.show, 0), len(posts))):
@@ -826,7 +955,7 @@ def split(args):
     wanted = {name: getattr(args, name) for name in (
         "data", "seed", "by", "domain", "popularity", "writers", "permute")}
     wanted |= {"sizes": sizes, "contents": file_hash(args.data)}
-    if os.environ.get("RANK", "0") != "0":
+    if not first_rank():
         await_file(out / "split.json", lambda: made(out, wanted))
         return
     if (out / "split.json").exists():
@@ -842,6 +971,7 @@ def split(args):
         posts = load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
     domain = make_domain(args.domain, posts, popularity=args.popularity, writers=args.writers,
                          permute=args.permute)
+    read, posts = posts, known_solutions(posts, domain, args)
     if args.permute and not all(p.intent for p in posts):
         raise InputError(f'--permute: {args.data} has posts without an "intent"')
     if args.by == "intent":
@@ -855,8 +985,7 @@ def split(args):
     write_json(out / "split.json", wanted)
     mark.unlink(missing_ok=True)
     print(f"{out}: " + ", ".join(f"{n} {c}" for n, c in sizes.items()) + " posts")
-    if dropped := getattr(posts, "dropped", 0):
-        print(f"{dropped} {DROPPED}")
+    say_what_was_read(read)
 
 
 def parser():
@@ -888,7 +1017,12 @@ def parser():
     for q in (c, s):
         q.add_argument("--domain", default="auto", help=f"auto, {', '.join(DOMAINS)}")
         q.add_argument("--skip-bad-lines", action="store_true",
-                       help="leave unreadable lines out and count them, instead of stopping")
+                       help="leave unreadable lines, and tasks whose known solution fails, out "
+                            "and count them, instead of stopping")
+        q.add_argument("--allow-code-execution", nargs="?", const="yes", default=False,
+                       choices=("yes", "as-root"),
+                       help="let the known solutions of tasks of code be run, in a sandbox; "
+                            "as-root: even if root asks")
     return p
 
 

@@ -15,6 +15,7 @@ number that cannot be computed is an error, or is left out and counted, never a 
 Records are described in report.py, metrics in metrics.py."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -35,12 +36,14 @@ from adapters import base, drop_lora, load_adapter, read_adapter_config
 from data import InputError, command, printable, read_json, write_text
 from decoders import DECODERS, alone, check_decoder, draft_scores
 from metrics import (  # noqa: F401  (metrics by the door through which they are looked for)
-    KS, distinct_n, pareto_front, pass_at_k, self_bleu, separation, vendi_score)
-from polylora import diversity, held_out, listed, load_embedder, pair_distances, same_domain
+    KS, distinct_n, pair_quantile, pareto_front, pass_at_k, self_bleu, separation, vendi_score)
+from polylora import (
+    diversity, listed, load_embedder, pair_distances, same_domain, trained_domain)
 from report import read_object, report
-from rewards import REWARDS, AgreementReward, JudgeReward, make_reward, reward_model_hash
-from trainer import (Session, Visit, allow_code_flag, file_hash, load_chat, load_model, model_flags,
-                     model_hash, peak_bytes, same_base)
+from rewards import REWARDS, AgreementReward, JudgeReward, make_reward, reward_model_inputs
+from trainer import (
+    Session, Tally, Visit, adapter_hash, allow_code_flag, checkpoint_hash, load_chat, load_model,
+    model_flags, peak_bytes, same_base, stalled, tally_completions)
 
 # ---- Measuring runs: n drafts for each held-out post, scored -------------------------------------
 
@@ -119,8 +122,7 @@ def jobs_of(session, runs):
     for run in ([Path(args.bare)] if args.bare else []) + runs:
         config = config_of(run) if run in runs else {"arm": "base"}
         seed = config.get("seed", args.seed)
-        hashed = file_hash(run / "adapter" / "adapter_model.safetensors")
-        own = settings | {"seed": seed, "adapter": hashed}
+        own = settings | {"seed": seed, "adapter": adapter_hash(run / "adapter")}
         arm = config.get("arm") or run.resolve().name
         about = {"seed": seed, "arm": arm + tail, "model": args.model}
         about |= {"measured_of": arm} if tail else {}
@@ -181,16 +183,23 @@ def name_model(args, run):
 
 
 def measure_settings(session):
-    """Everything that a record depends on, but for the run's own seed and adapter."""
+    """Everything that a record depends on, but for the run's own seed and adapter. Files count by
+    what is in them: posts with their intents and styles, the base with its tokenizer and chat
+    template, embedder, reward model and judge."""
     args = session.args
-    tests = lambda post: (post.tests,) if post.tests else ()
-    texts = repr([(p.id, p.post, p.replies, *tests(p)) for p in session.posts])
-    texts = hashlib.sha256(texts.encode()).hexdigest()
+    posts = [(p.id, p.post, p.replies, p.voices, p.intent, p.tests) for p in session.posts]
+    texts = hashlib.sha256(repr(posts).encode()).hexdigest()
     return {"n": args.n, "temperature": args.temperature, "top_p": args.top_p,
             "max_new_tokens": args.max_new_tokens, "reward": args.reward,
             "reward_model": args.reward_model, "embedder": args.embedder, "posts": texts,
-            "model": model_hash(args.model, args.revision), "dtype": str(session.model.dtype),
-            "nf4": args.nf4, "readers": session.domain.record()} | optional_settings(args)
+            "model": checkpoint_hash(args.model, args.revision), "dtype": str(session.model.dtype),
+            "nf4": args.nf4, "readers": session.domain.record(), **bar_settings(session),
+            **optional_settings(args)}
+
+
+def bar_settings(session):
+    """How the bar of a reward is set, so that an evaluation by another bar is measured again."""
+    return {} if session.domain.voices else {"bar": "all pairs"}
 
 
 def optional_settings(args):
@@ -199,15 +208,19 @@ def optional_settings(args):
     if args.decoder != "sampling" or args.top_k or args.min_p:
         knobs = {name: getattr(args, name) for name in way.knobs}
         out["decoding"] = {"name": args.decoder, "independent": not way.joint} | knobs
+        if args.decoder == "contrastive" and args.amateur != "base":
+            out["decoding"]["amateur_hash"] = checkpoint_hash(args.amateur)
+    if args.embedder != "base":
+        out["embedder_hash"] = checkpoint_hash(args.embedder)
     asked = {args.reward, args.best_by if args.decoder == "best-of-n" else args.reward}
     if "model" in asked:
         out["spread_penalty"] = args.spread_penalty
     if asked & {"model", "judge"} and args.reward_model:
-        out["reward_model_hash"] = reward_model_hash(args.reward_model)
+        out["reward_model_hash"] = reward_model_inputs(args.reward_model)
     if args.pass_above is not None:
         out["pass_above"] = args.pass_above
     if args.judge:
-        out["judge"] = [model_hash(args.judge, None), args.judge_drafts]
+        out["judge"] = [checkpoint_hash(args.judge), args.judge_drafts]
     return out
 
 
@@ -242,36 +255,106 @@ def passing(session, reward):
     return 0.5 if above is None else above, None
 
 
+MOST_PAIRS = 20_000_000                  # of a post and a reply to another: four bytes each
+MOST_ASKED = 20_000                      # where a model has to be asked about each
+
+
 def bar(posts, reward):
     """(threshold, scale) from people's replies: a draft passes when it earns more than 19 of 20
-    replies that were written to another post, compared with as many replies as a draft is. The
-    scale says what share of people's held-out replies, of shuffled ones (to yet other posts than
-    those that set the bar, so of four posts or more) and of truncated ones (their first half)
-    passes by it; None where a reply is compared with itself alone."""
+    replies that were written to posts of another intent (of posts without intents, to another
+    post), over all pairs of a post and such a reply. Each is compared as a draft is, with all
+    replies of the post.
+
+    The scale holds the threshold, its 95% interval by intents, the number of pairs, and what share
+    passes by it of people's replies, each held out from its post once (which leaves one reply less
+    to be near to), of those replies' first halves (truncated), and of replies to other posts by the
+    bar of the other half of the intents (shuffled; of four or more). None where a reply would be
+    compared with itself alone, or cannot be computed."""
     whole = [post for post in posts if len(post.replies) > 1]
     single = len(whole) < 2
     if single:                               # one reply a post: it is scored beside itself
         whole = posts
-    posts, own = zip(*map(held_out, whole))
-
-    def earn(posts, texts):
-        return np.array(reward(posts, [[t] for t in texts], range(len(posts))))[:, 0]
-
-    def strangers(by):  # to each post a reply to another, of another scene where scenes are known
-        texts, count = [], len(own)
-        for i, post in enumerate(whole):
-            places = ((i + by + step) % count for step in range(count))
-            far = (j for j in places if not post.intent or whole[j].intent != post.intent)
-            texts.append(own[next(far, (i + by) % count)])
-        return earn(whole, texts)
-    threshold = float(np.quantile(strangers(len(own) // 2), 0.95, method="higher"))
-    share = lambda values: float((values > threshold).mean())
-    scale = {"people": None, "truncated": None, "threshold": threshold,
-             "shuffled": share(strangers(len(own) // 3)) if len(own) > 3 else None}
+    values, first, second = stranger_pairs(whole, reward)
+    threshold, interval = pair_quantile(values, first, second)
+    scale = {"people": None, "truncated": None, "threshold": threshold, "interval": interval,
+             "pairs": len(values), "shuffled": shuffled_share(values, first, second)}
     if not (single and isinstance(reward, AgreementReward)):
-        halves = [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in own]
-        scale |= {"people": share(earn(posts, own)), "truncated": share(earn(posts, halves))}
+        rests, texts = each_held_out(whole)
+        halves = [" ".join(t.split()[:(len(t.split()) + 1) // 2]) for t in texts]
+        scale["people"] = float((earned(reward, rests, texts) > threshold).mean())
+        scale["truncated"] = float((earned(reward, rests, halves) > threshold).mean())
     return threshold, scale
+
+
+def intents_of(posts):
+    """(P,) a number for each post, shared by posts of one intent; its own where it has none, and
+    where all are of one intent."""
+    names = [(post.intent, None if post.intent else i) for i, post in enumerate(posts)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    if len(numbers) == 1:
+        return np.arange(len(posts))
+    return np.array([numbers[name] for name in names])
+
+
+def stranger_pairs(posts, reward):
+    """(values, intents of the posts, intents of the replies), each (N,): what every reply to a post
+    of another intent earns as a draft to a post. Of more pairs than MOST_PAIRS (MOST_ASKED for a
+    reward that asks a model about each) every post meets as many, drawn at random."""
+    if len(posts) < 2:
+        raise InputError("what passes is set by replies to other posts, and there is one post with "
+                         "replies: give two or more, or a reward with --pass-above")
+    texts = [text for post in posts for text in post.replies]
+    intents = intents_of(posts)
+    authors = np.repeat(intents, [len(post.replies) for post in posts])
+    other = [np.flatnonzero(authors != intent) for intent in intents]
+    most = (MOST_PAIRS if hasattr(reward, "rows") else MOST_ASKED) // len(posts)
+    if sum(map(len, other)) > most * len(posts):
+        rng = np.random.default_rng(0)
+        other = [np.sort(rng.permutation(places)[:max(1, most)]) for places in other]
+    values = []
+    if hasattr(reward, "rows"):
+        for row, places in zip(reward.rows(posts, texts), other):
+            values.append(np.asarray(row, dtype=np.float32)[places])
+    else:
+        for i, (post, places) in enumerate(zip(posts, other)):
+            row, = reward([post], [[texts[j] for j in places]], [i])
+            values.append(np.asarray(row, dtype=np.float32))
+    first = np.repeat(intents, [len(places) for places in other])
+    return np.concatenate(values), first, authors[np.concatenate(other)]
+
+
+def shuffled_share(values, first, second):
+    """The share of replies to other posts that pass by a bar which they did not set: the bar of one
+    half of the intents on the other half, both ways. None of fewer than four intents."""
+    inside = [(first % 2 == half) & (second % 2 == half) for half in (0, 1)]
+    if not all(part.any() for part in inside):
+        return None
+    shares = []
+    for here, there in (inside, inside[::-1]):
+        threshold = np.quantile(values[here], 0.95, method="higher")
+        shares.append(float((values[there] > threshold).mean()))
+    return sum(shares) / 2
+
+
+def each_held_out(posts):
+    """(posts, texts): every reply, and its post without it. A post with one reply keeps it."""
+    rests, texts = [], []
+    for post in posts:
+        for place, text in enumerate(post.replies):
+            rest = post.replies[:place] + post.replies[place + 1:]
+            rests.append(dataclasses.replace(post, replies=rest or post.replies, voices=()))
+            texts.append(text)
+    return rests, texts
+
+
+def earned(reward, posts, texts):
+    """(N,) what each text earns as a draft to its post, some posts at a time."""
+    values = []
+    for i in range(0, len(posts), SOME):
+        some = posts[i:i + SOME]
+        drafts = [[text] for text in texts[i:i + SOME]]
+        values += [row[0] for row in reward(some, drafts, range(i, i + len(some)))]
+    return np.array(values, dtype=np.float32)
 
 
 def measure_run(session, run, settings, scale, config):
@@ -291,11 +374,14 @@ def measure_run(session, run, settings, scale, config):
     seconds = time.perf_counter() - began
     if not ranks.main:
         return
+    warnings = stalled(shares_of(records))
+    for warning in warnings:
+        session.say(f"warning: {run.name}: {warning}")
     result = {"version": 2, "domain": session.domain.name, "settings": settings, "scale": scale,
               "records": records}
     end = {"event": "end", "stage": "measure", "seconds": seconds,
            "tokens_per_second": written / seconds, "peak_bytes": peak_bytes(ranks.device),
-           "ranks": ranks.world, "device": ranks.device.type}
+           "ranks": ranks.world, "device": ranks.device.type, "warnings": warnings}
     files = {"evaluation.json": json.dumps(result, ensure_ascii=False) + "\n"}
     if config:
         files = {"config.json": json.dumps(config, indent=2) + "\n"} | files
@@ -303,6 +389,19 @@ def measure_run(session, run, settings, scale, config):
         write_text(run / name, text)
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(end) + "\n")
+
+
+def shares_of(records):
+    """{number of trainer.STALLS: its mean} over a run's completions: how many were cut off, are
+    empty, are identical within their post, and are right or pass."""
+    tally = Tally()
+    tally_completions(tally, [record.get("finished", []) for record in records],
+                      [record.get("drafts", []) for record in records])
+    for record in records:
+        right, passed = record.get("voices", []), record.get("passed", [])
+        tally.add("valid", sum(map(bool, right)), len(right))
+        tally.add("passed", sum(passed), len(passed))
+    return {name: total / count for name, (total, count) in tally.sums.items() if count}
 
 
 SOME = 32  # posts whose drafts are embedded and scored together: a bound on memory
@@ -458,8 +557,8 @@ def show_drafts(args):
     load_adapter(session.model, run / "adapter", dropout=0.0)
     alone(session.model, args.decoder)
     session.shard_model()
-    done = run / "done.json"
-    domain = data.DOMAINS[read_json(done)["domain"]["domain"] if done.exists() else "replies"]
+    record = trained_domain(run)
+    domain = data.DOMAINS[record["domain"] if record else "replies"]
 
     def write(post):
         session.posts = [data.Post("drafts", post, ())]
@@ -470,7 +569,8 @@ def show_drafts(args):
     if args.post is None:
         if session.ranks.world > 1:
             raise InputError("the prompt of `drafts` is for one process: start it without torchrun")
-        people.converse(write, run, args.picks or run / "picks.jsonl", sys.stdin)
+        people.converse(write, run, args.picks or run / "picks.jsonl", sys.stdin,
+                        domain=domain.name)
     else:
         for number, (text, times) in enumerate(Counter(write(args.post)).items(), 1):
             print(f"{number}. {printable(text)}" + (f"   (x{times})" if times > 1 else ""))

@@ -1,12 +1,14 @@
 """What every room needs: an error for the user, texts that do no harm, reading files, and writing
 them in one piece."""
 
+import errno
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -66,18 +68,84 @@ def without_control(text, control=CONTROL):
 def command(parser, argv=None):
     """Run a program's command: 0 when it worked; 2, with one sentence on stderr, when the input
     was wrong; 130 after Ctrl-C."""
-    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
+    write_any_character()
+    args, rank = parser.parse_args(argv), os.environ.get("RANK") or "0"
     try:
         args.run(args)
+        if sys.stdout:
+            sys.stdout.flush()               # here, where a failure is still a sentence
         return 0
     except (InputError, OSError) as e:       # the second: the disk is full, or access is denied
-        hint = "" if isinstance(e, InputError) else ": make room there, or choose another place"
+        if isinstance(e, OSError) and e.errno in (errno.EPIPE, errno.EINVAL) and reader_left():
+            give_up_stdout()
+            return CLOSED_PIPE
+        hint = "" if isinstance(e, InputError) else hint_for(e)
         said = printable(f"error: {e}{hint}")  # of which a hostile file may have given a part
         print(said + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+        give_up_stdout()                     # a full disk must not be told of twice
         return 2
     except KeyboardInterrupt:  # before or after the steps; these are finished first
         print("stopped", file=sys.stderr)
         return 130
+
+
+CLOSED_PIPE = 141                # a shell's code of a program whose reader, such as head, has left
+
+
+def write_any_character():
+    """Let what the terminal's or file's encoding lacks, such as an emoji in cp1252, be replaced by
+    a question mark in what is printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+    ascii_only = ("ascii", "us-ascii", "ansi_x3.4-1968")
+    if hasattr(sys.stdin, "reconfigure") and sys.stdin.encoding.lower() in ascii_only:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # typed posts may have emoji
+
+
+def reader_left():
+    """Has the program behind the pipe that stdout is ended?"""
+    try:
+        place = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # none, or a test's
+        return False
+    if not hasattr(select, "poll"):          # Windows
+        return True
+    poll = select.poll()
+    poll.register(place, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def give_up_stdout():
+    """Where stdout cannot be written to, drop what it still holds: Python would try again at its
+    end, and print a second error."""
+    try:
+        sys.stdout.flush()
+        if not reader_left():
+            return
+    except (AttributeError, OSError, ValueError):
+        pass
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def hint_for(error):
+    """What to do about an error of the system, by its number."""
+    if error.errno in FULL:
+        return ": make room there, or choose another place"
+    if error.errno in DENIED:
+        return ": change its permissions, or choose another place"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return ": check the path"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ": too many files are open; raise the limit (ulimit -n)"
+    return ""
 
 
 def fetch(path, revision=None):
@@ -129,6 +197,13 @@ def read_text(path):
         raise InputError(f"{path} cannot be read ({str(e)[:100]})") from None
 
 
+def first_rank():
+    """Whether this process does what one rank does for all: it is alone, or rank 0. RANK without
+    WORLD_SIZE was left behind by another launch."""
+    alone = (os.environ.get("WORLD_SIZE") or "1") == "1"
+    return alone or (os.environ.get("RANK") or "0") == "0"
+
+
 def await_file(path, right=lambda: True, seconds=600):
     """Until the first rank has written a file that is `right`."""
     end = time.monotonic() + seconds
@@ -158,9 +233,13 @@ def read_template(folder):
     config = read_json(folder / "tokenizer_config.json")
     template = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(template, list):  # several, by name
-        named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
-        template = next(named, {}).get("template")
-    return template if isinstance(template, str) else None
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default", "")
+    if not isinstance(template, (str, type(None))) or template == "":
+        raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor "
+                         "a list with one that is named default: put the template in "
+                         "chat_template.jinja")
+    return template
 
 
 @contextmanager
@@ -192,13 +271,62 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def base_hash(run):
-    """The hash of the base that a run was trained on, or the run whose adapter folder this is; None
-    where nothing says it."""
+def recorded_hash(run, name="model"):
+    """The hash of the input `name` that a run recorded, or the run whose adapter folder this is;
+    None where none is recorded, or only an older version's, which cannot be compared."""
     path = Path(run) / "config.json"
     if not path.exists():                    # RUN/adapter
         path = Path(run).resolve().parent / "config.json"
-    return read_json(path).get("model_hash") if path.exists() else None
+    found = read_json(path).get(f"{name}_hash") if path.exists() else None
+    return found if str(found).startswith(WHOLE_HASH) else None
+
+
+def base_hash(run):
+    """The recorded hash of the base that a run was trained on; None where it is not known."""
+    return recorded_hash(run, "model")
+
+
+WHOLE_HASH = "sha256:"  # begins a hash over all of an input's bytes; older versions hashed a part of them
+
+
+@functools.lru_cache(maxsize=1024)
+def hash_unless_changed(path, size, changed):
+    """file_hash of a large file, computed once a process as long as size and time stay."""
+    return file_hash(path)
+
+
+def content_hash(path):
+    """The sha256 of a file, kept for as long as the file is not written to; None for no file."""
+    if not os.path.isfile(path):
+        return None
+    found = os.stat(path)
+    return hash_unless_changed(os.path.realpath(path), found.st_size, found.st_mtime_ns)
+
+
+def combined_hash(*parts):
+    """One hash of an input that has several parts: texts, numbers, hashes, None."""
+    return WHOLE_HASH + hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def chat_hash(path, revision=None):
+    """The hash of what turns posts into tokens: a checkpoint's tokenizer and chat template."""
+    folder = fetch(path, revision)
+    return combined_hash(content_hash(folder / "tokenizer.json"), read_template(folder))
+
+
+def adapter_hash(folder):
+    """The hash of an adapter: its tensors and its configuration, without the name of the base,
+    which has a hash of its own. None where there is no adapter."""
+    folder = Path(folder)
+    tensors = content_hash(folder / "adapter_model.safetensors")
+    if tensors is None:
+        return None
+    config = read_json(folder / "adapter_config.json")
+    names = ("base_model_name_or_path", "revision")
+    config = {k: v for k, v in config.items() if k not in names}
+    if isinstance(config.get("target_modules"), list):  # PEFT writes a set, in any order
+        config["target_modules"] = sorted(map(str, config["target_modules"]))
+    return combined_hash(tensors, json.dumps(config, sort_keys=True))
 
 
 def file_hash(path):

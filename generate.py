@@ -53,6 +53,11 @@ def dealt(write):
     return whole
 
 
+NOT_FINITE = ("the model's logits are not finite (NaN or infinity), so nothing can be sampled from "
+              "them: training has diverged, or a number overflows: lower the learning rate, use an "
+              "earlier checkpoint, or give --dtype float32")
+
+
 # ---- The plain loop ------------------------------------------------------------------------------
 
 class Reader:
@@ -80,7 +85,10 @@ class Reader:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
     def logits(self):
-        return F.linear(self.hidden, self.model.head_weight()).float()
+        logits = F.linear(self.hidden, self.model.head_weight()).float()       # (rows, V)
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(NOT_FINITE)
+        return logits
 
     def read(self, tokens, parents=None):
         """One more token a row, tokens (rows,); parents (rows,): the row that each goes on from."""
@@ -403,6 +411,12 @@ class DraftBatch:
         self.resize(places, k)
         torch.arange(places * k, out=self.slot.view(-1))
 
+    def clear(self):
+        """Forget what earlier rollouts wrote. A masked column weighs 0, but 0 * NaN is NaN: one NaN
+        that stayed in the caches would spoil every later rollout."""
+        for cache in (self.prompt_cache, self.own_cache, self.logprobs):
+            cache.zero_()
+
     def resize(self, places, k):
         """Take the first of the memory for `places` posts of k drafts."""
         self.lengths, self.age = self.all_places[:, :places]   # of the post; steps since it entered
@@ -586,13 +600,16 @@ class Decoder:
         return bool(rows)
 
     def read(self, places):
-        """Copy the tables' lines of finished places to the host."""
+        """Copy the tables' lines of finished places to the host. Non-finite logits give a
+        log-probability of NaN: they are noticed here, where the host waits anyway."""
         if not places:
             return
         lines = [self.block[p] * self.k + i for p in places for i in range(self.k)]
         lines = torch.tensor(lines, device=self.batch.clock.device)
         tables = [t[lines, :self.length].cpu().view(len(places), self.k, -1)
                   for t in (self.batch.tokens, self.batch.logprobs)]
+        if bool(tables[1].isnan().any()):
+            raise InputError(NOT_FINITE)
         for place, *both in zip(places, *tables):
             self.written[self.post[place]] = both
 
@@ -622,6 +639,7 @@ def batch_for(model, places, k, prompt_length, length, sampling, stop_ids):
         if kept.fused.key() == fused.key() and all(a >= b for a, b in zip(kept.sizes, sizes)):
             for old, new in zip(kept.fused.tensors(), fused.tensors()):
                 old.copy_(new)               # adapters have trained since
+            kept.clear()
             kept.restart(places, k)
             return kept
         sizes = tuple(map(max, kept.sizes, sizes))

@@ -26,18 +26,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from adapters import (Budget, adapter, add_lora, frozen_copy, load_adapter, read_adapter_config,
-                      trained)
+from adapters import Budget, adapter, add_lora, frozen_copy, load_adapter, trained
 from data import InputError, command
 from metrics import duplicate_rate
 from model import Rows, add_mismatch, token_logprobs
-from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, distinct_answers,
-                      draft_flags, finish_adapter, leave_one_out, listed, load_embedder, log_det,
-                      measure, pair_distances, same_domain, turned)
+from polylora import (DIVERSITIES, Gate, alike, answer_classes, check_diversity, check_start,
+                      distinct_answers, draft_flags, finish_adapter, leave_one_out, listed,
+                      load_embedder, log_det, measure, pair_distances, same_domain, turned)
 from rewards import (REWARDS, SCHEDULES, Values, make_reward, overlong_penalty, scheduled,
                      spread_weight, voice_rows)
 from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
-                     same_base, seed_of, train)
+                     same_base, seed_of, start_folder, tally_completions, train)
 
 # ---- Advantages. Rewards (P, k) -> advantages (P, k), each group on its own. ---------------------
 
@@ -237,22 +236,35 @@ def unlikeliness_advantages(rewards, logprobs, lengths):
 
 
 def evol_advantages(classes, embeddings):
-    """EVOL-RL (arXiv 2509.15194), without a reward: GRPO on 1/2 + u/2 for the commonest answer,
-    -1 + u/2 for others, -1 for none. u is minus (mean cosine to its own party + largest to any),
-    scaled to [0, 1] within the party: the majority, or the others. Where replies have voices the
-    answers are the verifier's (answer_classes), so it does hear which drafts are right."""
+    """EVOL-RL (arXiv 2509.15194): GRPO on evol_rewards."""
+    return group_advantages(evol_rewards(classes, embeddings))
+
+
+def evol_rewards(classes, embeddings):
+    """EVOL-RL's rewards (P, k), as the authors' code has them: 1/2 + u/2 for the commonest answer,
+    -1 + u/2 for others, -1 for none, and -1 for all where fewer than two completions answer.
+
+    u is minus (mean cosine to its own party + largest to any other answer), scaled to [0, 1] within
+    the party: the majority, or the others. Alone in its party a completion has u = 1; where all of
+    a party are equally novel, as one text is, u = 1/2. Two novelties closer than 1e-6 count as
+    equal, since embeddings of one text differ by rounding. Where replies have styles the answers
+    are the verifier's (answer_classes), so this objective does hear which completions are right."""
     answered, self = classes >= 0, torch.eye(classes.shape[1], dtype=torch.bool)
     most = (alike(classes).sum(-1) * answered).argmax(1, keepdim=True)
     major = answered & (classes == classes.gather(1, most))
-    party = (major[:, None] == major[..., None]) & answered[:, None] & answered[..., None]
-    cosines = (embeddings.float() @ embeddings.float().mT).clamp(0, 1).masked_fill(self, 0)
-    likeness = (cosines * party).sum(-1) / (party & ~self).sum(-1).clamp(min=1) + cosines.amax(-1)
+    both = answered[:, None] & answered[..., None]                             # (P, k, k)
+    party = (major[:, None] == major[..., None]) & both
+    others = (party & ~self).sum(-1)                                           # (P, k)
+    cosines = (embeddings.float() @ embeddings.float().mT).clamp(0, 1)
+    cosines = cosines.masked_fill(self | ~both, 0)
+    likeness = (cosines * party).sum(-1) / others.clamp(min=1) + cosines.amax(-1)
     each = likeness[:, None].expand_as(cosines)                                # of j, for every i
     low = each.masked_fill(~party, math.inf).amin(-1)
     high = each.masked_fill(~party, -math.inf).amax(-1)
-    u = torch.where(high > low, (high - likeness) / (high - low), 0.0)
-    rewards = torch.where(answered, torch.where(major, 0.5, -1.0) + u / 2, -1.0)
-    return group_advantages(rewards)
+    u = torch.where(high - low > 1e-6, (high - likeness) / (high - low), 0.5)
+    u = torch.where(others == 0, 1.0, u)
+    counted = answered & (answered.sum(1, keepdim=True) > 1)
+    return torch.where(counted, torch.where(major, 0.5, -1.0) + u / 2, -1.0)
 
 
 def maxrl_advantages(rewards):
@@ -719,7 +731,7 @@ def tally_rollout(drawn, advantages, args, tally):
     tally.add("reward", group.rewards.sum(), drafts)
     tally.add("reward_std", group.rewards.std(1, correction=0).sum(), posts)
     tally.add("advantage", advantages.abs().sum(), drafts)
-    tally.add("truncated", sum(not f for fs in samples.finished for f in fs), drafts)
+    tally_completions(tally, samples.finished, drawn.texts)
     tally.add("length", sum(len(d) for ds in samples.tokens for d in ds), drafts)
     if group.valid is not None:
         tally.add("valid", group.valid.sum(), drafts)
@@ -761,7 +773,7 @@ def grpo_step(session, step):
 
 LOGGED = ["reward", "valid", "D", "different", "entropy", "gated_D", "quality", "D_share",
           "D_weight", "reward_std", "advantage", "zero_variance", "clipped", "kl", "k1", "k2",
-          "mismatch", "far_off", "length", "truncated"]
+          "mismatch", "far_off", "length", "truncated", "empty", "identical"]
 
 
 def run_grpo(args):
@@ -778,6 +790,8 @@ def run_grpo(args):
     if start is None:                        # a dry run may come before its start
         add_lora(session.model, 16, 16)
     else:
+        if session.run:
+            session.run.made_from("start")
         load_adapter(session.model, start, dropout=0.0)  # dropout would make ratios differ from 1
     session.start = frozen_copy(session.model)
     session.shard_model()
@@ -801,18 +815,8 @@ def check_grpo(args):
     """Fill in the model from the start run; returns the start adapter's folder. Finds wrong flags
     before anything is loaded."""
     check_common(args)
-    start = Path(args.start)
-    start = start / "adapter" if (start / "adapter").is_dir() else start
-    known = (start / "adapter_config.json").exists()
-    if not known and not (args.dry_run and args.model):
-        raise InputError(f"--start {args.start}: no adapter there: give a finished run of "
-                         "polylora.py sft, or a folder with adapter_config.json")
-    config = read_adapter_config(start) if known else {}
-    if not args.model:
-        args.model = config.get("base_model_name_or_path")
-        args.revision = args.revision or config.get("revision")
-    if not args.model:
-        raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
+    known = (start_folder(args.start) / "adapter_config.json").exists()
+    start = None if args.dry_run and args.model and not known else check_start(args)
     alone = args.advantage == "single-stream-spo" and not (
         args.diversity_weight or args.diversity_share)
     if args.k < 2 - alone or (args.entropy_weight or args.resample) and args.k < 2:
@@ -833,7 +837,7 @@ def check_grpo(args):
                    args.k // 2 if args.advantage == "passk-full" else None)
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: GRPO needs drafts that are sampled")
-    return start if known else None
+    return start
 
 
 def parser():

@@ -561,6 +561,42 @@ def crossed_spread(table, clusters):
     return spread, max(1.0, df)
 
 
+def share_error(values, first, second):
+    """Standard error of the mean of values (N,), one a pair of clusters numbered first and second
+    (N,): the delete-one-cluster jackknife, where a cluster takes with it every pair that it is in.
+    With p_c the mean without cluster c, the square is (C - 1)/C sum_c (p_c - mean p_c)^2. None
+    where nothing is left without some cluster."""
+    values, alone = np.asarray(values, dtype=np.float64), first == second
+    size = int(max(first.max(), second.max())) + 1
+
+    def in_cluster(weights):
+        total = np.bincount(first, weights, size) + np.bincount(second, weights, size)
+        return total - np.bincount(first, weights * alone, size)
+    number = in_cluster(np.ones(len(values)))
+    present = number > 0
+    left = len(values) - number[present]
+    if left.min() <= 0:
+        return None
+    means = (values.sum() - in_cluster(values)[present]) / left
+    count = len(means)
+    return math.sqrt((count - 1) / count * float(((means - means.mean()) ** 2).sum()))
+
+
+def pair_quantile(values, first, second, share=0.95, level=0.95):
+    """(q, interval) of the values of pairs: q stands at place ceil(share (N - 1)) of the sorted
+    values, counted from 0. The interval is Woodruff's (1952): the quantiles of share -+ t e, e
+    being the standard error of the share above q by clusters (share_error); None where that cannot
+    be computed."""
+    q = float(np.quantile(values, share, method="higher"))
+    error = share_error(values > q, first, second)
+    if error is None:
+        return q, None
+    count = len(np.union1d(first, second))
+    half = t_quantile(count - 1, level) * error
+    ends = np.quantile(values, [max(0.0, share - half), min(1.0, share + half)], method="higher")
+    return q, [float(end) for end in ends]
+
+
 def sign_flip(differences):
     """The exact two-sided p of "the mean is 0", flipping the sign of each difference (2^n ways; a
     random 20,000 of them above n = 16, and the differences as they are): what n seeds can show at

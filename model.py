@@ -11,6 +11,7 @@ next token: it hands q, k, v to `attend`. Two things differ from a textbook tran
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from data import ChatFormat, render_chat
+from embedders import SentenceFormat, sentence_format
 from files import InputError, beside, fetch, read_json, read_template, short, write_json
+from hub import read_tensors, tensor_shapes
 from sandbox import render_template
 
 
@@ -58,27 +60,30 @@ class Config:
         """Reads config.json as the hub has it (rope_theta, torch_dtype) and as transformers 5
         writes it (rope_parameters.rope_theta, dtype). Raises InputError for what this file does not
         implement, and for values of a wrong type or size, before anything is built from them."""
-        rope = d.get("rope_parameters") or {} if isinstance(d, dict) else None
-        if not isinstance(rope, dict):
-            raise InputError("config.json, or its rope_parameters, is not a JSON object")
+        if not isinstance(d, dict):
+            raise InputError("config.json is not a JSON object")
         if d.get("model_type", "qwen3") != "qwen3":
             raise InputError(f"config.json describes a {short(d['model_type'])} model: give a "
-                             f"Qwen3 one")
+                             "dense Qwen3 one (model_type qwen3)")
+        if d.get("quantization_config"):
+            raise InputError("config.json has a quantization_config: quantised checkpoints are not "
+                             "read: give the one in bfloat16 (--nf4 quantises it when it is "
+                             "loaded)")
         for key, fine in (("attention_bias", False), ("use_sliding_window", False),
-                          ("hidden_act", "silu"), ("rope_scaling", None), ("rope_type", "default")):
-            if ((rope | d).get(key) or fine) != fine:
-                raise InputError(f"config.json sets {key} to {short((rope | d)[key])}: only "
-                                 f"{fine!r} is implemented")
-        # Nothing that shapes the network is guessed: a wrong head_dim or rope_theta still loads,
-        # and babbles.
+                          ("hidden_act", "silu")):
+            if (d.get(key) or fine) != fine:
+                raise InputError(f"config.json sets {key} to {short(d[key])}: only {fine!r} is "
+                                 "implemented")
+        theta = read_rope(d)
+        # Nothing that shapes the network is guessed: with a wrong head_dim the model still loads,
+        # and writes nonsense.
         sizes = [n for n, kind in cls.__annotations__.items() if kind is int]
         try:
             values = {k: d[k] for k in sizes}
-            theta = d["rope_theta"] if "rope_theta" in d else rope["rope_theta"]
         except KeyError as e:
             raise InputError(f"config.json lacks {e.args[0]!r}: it is not a complete Qwen3 "
                              "configuration") from None
-        known = {"rope_theta", "torch_dtype", "rope_parameters", *cls.__dataclass_fields__}
+        known = {"torch_dtype", *ROPE_KEYS, *cls.__dataclass_fields__}
         dtype = str(d.get("torch_dtype") or d.get("dtype") or "float32").removeprefix("torch.")
         config = cls(**values, rope_theta=theta, rms_norm_eps=d.get("rms_norm_eps", 1e-6),
                      tie_word_embeddings=d.get("tie_word_embeddings", False), dtype=dtype,
@@ -103,8 +108,8 @@ class Config:
         if not wrong and self.head_dim % 2:
             wrong = ["head_dim"]
         if wrong:
-            raise InputError(f"config.json has {wrong[0]} = {short(getattr(self, wrong[0]))}: no "
-                             "Qwen3 has that")
+            raise InputError(f"config.json has {wrong[0]} = {short(getattr(self, wrong[0]))}, "
+                             "which is not valid for a Qwen3")
 
     def to_dict(self):
         """config.json in the hub's layout."""
@@ -112,6 +117,49 @@ class Config:
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
                 "max_position_embeddings": 40960, "attention_bias": False, **self.extra,
                 **{k: getattr(self, k) for k in fields}, "torch_dtype": self.dtype}
+
+
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_type")
+# Factors of 1 scale nothing in these kinds, unless one of the other settings is there.
+SCALED_ROPE = ("linear", "yarn", "llama3")
+ROPE_EXTRAS = ("attention_factor", "mscale", "mscale_all_dim", "short_factor", "long_factor")
+
+
+def read_rope(d):
+    """rope_theta of a config.json, wherever the writer put it: beside the other fields (the hub's
+    files), in rope_parameters (transformers 5) or in rope_scaling, which transformers reads first.
+    Raises if the angles are scaled, or if two places disagree."""
+    thetas = [d["rope_theta"]] if "rope_theta" in d else []
+    types = [{"rope_type": d["rope_type"]}] if d.get("rope_type") is not None else []
+    for key in ("rope_scaling", "rope_parameters"):
+        value = d.get(key) or {}
+        if not isinstance(value, dict):
+            raise InputError(f"config.json has {key} = {short(value)}: it must be a JSON object or "
+                             "null")
+        types.append(value)
+        if value.get("rope_theta") is not None:
+            thetas.append(value["rope_theta"])
+    for value in types:
+        check_unscaled(value)
+    if not thetas:
+        raise InputError("config.json lacks 'rope_theta': it is not a complete Qwen3 configuration")
+    if any(theta != thetas[0] for theta in thetas):
+        raise InputError(f"config.json has rope_theta = {short(thetas[0])} and, in rope_scaling or "
+                         f"rope_parameters, {short(thetas[-1])}: make them equal")
+    return thetas[0]
+
+
+def check_unscaled(value):
+    """Raises unless a rope_scaling or rope_parameters object leaves the rotary angles as they
+    are."""
+    kind = value.get("rope_type") or value.get("type") or "default"
+    scaled = kind != "default"
+    if kind in SCALED_ROPE:
+        scaled = value.get("factor") != 1 or any(value.get(key) for key in ROPE_EXTRAS)
+    if scaled:
+        raise InputError(f"config.json scales the rotary angles ({short(kind)}): only plain angles "
+                         "are implemented: remove rope_scaling to use the model at its trained "
+                         "length")
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -138,9 +186,11 @@ def rotary(positions, head_dim, theta, dtype):
     """cos and sin, each positions.shape + (1, head_dim / 2): the 1 is the heads'. Made in fp32,
     never a buffer, which model.to(bfloat16) would round: an inverse frequency in bf16 is off by
     radians at position 4,000."""
-    even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    inverse = theta ** -(even / head_dim)
-    angles = positions.unsqueeze(-1).float() * inverse
+    # The formula and the device (CPU) of transformers: theta ** -x differs from 1 / theta ** x in
+    # the last bit, which bf16 logits show.
+    even = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32)
+    inverse = 1.0 / theta ** (even / head_dim)
+    angles = positions.unsqueeze(-1).float() * inverse.to(positions.device, non_blocking=True)
     return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
 
 
@@ -297,7 +347,7 @@ class Qwen3(nn.Module):
     def from_pretrained(cls, path, *, revision=None, device=None, dtype=None, nf4=False):
         """A model from a folder or a hub name, in `dtype` or as stored. nf4: the blocks' linear
         layers in 4 bits, made on the device one by one: it holds no two in full. Built on meta and
-        loaded strictly: a missing, unknown or wrong- shaped tensor raises InputError with its name.
+        loaded strictly: a tensor that is missing, unknown or of another shape is an InputError.
         Names without `model.`, as Qwen3-Embedding's, are read too."""
         model = load_checkpoint(cls, fetch(path, revision), "cpu" if nf4 else device, dtype)
         return quantise(model, device) if nf4 else model
@@ -330,71 +380,6 @@ class Qwen3(nn.Module):
 
 
 # ---- Loading -------------------------------------------------------------------------------------
-
-def tensor_files(folder, file="model.safetensors"):
-    """The paths that hold a checkpoint's tensors: `file`, or every shard that its index names, each
-    by a plain name in the same folder."""
-    folder = Path(folder)
-    index = folder / f"{file}.index.json"
-    names = [file]
-    if index.exists():
-        value = read_json(index)
-        weight_map = value.get("weight_map") if isinstance(value, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index} has no weight_map: fetch it again")
-        names = sorted(set(map(str, weight_map.values())))
-        outside = [n for n in names if not re.fullmatch(r"[\w.-]+\.safetensors", n)]
-        if outside:
-            raise InputError(f"{index} names {short(outside[0])}: a shard is a .safetensors file "
-                             "in the same folder")
-        inside = folder.resolve()
-        blobs = inside.parent.parent / "blobs"  # where the hub's cache keeps what its links name
-        inside = (inside, blobs) if inside.parent.name == "snapshots" else (inside,)
-        for name in names:
-            if not any((folder / name).resolve().is_relative_to(place) for place in inside):
-                raise InputError(f"{folder / name} is a link to another folder: put the file "
-                                 "itself there")
-    for name in names:
-        if not (folder / name).exists():
-            raise InputError(f"{folder / name} is missing: the checkpoint is incomplete")
-    return [folder / name for name in names]
-
-
-def opened(paths, read, device="cpu", rename=str):
-    """{rename(name): read(file, name)} over the tensors of safetensors files, but for those that
-    `rename` gives no name; InputError where one is damaged."""
-    out = {}
-    for path in paths:
-        try:
-            with safe_open(path, "pt", device=str(device)) as f:
-                for name in filter(rename, f.keys()):
-                    out[rename(name)] = read(f, name)
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as e:
-            raise InputError(f"{path} cannot be read as safetensors ({str(e)[:100]}): fetch it "
-                             "again") from None
-    return out
-
-
-def shape_of(file, name):
-    """A tensor's shape, from the header; weights are numbers with a fraction."""
-    part = file.get_slice(name)
-    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise ValueError(f"{short(name)} is stored as {part.get_dtype()}")
-    return tuple(part.get_shape())
-
-
-def tensor_shapes(folder, rename=str):
-    """name -> shape, from the files' headers alone."""
-    return opened(tensor_files(folder), shape_of, rename=rename)
-
-
-def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors", rename=str):
-    """name -> tensor from `file`, or from every shard its index names."""
-    def read(f, name):
-        shape_of(f, name)
-        return f.get_tensor(name).to(dtype)
-    return opened(tensor_files(folder, file), read, device, rename)
-
 
 def checked_layout(cls, folder, config):
     """The model on meta, and what its tensors are called in the files: the headers are compared
@@ -456,19 +441,42 @@ def chat_format(folder):
              {"role": "user", "content": "three"}]
     told = [{"role": "system", "content": "zero"}, *turns]
     try:
-        alone, after = render_template(template, (turns, told))
+        alone, after = render_template(template, (turns, told), tokens=special_tokens(folder))
     except (ValueError, OSError) as e:
-        raise InputError(f"the chat template in {folder} cannot be read "
-                         f"({' '.join(str(e).split())[:100]}): give a checkpoint whose chat is "
-                         "ChatML, as Qwen3's") from None
+        raise InputError(f"the chat template in {folder} fails on a chat of user and assistant "
+                         f"turns ({' '.join(str(e).split())[:100]}): give a checkpoint whose chat "
+                         "format is ChatML, as Qwen3's") from None
     default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", alone, re.DOTALL)
-    for think_block in (True, False):
-        chat = ChatFormat(think_block, default[1] if default else "")
+    formats = [ChatFormat(think_block, default[1] if default else "", think_history)
+               for think_block, think_history in ((True, False), (True, True), (False, False))]
+    for chat in formats:
         if all(render_chat(messages, add_generation_prompt=True, chat=chat) == text
                for messages, text in ((turns, alone), (told, after))):
             return chat
-    raise InputError(f"the chat template in {folder} writes other turn marks than ChatML's "
-                     "<|im_start|> and <|im_end|>: give a checkpoint with Qwen3's chat format")
+    raise InputError(f"the chat template in {folder} {template_difference(formats, told, after)}: "
+                     "give a checkpoint whose chat format is ChatML, as Qwen3's")
+
+
+def special_tokens(folder):
+    """name -> text of the special tokens in a folder's tokenizer_config.json, such as eos_token."""
+    file = Path(folder) / "tokenizer_config.json"
+    config = read_json(file) if file.exists() else {}
+    tokens = {}
+    for name, value in config.items() if isinstance(config, dict) else ():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    return tokens
+
+
+def template_difference(formats, messages, text):
+    """Says where a template's text of a chat leaves the nearest of the known formats."""
+    if "<|im_start|>" not in text or "<|im_end|>" not in text:
+        return "marks turns by other tokens than <|im_start|> and <|im_end|>"
+    known = [render_chat(messages, add_generation_prompt=True, chat=chat) for chat in formats]
+    shared = max((os.path.commonprefix([text, other]) for other in known), key=len)
+    return (f"marks turns as ChatML does, but after {shared[-20:]!r} writes "
+            f"{text[len(shared):][:40]!r}, which no known format does")
 
 
 # ---- A sentence encoder: BERT, the mean of its last states ---------------------------------------
@@ -498,6 +506,7 @@ class Bert(nn.Module):
         layers = nn.ModuleList(layer() for _ in range(config["num_hidden_layers"]))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.heads, self.longest = config["num_attention_heads"], config["max_position_embeddings"]
+        self.form = SentenceFormat()         # what its folder says beside the encoder
 
     device = property(lambda self: self.embeddings["LayerNorm"].weight.device)
 
@@ -524,8 +533,9 @@ class Bert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, *, revision=None, device=None):
-        """A frozen encoder in fp32 from a folder or a hub name, loaded strictly; InputError for
-        another network, or for one that is pooled in another way than by the mean."""
+        """A frozen encoder in fp32 from a folder or a hub name, loaded strictly, and `form`, what
+        the folder says beside it; InputError for another network, or for one that is pooled in
+        another way than by the mean."""
         folder = fetch(path, revision)
         config = bert_config(folder)
         unused = r"(bert\.)?(pooler\.|cls\.|embeddings\.position_ids)"
@@ -539,6 +549,8 @@ class Bert(nn.Module):
         same_layout(folder, model, shapes)
         tensors = read_tensors(folder, device or "cpu", torch.float32, rename=rename)
         model.load_state_dict(tensors, strict=True, assign=True)
+        model.form = sentence_format(folder, "mean", config["hidden_size"], device or "cpu")
+        model.longest = min(model.longest, model.form.longest or model.longest)
         return model.requires_grad_(False).eval()
 
 
@@ -558,12 +570,8 @@ def bert_config(folder):
     if not wrong and config["hidden_size"] % config["num_attention_heads"]:
         wrong = ["num_attention_heads"]
     if wrong:
-        raise InputError(f"{folder}/config.json has {wrong[0]} = {short(config.get(wrong[0]))}: it "
-                         "is no BERT encoder that can be read here")
-    file = folder / "1_Pooling" / "config.json"
-    pooling = read_json(file) if file.exists() else {"pooling_mode_mean_tokens": True}
-    if not isinstance(pooling, dict) or not pooling.get("pooling_mode_mean_tokens"):
-        raise InputError(f"{file}: only encoders pooled by the mean of tokens are read")
+        raise InputError(f"{folder}/config.json has {wrong[0]} = {short(config.get(wrong[0]))}: "
+                         "only BERT encoders with absolute positions and exact GELU are read")
     return config
 
 

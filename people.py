@@ -85,20 +85,21 @@ def key_of(sheet):
 
 def read_picks(path, key):
     """A filled sheet -> {item: the run picked}; items without a mark are left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}); save it as CSV "
-                         "UTF-8") from None
+    text = read_sheet(path)
     first = text.partition("\n")[0]
     comma = max(",;\t", key=first.count)     # spreadsheets of some countries write semicolons
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma)
-    lacking = [n for n in ("item", "set", MARK) if n not in (rows.fieldnames or ())]
+    try:
+        lacking = [n for n in ("item", "set", MARK) if n not in (rows.fieldnames or ())]
+        filled = [] if lacking else list(enumerate(rows, 2))
+    except csv.Error as error:               # a cell of more than 100,000 characters, say
+        raise InputError(f"{path}, line {rows.line_num + 1}: {error}; fill a copy of the sheet "
+                         "that `ask` wrote") from None
     if lacking:
         raise InputError(f"{path} has no column {lacking[0]!r}; fill a copy of the sheet that "
                          "`ask` wrote")
     out = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in filled:
         if not (row[MARK] or "").strip():
             continue
         item = (row["item"] or "").strip()
@@ -111,6 +112,30 @@ def read_picks(path, key):
                              "leave one")
         out[item] = run
     return out
+
+
+def read_sheet(path):
+    """The text of a filled sheet; InputError says what the file is where it is none."""
+    try:
+        packed = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}: give the filled copies of the sheet that `ask` "
+                         "wrote") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: give the filled sheets in it, one by one") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions and its "
+                         "disk") from None
+    if packed.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise InputError(f"{path} is a workbook of a spreadsheet program; save it as CSV UTF-8")
+    try:
+        text = packed.decode("utf-8-sig")
+    except ValueError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); save it as CSV UTF-8") from None
+    if text.lstrip()[:1] in ("{", "["):
+        raise InputError(f"{path} is JSON, no sheet: picks that `drafts` has kept are for "
+                         "rewards.py train and polylora.py sft, --data FILE")
+    return text
 
 
 def fleiss_kappa(counts):
@@ -176,12 +201,13 @@ def picks(args):
 
 # ---- A prompt ------------------------------------------------------------------------------------
 
-def converse(write, run, place, lines, say=print):
+def converse(write, run, place, lines, say=print, domain=None):
     """Type a post, see its drafts, pick one by number: until the lines end, or an empty post.
 
     write(post) -> drafts. Each pick is a line appended to the JSONL at `place`: {"post", "reply":
-    the picked draft, "drafts", "pick": its index from 0, "run"}: a post file as it stands, with
-    pairs (picked, passed over) for a reward model beside it."""
+    the picked draft, "drafts", "pick": its index from 0, "run", "domain": the run's, which says how
+    the post was put to it}: a post file as it stands, with pairs (picked, passed over) for a reward
+    model, which is asked in the same format, beside it."""
     lines = iter(lines)
     while True:
         say("post (empty: end):")
@@ -206,7 +232,7 @@ def converse(write, run, place, lines, say=print):
             say("that draft is empty: not kept")
             continue
         kept = {"post": post, "reply": drafts[chosen], "drafts": drafts, "pick": chosen,
-                "run": str(run)}
+                "run": str(run)} | ({"domain": domain} if domain else {})
         try:
             with open(place, "a", encoding="utf-8") as file:
                 file.write(json.dumps(kept, ensure_ascii=False) + "\n")

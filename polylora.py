@@ -17,6 +17,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -28,15 +29,17 @@ from torch import nn
 import data
 from adapters import (  # noqa: F401  (LoRA by the door through which it is looked for)
     ADAPTERS, LINEARS, Budget, LoRALinear, adapter, adapter_state, add_adapter, add_lora, base,
-    drop_lora, frozen_copy, load_adapter, lora_layers, merge_lora, read_adapter_config,
-    save_adapter, trained, wise_command)
+    drop_lora, frozen_copy, kind_of, load_adapter, lora_layers, merge_lora, read_adapter_config,
+    save_adapter, shape_of, trained, wise_command)
 from data import InputError, command
+from embedders import SentenceFormat, sentence_format
 from generate import straight_through_loss
 from metrics import edit_distance, ngram_distance, plain_words, repeated_tokens
 from model import Bert, predicting_states, token_logprobs, token_losses
 from ranks import set_gradient
 from trainer import (Session, Tally, add_cross_entropy, announce, base_command, batch_visits,
-                     check_common, common_flags, load_model, seed_of, train)
+                     check_common, common_flags, load_model, same_base, seed_of, start_folder,
+                     tally_completions, train)
 
 # ---- Diversity -----------------------------------------------------------------------------------
 
@@ -205,9 +208,11 @@ class Embedder:
     `corpus`, the replies of the run's data (of prompts without any, the prompts). Only the reply is
     embedded, never its prompt; an empty reply is the end-of-text token alone."""
 
-    def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256):
+    def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256, form=None):
         self.model, self.tokenizer = model, tokenizer
         self.pooling = pooling
+        own = model.form if pooling == "bert" else SentenceFormat()
+        self.form = form or own              # what a sentence-transformers folder says
         self.batch, self.centre = batch, None
         self.end = tokenizer.token_to_id("<|endoftext|>")
         if pooling == "mean":
@@ -218,14 +223,15 @@ class Embedder:
 
     @torch.no_grad()
     def vectors(self, texts):
-        """(texts, dim) in fp32, neither centred nor normed."""
+        """(texts, dim) in fp32, not centred."""
         bert, last = self.pooling == "bert", self.pooling == "last"
-        ids = [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=bert)]
-        if bert:  # [CLS] .. [SEP], of a text too long without its end
-            longest = self.model.longest
-            ids = [i if len(i) <= longest else i[:longest - 1] + i[-1:] for i in ids]
-        else:
+        texts = [self.form.text(text) for text in texts]
+        ids = [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=bert)]
+        if not bert:                         # a BERT's begin with [CLS] and end with [SEP]
             ids = [i + [self.end] if last else i or [self.end] for i in ids]
+        longest = self.model.longest if bert else self.form.longest
+        if longest is not None:              # a text too long loses its end, but not its last mark
+            ids = [i if len(i) <= longest else i[:longest - 1] + i[-1:] for i in ids]
         order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [None] * len(ids)
         with base(self.model):
             for some in (order[i:i + self.batch] for i in range(0, len(ids), self.batch)):
@@ -234,6 +240,7 @@ class Embedder:
                 for row, i in zip(tokens, some):
                     row[:len(ids[i])] = torch.tensor(ids[i])
                 pooled = self.pool(tokens.to(self.model.device), lengths.to(self.model.device))
+                pooled = self.form.vectors(pooled)
                 for i, vector in zip(some, pooled):
                     out[i] = vector
         if self.model.lockstep:
@@ -264,14 +271,26 @@ def load_embedder(session):
         corpus = list(islice((r for p in session.posts for r in p.replies or (p.post,)), 2048))
         session.embedder = Embedder(session.model, session.tokenizer, corpus=corpus)
         return
+    if session.run:
+        session.run.made_from("embedder")
     tokenizer = data.load_tokenizer(args.embedder)
-    config = data.read_json(data.fetch(args.embedder) / "config.json")
+    folder = data.fetch(args.embedder)
+    config = data.read_json(folder / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "bert":
         model = Bert.from_pretrained(args.embedder, device=device)
         session.embedder = Embedder(model, tokenizer, pooling="bert")
-    else:
+    elif isinstance(config, dict) and config.get("model_type", "qwen3") == "qwen3":
+        if tokenizer.token_to_id("<|endoftext|>") is None:
+            raise InputError(f"{folder}/tokenizer.json has no token <|endoftext|>, whose state is "
+                             "the embedding: give a Qwen3-Embedding or a BERT encoder")
         model = load_model(args.embedder, args, device)
-        session.embedder = Embedder(model, tokenizer, pooling="last")
+        form = sentence_format(folder, "last", model.config.hidden_size, device)
+        session.embedder = Embedder(model, tokenizer, pooling="last", form=form)
+    else:
+        kind = config.get("model_type") if isinstance(config, dict) else config
+        raise InputError(f"--embedder {args.embedder}: its config.json describes a "
+                         f"{data.short(kind)} model: give a Qwen3-Embedding, a BERT encoder such as "
+                         "all-MiniLM-L6-v2, or base")
 
 
 # ---- Quality, which gates D ----------------------------------------------------------------------
@@ -486,11 +505,17 @@ def base_states(session, rows):
         return predicting_states(session.model, rows), rows.draft
 
 
+def ended(tokens, stops):
+    """Whether each completion of tokens, P lists of k, ends with a stop token: P lists of k."""
+    return [[ids[-1] in stops for ids in group] for group in tokens]
+
+
 def add_unlikely(session, visits, step, tally, weight=1.0):
     """Adds sequence-level unlikelihood (arXiv 1908.04319, eq. 7-8): weight times the sum of -log(1
     - p) over those tokens of k drafts that repeat an earlier 4-gram, over the drafts' tokens. (The
     drafts are sampled, where the paper decodes greedily.)"""
-    prompts, samples, _ = session.sample_drafts(visits, step, session.args.k)
+    prompts, samples, texts = session.sample_drafts(visits, step, session.args.k)
+    tally_completions(tally, ended(samples.tokens, session.stops), texts)
     drafts = [d for ds in samples.tokens for d in ds]
     count, = session.ranks.sum([sum(map(len, drafts))])
     flags = list(map(repeated_tokens, drafts))
@@ -505,7 +530,7 @@ def add_unlikely(session, visits, step, tally, weight=1.0):
 def bonbon_loss(best, worst, base_best, base_worst, n, alpha=0.005):
     """BoNBoN (arXiv 2406.00832): alpha (-log pi(best)) + (1 - alpha) (h - (n - 1) H_{n-1})^2, h =
     log [pi(best) pi_0(worst) / (pi(worst) pi_0(best))], H the harmonic number: what h is on average
-    under the best-of-n policy itself. All (P,), log-probabilities of whole drafts."""
+    under the best-of-n policy itself. All (P, ..), log-probabilities of whole drafts."""
     gap = (best - base_best) - (worst - base_worst)
     target = (n - 1) * sum(1 / i for i in range(1, n))
     return alpha * -best + (1 - alpha) * (gap - target) ** 2
@@ -513,38 +538,42 @@ def bonbon_loss(best, worst, base_best, base_worst, n, alpha=0.005):
 
 def add_bonbon(session, visits, step, tally, alpha=0.005):
     """Adds BoNBoN's loss, a mean over posts: k drafts of the base, scored by the reward, best and
-    worst. Posts whose drafts all earn the same have neither."""
+    worst. Posts whose drafts all earn the same have neither. Every member of an ensemble learns
+    from both, by its own probability ratio."""
     args, posts = session.args, [session.posts[v.index] for v in visits]
     with base(session.model):
         prompts, samples, texts = session.sample_drafts(visits, step, args.k)
+    tally_completions(tally, ended(samples.tokens, session.stops), texts)
     streams = [session.stream("reader", step, v) for v in visits]
     rewards = torch.tensor(session.reward(posts, texts, streams))
     tally.add("reward", rewards.sum(), rewards.numel())
     two = torch.stack((rewards.argmax(1), rewards.argmin(1)), 1).tolist()
     useful = (rewards.amax(1) > rewards.amin(1)).tolist()
     count, = session.ranks.sum([sum(useful)])
-    pairs = [(p, [drafts[i] for i in chosen]) for p, drafts, chosen, good
-             in zip(prompts, samples.tokens, two, useful) if good]
+    # Draft d of a post is scored by member d mod M: M copies of the best, then M of the worst.
+    members = session.model.members
+    pairs = [(prompt, [drafts[i] for i in chosen for _ in range(members)])
+             for prompt, drafts, chosen, good in zip(prompts, samples.tokens, two, useful) if good]
 
     def scored():
-        """(P, 2) whole log-probabilities of best and worst."""
-        total = torch.zeros(2 * len(pairs), device=session.ranks.device)
+        """(P, 2, M) whole log-probabilities of best and worst by each member."""
+        total = torch.zeros(2 * members * len(pairs), device=session.ranks.device)
         for rows in session.micro_batches(pairs):
             with torch.no_grad():
                 logp, _ = token_logprobs(session.model, rows, args.temperature)
             total.index_add_(0, rows.draft, logp)
-        return total.view(-1, 2)
+        return total.view(-1, 2, members)
     with base(session.model):
         first = scored()
     # The loss couples two drafts that may lie in two micro-batches: its slope first, then theirs.
     now = scored().requires_grad_()
     losses = bonbon_loss(*now.unbind(1), *first.unbind(1), args.k, alpha)
-    slope, = torch.autograd.grad(losses.sum() / max(count, 1), now)
+    slope, = torch.autograd.grad(losses.sum() / (max(count, 1) * members), now)
     for rows in session.micro_batches(pairs):
         logp, _ = token_logprobs(session.model, rows, args.temperature)
         (slope.flatten()[rows.draft] * logp).sum().backward()
         tally.add("tokens", 3 * rows.tokens.numel())
-    tally.add("loss", losses.sum().detach(), len(losses))
+    tally.add("loss", losses.sum().detach(), losses.numel())
 
 
 class Loss(NamedTuple):
@@ -679,7 +708,7 @@ def add_diversity(session, visits, step, tally):
         tally.add("quality", quality.sum(), quality.numel())
         value, _ = measure(args.diversity, dataclasses.replace(drafts, quality=None))
     tally.add("D", value.sum(), len(mine))
-    tally.add("truncated", sum(not f for fs in samples.finished for f in fs), len(mine) * args.k)
+    tally_completions(tally, samples.finished, texts)
 
 
 def sft_step(session, step):
@@ -723,18 +752,17 @@ def sft_step(session, step):
 
 
 SFT_LOGGED = ["ce", "loss", "unlikely", "reward", "D", "gated_D", "quality", "D_share", "lambda",
-              "truncated"]
+              "truncated", "empty", "identical"]
 
 
 def run_sft(args):
-    """The SFT phase: a LoRA adapter in OUT/adapter."""
-    check_sft(args)
+    """The SFT phase: a LoRA adapter, new or that of --start trained further, in OUT/adapter."""
+    start = check_sft(args)
     session = Session(args, "sft")
     if not session.open_run():
         return
     session.load()
-    bare = [at for (_, claim), at in data.kinds_of(session.posts).items()
-            if claim == data.Stories.name]
+    bare = [at for (*_, empty), at in data.kinds_of(session.posts).items() if empty]
     if bare:
         raise InputError(f"the post {data.short(session.posts[bare[0]].id)} has no reply to learn "
                          "from: give posts with replies (grpo.py and evaluate.py need none)")
@@ -742,9 +770,12 @@ def run_sft(args):
     if args.loss == "bonbon":
         from rewards import make_reward  # which is made of what stands here
         session.reward = make_reward("valid" if session.domain.voices else "agreement", session)
-    add_adapter(session.model, args.adapter, args.rank, args.alpha, dropout=args.dropout,
-                targets=args.targets.split(","), seed=seed_of(args.seed, "lora"),
-                members=args.members)
+    if start:
+        load_start(session, start)
+    else:
+        add_adapter(session.model, args.adapter, args.rank, args.alpha, dropout=args.dropout,
+                    targets=args.targets.split(","), seed=seed_of(args.seed, "lora"),
+                    members=args.members)
     session.shard_model()
     if drafting:
         if args.shard and min(args.draft_posts, args.batch) < session.ranks.world:
@@ -758,7 +789,7 @@ def run_sft(args):
     step_fn = lambda step: sft_step(session, step)
     announce(session, step_fn)
     summary = train(session, session.params, step_fn, SFT_LOGGED,
-                    Budget(session.model, args.steps))
+                    Budget(session.model, None if start else args.steps))
     finish_adapter(session, summary)
 
 
@@ -772,17 +803,81 @@ def finish_adapter(session, summary):
     session.ranks.close()
 
 
-def same_domain(run, domain):
-    """InputError when a finished run was trained for another domain than `domain`."""
-    done = run / "done.json"
+def trained_domain(run):
+    """The record of the domain that a finished run was trained for; None where nothing says it."""
+    done = Path(run) / "done.json"
     record = data.read_json(done).get("domain") if done.exists() else None
     if isinstance(record, str):  # written before voices and readers were fixed at the split
         record = {"domain": record}
+    if record is not None and record.get("domain") not in data.DOMAINS:
+        raise InputError(f"{done}: there is no domain {data.short(record.get('domain'))}: train "
+                         "that run again")
+    return record
+
+
+def same_domain(run, domain):
+    """InputError when a finished run was trained for another domain than `domain`."""
+    record = trained_domain(run)
     if record is not None and record != domain.record():
         raise InputError(f"{run} was trained for the domain {record.get('domain')!r} with voices "
                          f"{', '.join(record.get('voices', [])) or 'none'}; these posts are of "
                          f"{domain.name!r} with {', '.join(domain.voices) or 'none'}, or with "
                          "other readers: use the parts of one split")
+
+
+# ---- An adapter to start from --------------------------------------------------------------------
+
+def check_start(args):
+    """Fill in the base model from the adapter at --start; returns that adapter's folder."""
+    start = start_folder(args.start)
+    if not (start / "adapter_config.json").exists():
+        raise InputError(f"--start {args.start}: no adapter there: give a finished run of "
+                         "polylora.py sft, or a folder with adapter_config.json")
+    config = read_adapter_config(start)
+    if not args.model:
+        args.model = config.get("base_model_name_or_path")
+        args.revision = args.revision or config.get("revision")
+    if not args.model:
+        raise InputError(f"{start}/adapter_config.json does not name its base model: give --model")
+    return start
+
+
+# What --start decides, and what a new adapter is without it.
+NEW_ADAPTER = {"adapter": "lora", "rank": 16, "alpha": 16, "members": 4, "targets": LINEARS}
+
+
+def shape_from_start(args, start):
+    """Set the flags that say what the adapter is to those of the adapter in `start`; InputError for
+    one that asks for something else."""
+    config = read_adapter_config(start)
+    own = {"adapter": kind_of(config)}
+    if own["adapter"] != "full":
+        shape, _ = shape_of(config)
+        own |= {"rank": shape["rank"], "alpha": shape["alpha"],
+                "targets": ",".join(sorted(config["target_modules"]))}
+    if "members" in config:
+        own["members"] = config["members"]
+    for name, value in own.items():
+        asked, new = getattr(args, name), NEW_ADAPTER[name]
+        if name == "targets":  # in any order
+            asked, new = (",".join(sorted(names)) for names in (asked.split(","), new))
+        if asked not in (new, value):
+            raise InputError(f"--{name} {asked}: the adapter at --start has {value}: leave that "
+                             "flag out, or train a new adapter without --start")
+        setattr(args, name, value)
+
+
+def load_start(session, start):
+    """Put the adapter in `start` on the session's model, to be trained further."""
+    args = session.args
+    same_base(args.start, args)
+    record = trained_domain(args.start)
+    if record is not None and record["domain"] != session.domain.name:
+        session.say(f"warning: {args.start} was trained for the domain {record['domain']!r}; these "
+                    f"posts are put to it as {session.domain.name!r} does")
+    if session.run:
+        session.run.made_from("start")
+    load_adapter(session.model, start, dropout=args.dropout)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -832,16 +927,21 @@ def parser():
     base_command(sub)
     f = sub.add_parser("sft", help="phase one: LoRA fine-tuning, with --lambda > 0 for diversity")
     add = f.add_argument
-    add("--model", required=True, help="Qwen3 checkpoint: folder or hub name")
+    add("--model", default=None, help="Qwen3 checkpoint: folder or hub name; with --start, by "
+                                      "default the one that its adapter names")
+    add("--start", "--from", default=None,
+        help="train the adapter of this finished run, or of this folder in PEFT's layout, further, "
+             "with a new optimizer and schedule; another --seed visits the posts in another order")
     common_flags(f, lr=2e-4, steps=0, batch=16)
-    add("--adapter", default="lora", choices=list(ADAPTERS),
+    add("--adapter", default=NEW_ADAPTER["adapter"], choices=list(ADAPTERS),
         help=f"what trains. {listed(ADAPTERS)}")
-    add("--members", type=int, default=4,
+    add("--members", type=int, default=NEW_ADAPTER["members"],
         help="LoRAs of rank r side by side, for the adapters that have several")
-    add("--rank", type=int, default=16, help="LoRA rank r")
-    add("--alpha", type=float, default=16, help="LoRA alpha: the update is scaled by alpha / r")
+    add("--rank", type=int, default=NEW_ADAPTER["rank"], help="LoRA rank r")
+    add("--alpha", type=float, default=NEW_ADAPTER["alpha"],
+        help="LoRA alpha: the update is scaled by alpha / r")
     add("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
-    add("--targets", default=",".join(LINEARS), help="linear layers with LoRA, comma-separated")
+    add("--targets", default=",".join(NEW_ADAPTER["targets"]), help="linear layers with LoRA, comma-separated")
     add("--loss", default="ce", choices=list(SFT_LOSSES),
         help=f"of the reply's tokens. {listed(SFT_LOSSES)}")
     add("--loss-value", type=float, default=None, help="the number that --loss names; default: its "
@@ -865,7 +965,22 @@ def parser():
 
 
 def check_sft(args):
+    """Find wrong flags before anything is loaded; returns the folder of --start's adapter, None for
+    a new adapter."""
     check_common(args)
+    if not (args.model or args.start):
+        raise InputError("give --model, a Qwen3 checkpoint, or --start, an adapter to train "
+                         "further")
+    check_sft_losses(args)
+    if not args.start:
+        return None
+    start = check_start(args)
+    shape_from_start(args, start)
+    return start
+
+
+def check_sft_losses(args):
+    """InputError for flags of D and of the loss that do not go together."""
     drafting = args.lam or args.lambda_share
     if args.lam and args.lambda_share:
         raise InputError("--lambda and --lambda-share both set the weight of D: give one of them")

@@ -21,6 +21,33 @@ import torch.distributed as dist
 
 from data import InputError
 
+# ---- What the launcher says ----------------------------------------------------------------------
+
+def environment_number(name, default):
+    """The whole number >= 0 in an environment variable; `default` if it is not set or empty."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise InputError(f"{name} is {text[:40]!r} in the environment, which is no whole number: "
+                         f"start by torchrun, or unset {name}")
+    return int(text)
+
+
+def rank_and_world():
+    """(rank, number of ranks) as torchrun sets them; (0, 1) without it. Raises for variables that
+    a scheduler or an earlier launch left behind, which name ranks that nobody starts."""
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    unset = "start by torchrun, or, for a single process, unset RANK and WORLD_SIZE"
+    if not 0 <= rank < world:
+        raise InputError(f"the environment has RANK={rank} and WORLD_SIZE={world}, which do not "
+                         f"belong together: {unset}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world > 1 and missing:
+        raise InputError(f"the environment has WORLD_SIZE={world} and no {missing[0]}: {unset}")
+    return rank, world
+
+
 # ---- Ranks ---------------------------------------------------------------------------------------
 
 class Ranks:
@@ -31,16 +58,19 @@ class Ranks:
     prefix of its own."""
 
     def __init__(self, stage, device=None):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.rank, self.world = rank_and_world()
+        self.restarts = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
         self.main = self.rank == 0
         self.watch = None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         cuda = device.partition(":")[0] == "cuda" and torch.cuda.is_available()
         if not (device == "cpu" or cuda):
             raise InputError(f"--device {device}: there is no such device here")
-        local = os.environ.get("LOCAL_RANK", 0)
+        local = environment_number("LOCAL_RANK", 0)
+        count = torch.cuda.device_count()
+        if device == "cuda" and 0 < count <= local:
+            raise InputError(f"LOCAL_RANK is {local}, and this machine has {count} GPUs: start one "
+                             "rank per GPU, or, without torchrun, unset LOCAL_RANK")
         self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -49,8 +79,14 @@ class Ranks:
 
     def join(self, stage):
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, self.world, is_master=self.main and not agent)
+        host, port = os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0)
+        try:
+            store = dist.TCPStore(host, port, self.world, is_master=self.main and not agent)
+        except (RuntimeError, OSError) as e:
+            reason = " ".join(str(e).split())[:100]
+            raise InputError(f"the {self.world} ranks that WORLD_SIZE promises did not meet at "
+                             f"{host}:{port} ({reason}): start all of them by torchrun, or, for a "
+                             "single process, unset WORLD_SIZE and RANK") from None
         number = os.environ.get("STUDY_STAGE", "")  # of train.sh: a stage may come twice
         store = dist.PrefixStore(f"{number}{stage}/{self.restarts}", store)
         self.watch = Watch(self, store, host)

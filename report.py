@@ -81,6 +81,7 @@ def read_run(folder, ks=KS):
     shared = {"domain": domain} | {k: v for k, v in settings.items() if k not in own}
     readers = Counter(reader_shares(r) for r in records if "readers" in r)
     ends = [event for event in events if event.get("event") == "end"]
+    last = {event.get("stage"): event for event in ends}  # measured again, the earlier is void
     return {"folder": str(folder), "arm": arm, "seed": seed, "of": config.get("measured_of"),
             "shared": shared, "values": values,
             "posts": {i: found[i]["post"] for i in order}, "ends": ends, "readers": readers,
@@ -88,7 +89,7 @@ def read_run(folder, ks=KS):
             "scale": evaluation.get("scale"), "adapter": settings.get("adapter"),
             "model": settings.get("model"),
             "trained_by": config.get("embedder"),
-            "warnings": [w for event in ends for w in event.get("warnings") or ()],
+            "warnings": [w for event in last.values() for w in event.get("warnings") or ()],
             "curves": log_curves(events),
             "samples": {i: sample_of(found[i]) for i in order[:SHOWN_POSTS]}}
 
@@ -442,7 +443,12 @@ def scale_words(scale):
     said = [f"a {name} one {scale[key]:.0%}" for name, key in
             (("held-out human", "people"), ("shuffled", "shuffled"), ("truncated", "truncated"))
             if scale.get(key) is not None]
-    return f"of replies, this share passes by the same measure: {', '.join(said)}"
+    words = f"of replies, this share passes by the same measure: {', '.join(said)}"
+    if scale.get("interval"):
+        low, high = scale["interval"]
+        words += (f"; the bar is a reward of {scale['threshold']:.3f}, 95% interval by intents "
+                  f"{low:.3f} to {high:.3f}")
+    return words
 
 
 def limit_cells(arm, row, summary):

@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import data
+import formats
 from adapters import (LINEARS, PREFIX, adapter, adapter_state, add_lora, drop_lora, lora_layers,
                       save_adapter)
 from data import InputError, beside, command, read_json, write_json
 from model import read_tensors, token_logprobs
-from polylora import load_embedder
-from trainer import (Session, Tally, Visit, announce, batch_visits, check_common, common_flags,
-                     file_hash, load_chat, load_model, model_hash, seed_of, train)
+from files import chat_hash, combined_hash
+from polylora import load_embedder, trained_domain
+from trainer import (INPUTS, Input, Session, Tally, Visit, announce, batch_visits, check_common,
+                     checkpoint_hash, common_flags, file_hash, load_chat, load_model, model_hash,
+                     seed_of, train)
 
 class VerifierReward:
     """1 when the draft is right in the voice of this post's reader, drawn anew at every visit by
@@ -91,6 +95,15 @@ class RelevanceReward:
                             for cosine, text in zip(cosines, texts)])
         return rewards
 
+    def rows(self, posts, texts):
+        """For each post what each of the texts would earn, an array (T,); every text is embedded
+        once, where a call embeds it for each post."""
+        vectors = self.embedder([list(texts)])[0]
+        said = self.embedder([[post.post for post in posts]])[0]
+        for post, vector in zip(posts, said):
+            form = torch.tensor([self.domain.form(post.post, text) for text in texts])
+            yield ((1 + (vectors @ vector).cpu()) / 2 * form).numpy()
+
 
 class AgreementReward:
     """For posts with people's replies, in [-1, 1]: the largest cosine between the draft and any of
@@ -107,6 +120,14 @@ class AgreementReward:
             people, own = vectors[:len(post.replies)], vectors[len(post.replies):]
             rewards.append((own @ people.T).amax(1).tolist())
         return rewards
+
+    def rows(self, posts, texts):
+        """For each post what each of the texts would earn, an array (T,); every text is embedded
+        once, where a call embeds it for each post."""
+        vectors = self.embedder([list(texts)])[0]
+        replies = self.embedder([[text for post in posts for text in post.replies]])[0]
+        for people in replies.split([len(post.replies) for post in posts]):
+            yield (vectors @ people.T).amax(1).cpu().numpy()
 
 
 class ModelReward:
@@ -201,6 +222,34 @@ def reward_model_hash(path):
     return [file_hash(p / "adapter_model.safetensors") for p in places] or model_hash(path, None)
 
 
+def reward_model_inputs(path):
+    """One hash of all that a reward model is made from: its weights, tokenizer and chat template,
+    and of members of rewards.py train their base's."""
+    places = member_folders(path)
+    if not places:
+        return combined_hash(reward_model_hash(path), chat_hash(path))
+    config = read_json(places[0] / "adapter_config.json")
+    base = checkpoint_hash(config.get("base_model_name_or_path"), config.get("revision"))
+    return combined_hash(reward_model_hash(path), base)
+
+
+INPUTS["reward_model"] = Input(lambda args: reward_model_inputs(args.reward_model), "reward model",
+                               "reward_model")
+
+
+def check_format(session, folder):
+    """Warn where a reward model was trained on posts that were put to it in another way than this
+    run puts them."""
+    record, post = trained_domain(folder), data.Post("any", "Any post", ())
+    if record is None:
+        return
+    known = data.DOMAINS[record["domain"]]([post])
+    if known.messages(post) != session.domain.messages(post):
+        session.say(f"warning: the reward model {folder} was trained on posts as the domain "
+                    f"{known.name!r} puts them, and judges here as {session.domain.name!r} does: "
+                    "train it on picks of these runs, or with --domain")
+
+
 def scored(name, reward, head):
     """make(session) for a reward by another Qwen3, which must have that head."""
     def make(session):
@@ -208,8 +257,9 @@ def scored(name, reward, head):
         if not args.reward_model:
             raise InputError(f"--reward {name} needs --reward-model, a Qwen3 folder or hub name")
         if getattr(session, "run", None):
-            session.run.based_on(reward_model_hash(args.reward_model), "reward_model")
+            session.run.made_from("reward_model")
         if head == "has_score" and member_folders(args.reward_model):
+            check_format(session, args.reward_model)
             heads, tokenizer, form = load_heads(args.reward_model, args, session.ranks.device)
             return HeadsReward(heads, tokenizer, session.domain, form, args.spread_penalty)
         model = load_model(args.reward_model, args, session.ranks.device)
@@ -381,24 +431,31 @@ def spread_weight(args, own, spread, factor, tally):
 
 class Preferences(NamedTuple):
     """Replies of one post, and how many people liked each; likes None: not known, all are people's.
-    """
+    alone: a choice among these very replies, not to be joined with others of the same post.
+    `domain`: of the run whose drafts were picked from, "" where the line does not say it."""
     post: data.Post
     likes: list | None
+    alone: bool = False
+    domain: str = ""
 
 
 def parse_preference(line, number):
-    """One JSON line -> Preferences; ValueError says what is wrong with it. Either {"post",
-    "drafts", "pick"}, where the pick has one like and others none, or a line of posts, whose reply
-    may have `reply_likes`."""
-    try:
-        d = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(d, dict) or not isinstance(d.get("drafts"), list):
-        post = data.parse_line(line, number, 20_000)
+    """One JSON line -> Preferences; ValueError says what is wrong with it. Either a choice,
+    {"post", "drafts", "pick"} or {"prompt", "chosen", "rejected"}, where the pick has one like and
+    others none; or a line of posts, whose reply may have `reply_likes`, or a `label` that is true
+    or false."""
+    d = data.read_line(line)
+    if isinstance(d.get("rejected"), str) and isinstance(d.get("chosen"), str):
+        d = d | {"drafts": [d.pop("chosen"), d.pop("rejected")], "pick": 0}
+    if isinstance(d.get("label"), bool):
+        d = d | {"reply_likes": float(d.pop("label"))}
+    if not isinstance(d.get("drafts"), list):
+        post = data.post_of(d, number, 20_000)
         likes = d.get("reply_likes")
         if likes is not None and (not isinstance(likes, (int, float)) or not math.isfinite(likes)):
             raise ValueError("reply_likes is no number")
+        if not post.replies:
+            raise ValueError("a prompt without a reply: there is nothing to prefer")
         return Preferences(post, None if likes is None else [likes] * len(post.replies))
     pick, drafts = d.get("pick"), d["drafts"]
     if type(pick) is not int or not 0 <= pick < len(drafts):
@@ -407,14 +464,32 @@ def parse_preference(line, number):
     said = [data.normalise(text) if isinstance(text, str) else text for text in drafts]
     kept = [i for i, text in enumerate(said) if i == pick or text not in ("", said[pick])]
     replies = [drafts[i] for i in kept]
-    post = data.parse_line(json.dumps(d | {"replies": replies}).encode(), number, 20_000)
-    return Preferences(post, [float(i == pick) for i in kept])
+    chosen = {name: x for name, x in d.items() if name not in formats.REPLIES}
+    post = data.post_of(chosen | {"replies": replies}, number, 20_000)
+    domain = d.get("domain", "")
+    if domain and domain not in data.DOMAINS:
+        raise ValueError(f"there is no domain {data.short(domain)}")
+    return Preferences(post, [float(i == pick) for i in kept], True, domain)
+
+
+def preferences_domain(path, name, preferences):
+    """The domain whose chat format a reward model is trained in: of picks the run's that wrote the
+    drafts, else as of any file of posts."""
+    posts = [p.post for p in preferences]
+    picked = sorted({p.domain for p in preferences if p.domain})
+    if name == "auto" and len(picked) > 1:
+        raise InputError(f"{path} holds picks of runs of the domains {', '.join(picked)}, which put "
+                         "posts in different ways: train on one at a time, or choose by --domain")
+    if picked and name in ("auto", *picked):
+        return data.DOMAINS[picked[0] if name == "auto" else name](posts)
+    return data.load_domain(path, name, posts)
 
 
 def load_preferences(path, skip_bad_lines=False):
     """The Preferences in a file, JSON lines, plain or .gz. Lines with likes of one post are one;
     a pick stands alone, since it was made among its own drafts."""
     found, liked, bad, number = [], {}, 0, 0
+    first = ""                               # what to say if every line is bad
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -422,26 +497,28 @@ def load_preferences(path, skip_bad_lines=False):
                     each = parse_preference(line, number) if line.strip() else None
                 except ValueError as e:
                     if not skip_bad_lines:
-                        raise InputError(f"{path}, line {number}: {e} (--skip-bad-lines leaves "
-                                         "such lines out)") from None
+                        raise InputError(data.bad_line(path, number, e, not found)) from None
+                    first = first or data.bad_line(path, number, e, not found, every=True)
                     bad += 1
                     continue
                 if each is None:
                     continue
-                same = liked.get(each.post.key) if each.likes and b'"drafts"' not in line else None
-                if same is not None:
-                    old = found[same]
-                    replies = old.post.replies + each.post.replies
-                    post = data.Post(old.post.id, old.post.post, replies)
-                    found[same] = Preferences(post, old.likes + each.likes)
+                if each.alone or not each.likes:
+                    found.append(each)
                     continue
-                if each.likes and b'"drafts"' not in line:
-                    liked[each.post.key] = len(found)
-                found.append(each)
+                place = liked.setdefault(each.post.same, len(found))
+                if place == len(found):
+                    found.append(each)
+                    continue
+                old = found[place]
+                post = replace(old.post, replies=old.post.replies + each.post.replies)
+                found[place] = Preferences(post, old.likes + each.likes)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}: give --data a file of preferences") from None
     except (OSError, EOFError, zlib.error) as e:
-        raise InputError(f"{path} cannot be read after line {number} ({e}): is it whole?") from None
+        raise InputError(data.cannot_be_read(path, number, e)) from None
+    if bad and not found:
+        raise InputError(first)
     if bad:
         print(f"{path}: {bad} bad lines left out", file=sys.stderr)
     return found
@@ -454,14 +531,15 @@ def usable(found, kind, path):
     kind = ("likes" if unequal else "others") if kind == "auto" else kind
     kept = unequal if kind == "likes" else found
     if len(kept) < (1 if kind == "likes" else 2):
-        raise InputError(f"{path} holds nothing to compare: give it picks, posts with several "
-                         "replies of unequal reply_likes, or two posts or more with replies")
+        raise InputError(f"{path} holds nothing to compare: give it picks, lines of prompt, chosen "
+                         "and rejected, posts with several replies of unequal reply_likes, or two "
+                         "posts or more with replies")
     return kind, kept
 
 
 def draw_pair(preferences, visit, kind, rng):
     """(better, worse) texts of a visit: of unequal likes, or a reply and one to another post."""
-    post, likes = preferences[visit.index]
+    post, likes = preferences[visit.index].post, preferences[visit.index].likes
     if kind == "likes":
         pairs = [(i, j) for i, a in enumerate(likes) for j, b in enumerate(likes) if a > b]
         i, j = rng.choice(pairs)
@@ -631,7 +709,7 @@ def run_train(args):
     found = load_preferences(args.data, args.skip_bad_lines)
     args.pairs, session.preferences = usable(found, args.pairs, args.data)
     session.posts = [p.post for p in session.preferences]
-    session.domain = data.load_domain(args.data, args.domain, session.posts)
+    session.domain = preferences_domain(args.data, args.domain, session.preferences)
     session.load_model()
     heads = new_heads(session.model, args.members, args.rank, args.alpha, args.dropout,
                       args.targets.split(","), seed_of(args.seed, "members"))

@@ -17,15 +17,24 @@ Three processes, each a child of the one before, none of which holds anything of
 
 The verdict cannot be forged: the program never holds the pipe that it goes through, sees neither
 checker nor guard, and is forked before the tests are read, so that they are not in its memory
-either. What a call returns is rebuilt by the checker from plain values: `==` is the checker's, not
-one that the program's class defines; built-in names and modules in the tests are the checker's too.
+either. What a call returns is rebuilt by the checker where it is a value of Python's own kinds or
+of numpy: `==` with it is the checker's, not one that the program's class defines; built-in names
+and modules in the tests are the checker's too. Other objects stay where they were made and are
+asked through the pipes: the program's by the tests, the tests' functions and objects by the
+program. An object of the program's is never equal to a value of the checker's, and cannot be added
+to one or compared with one, so that no class can pass for the right answer; between two objects of
+the program's, their class decides. numpy may be imported where it is installed.
 What remains: a kernel's own faults (there is no seccomp filter, no virtual machine), the time and
 memory that the limits allow, reading the shared libraries of this machine. Linux only."""
 
 import ast
 import builtins
+import copy
 import ctypes
+import importlib
+import importlib.util
 import json
+import operator
 import os
 import re
 import signal
@@ -33,6 +42,7 @@ import subprocess
 import textwrap
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 try:
@@ -88,7 +98,7 @@ def run_program(program, test, *, allowed, setup="", names=None, seconds=10, mem
     if not allowed:
         raise NotAllowed("run_program needs allowance()")
     job = json.dumps({"program": program, "test": test, "setup": setup, "names": names})
-    limits = json.dumps({"seconds": int(seconds), "memory": int(memory)})
+    limits = json.dumps({"numpy": numpy_folders(), "seconds": int(seconds), "memory": int(memory)})
     guard = subprocess.Popen([sys.executable, "-I", "-S", os.path.abspath(__file__), limits],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}, cwd="/",
                              stderr=subprocess.DEVNULL, start_new_session=True)
@@ -111,12 +121,25 @@ def run_program(program, test, *, allowed, setup="", names=None, seconds=10, mem
     return verdict
 
 
-def render_template(template, chats, seconds=3, memory=512):
+def numpy_folders():
+    """numpy's folder, and that of the libraries it was built with, where it is installed."""
+    try:
+        found = importlib.util.find_spec("numpy")
+    except (ImportError, ValueError):
+        return []
+    if found is None or not found.origin:
+        return []
+    folder = os.path.dirname(os.path.realpath(found.origin))
+    return [f for f in (folder, folder + ".libs") if os.path.isdir(f)]
+
+
+def render_template(template, chats, seconds=3, memory=512, tokens=None):
     """The text that a checkpoint's chat template, in Jinja, makes of each chat; ValueError where it
-    makes none. A template is a program, too: Jinja keeps it from files and from Python's objects,
+    makes none. tokens: special tokens that it may name, such as eos_token. A template is a program, too: Jinja keeps it from files and from Python's objects,
     and bounds neither its loops nor its products. So a child does the work, which is ended after
     `seconds` of processor time and has `memory` MiB."""
-    job = json.dumps({"template": template, "chats": chats, "seconds": seconds, "memory": memory})
+    job = json.dumps({"template": template, "chats": chats, "seconds": seconds, "memory": memory,
+                      "tokens": {"bos_token": "", "eos_token": ""} | (tokens or {})})
     try:
         ran = subprocess.run([sys.executable, os.path.abspath(__file__), "template"],
                              input=job.encode(), capture_output=True, timeout=20 * seconds)
@@ -128,19 +151,53 @@ def render_template(template, chats, seconds=3, memory=512):
     return said
 
 
+def template_environment():
+    """Jinja as transformers sets it up for chat templates: {% generation %} marks, which write
+    nothing, {% break %} and {% continue %}, JSON without HTML escapes, raise_exception. The date
+    (strftime_now) is refused: a run could not be repeated on another day."""
+    from jinja2 import TemplateError, nodes  # comes with torch
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationMarks(Extension):
+        """Marks of the assistant's text; names that are set inside are not seen outside."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def strftime_now(form):
+        raise TemplateError("it writes the date into every chat, so that no run could be repeated")
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[GenerationMarks, loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
 def render(job):
     """What the child of render_template does: writes the texts, or one text that says why not."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
     for name, value in (("CPU", job["seconds"]), ("AS", job["memory"] << 20)):
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         except (AttributeError, OSError, ValueError):  # Windows has no limits, macOS not all
             pass
     try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = template_environment()
         template = environment.from_string(job["template"])
-        said = [template.render(messages=chat, add_generation_prompt=True, enable_thinking=False,
-                                bos_token="", eos_token="") for chat in job["chats"]]
+        said = [template.render(job["tokens"], messages=chat, add_generation_prompt=True,
+                                enable_thinking=False) for chat in job["chats"]]
         said = said if max(map(len, said)) < LONGEST else "it writes a megabyte"
     except Exception as e:                   # somebody's program: it may fail in any way
         said = f"{type(e).__name__}: {str(e)[:SHOWN]}"
@@ -149,32 +206,60 @@ def render(job):
 
 # ---- Tasks, in the formats of HumanEval and MBPP -------------------------------------------------
 
-def as_post(d):
-    """The fields of ours that a line in HumanEval's or MBPP's format, or a prompt, stands for. A
-    task's tests: {setup, test, names, head}, see run_program; head opens every program."""
-    text = lambda *names: [d[n] if isinstance(d.get(n), str) else "" for n in names]
-    if d.get("post") is not None or d.get("tweet") is not None:
-        return {}
+def as_task(d):
+    """The fields of ours that a line in HumanEval's or MBPP's format stands for; {} of another
+    line. A task's tests: {setup, test, names, head}, see run_program; head opens every program."""
     if "entry_point" in d:
-        prompt, answer, test, name = text("prompt", "canonical_solution", "test", "entry_point")
-        if not (prompt and answer and test and name.isidentifier()):
-            raise ValueError('a task needs texts "prompt", "canonical_solution" and "test", and a '
-                             'name "entry_point"')
-        return {"id": d.get("task_id"), "replies": {"right": fenced(prompt + answer)},
-                "post": f"Complete this Python function:\n\n{fenced(prompt)}",
-                "tests": {"setup": prompt + "    pass\n", "test": f"{test}\ncheck({name})\n",
-                          "names": [name], "head": prompt}}
-    if "test_list" in d:
-        said, answer, setup = text("text", "code", "test_setup_code")
-        tests = d["test_list"]
-        if not (said and answer and isinstance(tests, list) and tests
-                and all(isinstance(t, str) for t in tests)):
-            raise ValueError('a task needs texts "text" and "code", and a list "test_list"')
-        return {"id": d.get("task_id"), "replies": {"right": fenced(answer)},
-                "post": f"{said}\n\nYour code must pass this test:\n\n{fenced(tests[0])}",
-                "tests": {"setup": setup, "test": "\n".join(tests), "names": names_of(answer),
-                          "head": ""}}
-    return {"post": d["prompt"]} if d.get("prompt") is not None else {}
+        return human_eval_task(d)
+    return mbpp_task(d) if "test_list" in d else {}
+
+
+def texts_of(d, *names):
+    return [d[name] if isinstance(d.get(name), str) else "" for name in names]
+
+
+def human_eval_task(d):
+    prompt, answer, test, name = texts_of(d, "prompt", "canonical_solution", "test", "entry_point")
+    if not (prompt and answer and test and name.isidentifier()):
+        raise ValueError('a task needs texts "prompt", "canonical_solution" and "test", and a '
+                         'name "entry_point"')
+    names = [name, *classes_of(prompt + "    pass\n")]
+    return {"id": d.get("task_id"), "replies": {"right": fenced(prompt + answer)},
+            "post": f"Complete this Python function:\n\n{fenced(prompt)}",
+            "tests": {"setup": prompt + "    pass\n", "test": f"{test}\ncheck({name})\n",
+                      "names": names, "head": prompt}}
+
+
+def mbpp_task(d):
+    """Of both forms of MBPP: the full one has "text" and "test_setup_code", the sanitized one
+    "prompt" and "test_imports"."""
+    said, prompt, answer, setup = texts_of(d, "text", "prompt", "code", "test_setup_code")
+    said, tests, imports = said or prompt, d["test_list"], d.get("test_imports") or []
+    if not (said and answer and tests and all_texts(tests) and all_texts(imports)):
+        raise ValueError('a task needs texts "text" (or "prompt") and "code", and a list '
+                         '"test_list" of texts')
+    test = "\n".join(tests)
+    names = names_of(answer)
+    if names:                                # first the one that is asked for, not its helpers
+        names = sorted(names, key=lambda n: not re.search(rf"\b{re.escape(n)}\b", test))
+    return {"id": d.get("task_id"), "replies": {"right": fenced(answer)},
+            "post": f"{said}\n\nYour code must pass this test:\n\n{fenced(tests[0])}",
+            "tests": {"setup": "\n".join([*imports, setup] if setup else imports),
+                      "test": test, "names": names, "head": ""}}
+
+
+def all_texts(values):
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+
+
+def classes_of(code):
+    """The classes that a program defines, which live in the program's process; its functions, and
+    what this Python cannot read, are none."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    return [n.name for n in body if isinstance(n, ast.ClassDef)]
 
 
 def names_of(answer):
@@ -199,14 +284,37 @@ def checked_tests(tests):
     return tests
 
 
+FENCE = re.compile(r"^(?P<before>[^\n`~]*)(?:```+|~~~+)(?P<info>[^\n`]*)\n"
+                   r"(?P<code>.*?)(?:```|~~~|\Z)", re.M | re.S)
+
+
+def blocks_of(draft):
+    """The code of each fenced block of a draft. A block may be indented, in a list or a quotation;
+    what stands behind the name of the language is no part of it."""
+    found = []
+    for match in FENCE.finditer(draft):
+        code, before = match["code"], match["before"]
+        if before.lstrip().startswith(">"):
+            code = re.sub(r"^[ \t]*>[ \t]?", "", code, flags=re.M)
+        elif before:
+            code = re.sub(rf"^[ \t]{{1,{len(before.expandtabs())}}}", "", code, flags=re.M)
+        found.append(code)
+    return found
+
+
 def program_of(draft, head, names):
-    """The program in a draft: its fenced block, the first that defines the function asked for, or
-    all of it. After the task's head, so that its imports are there; where the function is not
-    defined anew, what is there is its body."""
+    """The program in a draft: its fenced block, the first that defines the function asked for, with
+    what it needs of the other blocks, or all of it. After the task's head, so that its imports are
+    there; where the function is not defined anew, what is there is its body."""
     name = re.escape(names[0]) if names else ""
-    defined = lambda text: not name or re.search(rf"^\s*def +{name}\b|^{name}\s*=", text, re.M)
-    blocks = re.findall(r"(?:```|~~~)[ \t]*\w*[ \t\r]*\n(.*?)(?:```|~~~|\Z)", draft, re.S) or [draft]
+
+    def defined(text):
+        there = rf"^\s*(async +)?(def|class) +{name}\b|^{name}\s*="
+        return not name or re.search(there, text, re.M)
+    blocks = blocks_of(draft) or [draft]
     code = next(filter(defined, blocks), blocks[0])
+    if defined(code):
+        code = needed(textwrap.dedent(code), blocks) + textwrap.dedent(code)
     if head and defined(code):
         return f"{head}    pass\n\n{code}"
     if head and code[:1].strip():
@@ -214,6 +322,40 @@ def program_of(draft, head, names):
         flat = re.search(r"^\S", code.partition("\n")[2], re.M)
         code = textwrap.indent(code, "    ") if flat else f"    {code}"
     return head + code
+
+
+def needed(code, blocks):
+    """The other blocks that define names which the code uses and does not define itself."""
+    chosen, before = code, ""
+    others = [textwrap.dedent(b) for b in blocks if textwrap.dedent(b) != chosen]
+    for _ in range(len(others)):             # a helper may need a helper
+        used, own = names_in(before + chosen)
+        more = [b for b in others if names_in(b)[1] & (used - own)]
+        if not more:
+            break
+        others.remove(more[0])
+        before = more[0].rstrip() + "\n\n" + before
+    return before
+
+
+def names_in(code):
+    """(names that a program uses, names that its top level defines); none of one that this Python
+    cannot read."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set(), set()
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    own = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            own |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        else:
+            own |= {n.id for n in ast.walk(node)
+                    if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return used, own
 
 
 # ---- The guard and the walls ---------------------------------------------------------------------
@@ -257,16 +399,31 @@ def guard(limits):
     os.waitpid(child, 0)
 
 
-def walls():
-    """A root of nothing but Python's library and the shared libraries, read-only, and /tmp, which
-    is empty and small. It is gone with the namespace. The old root is taken off: there is no way
-    back to it."""
+class OnlyNumpy:
+    """Finds numpy, and no other package, in the folder that walls puts it in."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            return importlib.machinery.PathFinder.find_spec(name, [PACKAGES])
+        return None
+
+
+PACKAGES = "/packages"           # in the new root
+
+
+def walls(packages):
+    """A root of nothing but Python's library, the packages' folders and the shared libraries,
+    read-only, and /tmp, which is empty and small. It is gone with the namespace. The old root is
+    taken off: there is no way back to it."""
     call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
     base, root = "/tmp", "/tmp/jail"         # any folder: the mounts are seen in here alone
     library = os.path.dirname(os.path.abspath(os.__file__))
     places = [library, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
     kept = [p for p in dict.fromkeys(map(os.path.realpath, places)) if os.path.isdir(p)]
-    opened = [(p, os.open(p, os.O_PATH)) for p in kept]
+    targets = [(p, p) for p in kept]
+    targets += [(p, f"{PACKAGES}/{os.path.basename(p)}") for p in packages]
+    opened = [(target, os.open(p, os.O_PATH)) for p, target in targets]
     links = [(p, os.readlink(p)) for p in places if os.path.islink(p)]
     call("mount", "tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,nr_inodes=2k,mode=755")
     held = MS_NOSUID | MS_NODEV | MS_RDONLY
@@ -321,7 +478,10 @@ def answer(passed, why="", output=""):
 
 def checker(limits, user):
     """Pid 1: builds the walls, forks the program's process, then reads the job and tests it."""
-    walls()
+    walls(limits["numpy"])
+    if limits["numpy"]:
+        sys.meta_path.append(OnlyNumpy)
+        os.putenv("OPENBLAS_NUM_THREADS", "1")  # its threads take memory; os.environ stays empty
     out = os.open("/tmp/output", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.unlink("/tmp/output")
     there, here = os.pipe(), os.pipe()
@@ -340,7 +500,7 @@ def checker(limits, user):
     limit(limits | {"memory": 2 * limits["memory"]}, 0)
     job = json.loads(read_all(0))
     try:
-        verdict = examine(Caller(here[0], there[1]), job)
+        verdict = examine(Caller(here[0], there[1], allowed_of_tests, strict=True), job)
     except BaseException as e:  # whatever a test, or what the program sent, raises is a failure
         verdict = False, f"{type(e).__name__}: {e}"
     answer(*verdict, os.pread(out, SHOWN, 0).decode(errors="replace"))
@@ -353,49 +513,336 @@ def read_all(fd):
     return b"".join(parts)
 
 
+TESTS = "tests"                  # the module that the tests' own classes and functions are of
+
+
 def examine(caller, job):
     """Load the program, run the tests -> (passed, why)."""
-    offered = caller.ask("load", job["program"])
+    offered = set(caller.ask("load", job["program"]))
     names = job["names"]
     nodes = [*ast.walk(ast.parse(job["setup"])), *ast.walk(ast.parse(job["test"]))]
     used = sorted({n.id for n in nodes if isinstance(n, ast.Name)})
     owners = {n.value.id for n in nodes if isinstance(n, ast.Attribute)
               and isinstance(n.value, ast.Name)}
+    imported = {(a.asname or a.name).partition(".")[0] for n in nodes
+                if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
     # Never the program's: `math.isclose` decides a test.
     space = {name: __import__(name) for name in owners & sys.stdlib_module_names}
+    for name in owners & {"np", "numpy"} - imported:
+        if importlib.util.find_spec("numpy"):
+            space[name] = importlib.import_module("numpy")
     if names is None:
-        names = [n for n in used if n not in space and not hasattr(builtins, n)]
-    taken = {n: offered[n] for n in names if n in offered}
-    space |= taken
+        names = [n for n in used if n not in space and not hasattr(builtins, n)
+                 and n not in imported]
+    taken = caller.ask("names", [n for n in names if n in offered])
+    space |= taken | {"__name__": TESTS}
     exec(compile(job["setup"], "setup", "exec"), space)
     space |= taken                           # the setup may hold a stub of the same name
     exec(compile(job["test"], "test", "exec"), space)
     return True, ""
 
 
-class Caller:
-    """The checker's end of the pipes: asks, and takes the answer for plain values."""
+def allowed_of_tests(what, thing, *args):
+    """What the program may ask of the tests' functions and objects: to call those that it was
+    handed, to take the next of an iterator, and whatever their class defines of an object whose
+    class the tests define. Names that begin with _ lead to Python's inside, and are refused."""
+    own = type(thing).__module__ == TESTS
+    if what == "call":
+        good = own or isinstance(thing, CALLED) or getattr(thing, "__module__", "") == TESTS
+    elif what in ("get", "set"):
+        public = own and isinstance(args[0], str) and not args[0].startswith("_")
+        if not public and (what == "set" or args[0] not in ("__name__", "__doc__")):
+            raise AttributeError(args[0])
+        good = True
+    elif what in ("isinstance", "issubclass"):
+        good = isinstance(thing, type) and thing.__module__ == TESTS
+    else:
+        good = own or what in ("iter", "next") and isinstance(thing, Iterator)
+    if not good:
+        raise TypeError(f"{what} of a {type(thing).__name__} of the tests' is not for the program")
+    return OPERATIONS[what](thing, *args)
 
-    def __init__(self, reading, writing):
-        self.reading, self.writing = reading, writing
+
+CALLED = (types.FunctionType, types.MethodType, types.BuiltinMethodType)
+OPERATIONS = {
+    "call": lambda thing, args, named: thing(*args, **named),
+    "get": getattr, "set": setattr, "list": list, "len": len, "iter": iter, "next": next,
+    "reversed": reversed, "str": str, "repr": repr, "format": format, "bool": bool, "hash": hash,
+    "int": int, "float": float, "index": operator.index, "abs": abs, "round": round,
+    "negative": operator.neg, "positive": operator.pos, "inverted": operator.invert,
+    "item": operator.getitem, "set item": operator.setitem, "delete item": operator.delitem,
+    "copy": copy.copy, "deep copy": copy.deepcopy,
+    "isinstance": lambda kind, thing: isinstance(thing, kind),
+    "issubclass": lambda kind, other: issubclass(other, kind),
+    "enter": lambda thing: thing.__enter__(),
+    "exit": lambda thing: thing.__exit__(None, None, None),
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le,
+    "gt": operator.gt, "ge": operator.ge, "add": operator.add, "sub": operator.sub,
+    "mul": operator.mul, "truediv": operator.truediv, "floordiv": operator.floordiv,
+    "mod": operator.mod, "pow": operator.pow, "matmul": operator.matmul, "and": operator.and_,
+    "or": operator.or_, "xor": operator.xor}
+
+
+class Caller:
+    """One end of the pipes: asks the other process and takes its answer, and answers what the other
+    asks in the meantime. perform(what, *args) does what is asked. strict: this is the checker, for
+    which what comes is a stranger's."""
+
+    def __init__(self, reading, writing, perform, strict=False):
+        self.reading, self.writing, self.perform = reading, writing, perform
+        self.strict = strict
+        self.things, self.numbers = [], {}   # what the other side knows by number
+        self.errors = {}                     # local classes for the other side's exceptions
 
     def ask(self, what, *args):
-        send(self.writing, [what, [encode(a, handle_of) for a in args]])
-        kind, value = json.loads(receive(self.reading))
-        if kind == "raised":
-            error = getattr(builtins, str(value[0]), None)
-            good = isinstance(error, type) and issubclass(error, Exception)
-            try:
-                raised = (error if good else RuntimeError)(str(value[1]))
-            except TypeError:
-                raised = RuntimeError(str(value[1]))
-            raise raised
-        return decode(value, lambda number: Remote(self, number))
+        send(self.writing, [what, [self.encode(a) for a in args]])
+        while True:
+            kind, *said = json.loads(receive(self.reading))
+            if kind == "raised":
+                raise self.error(*said)
+            if kind == "value":
+                value, changed = said
+                for place, new in changed:
+                    which, key = place
+                    refresh(args[which][key], self.decode(new))
+                return self.decode(value)
+            self.answer(kind, *said)
+
+    def answer(self, what, args):
+        try:
+            given = [self.decode(a) for a in args]
+            value = self.encode(self.perform(what, *given))
+            said = ["value", value, self.changes(given, args) if what == "call" else []]
+        except BaseException as e:           # a program may fail in any way
+            said = ["raised", *self.described(e)]
+        send(self.writing, said)
+
+    def changes(self, given, sent):
+        """[[argument, place], new value] of each argument of a call that the call has changed."""
+        _, (_, values), (_, pairs) = sent
+        places = [((1, i), given[1][i], old) for i, old in enumerate(values)]
+        places += [((2, name), given[2][name], old) for name, old in pairs]
+        out = []
+        for place, value, old in places:
+            if isinstance(old, list) and old[0] not in "ihoygcbrzx" and (
+                    new := self.encode(value)) != old:
+                out.append([place, new])
+        return out
+
+    # -- Values as JSON: ["letter", inner], or a plain one as itself --
+
+    def encode(self, value):
+        """A value as JSON: plain ones by kind, subclasses as what they derive from, those of the
+        library and numpy by what they are made from, anything else by a number."""
+        if value is None or value is True or value is False:
+            return value
+        if type(value) not in PLAIN:
+            special = self.special(value)
+            if special is not None:
+                return special
+        for kind in (int, float, str):
+            if isinstance(value, kind):
+                plain = kind.__pos__(value) if kind is not str else str.__str__(value)
+                return ["i", hex(plain)] if kind is int else plain
+        for letter, kind in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
+            if isinstance(value, kind):
+                return [letter, [self.encode(v) for v in kind.__iter__(value)]]
+        if isinstance(value, dict):
+            return ["d", [[self.encode(k), self.encode(v)] for k, v in dict.items(value)]]
+        if isinstance(value, complex):
+            return ["c", [value.real, value.imag]]
+        if isinstance(value, (bytes, memoryview)):
+            return ["b", bytes(value).hex()]
+        if isinstance(value, bytearray):
+            return ["m", bytes(value).hex()]
+        return ["o", self.number(value)]
+
+    def special(self, value):
+        """The JSON of what is no plain value but can be rebuilt, or is the other side's; else None.
+        """
+        if isinstance(value, Remote):
+            return ["h", value._number]
+        if isinstance(value, type):
+            return self.encode_type(value)
+        if isinstance(value, types.ModuleType) and self.strict:
+            raise TypeError("a module cannot be handed to the program")
+        if isinstance(value, range):
+            return ["r", [value.start, value.stop, value.step]]
+        if isinstance(value, (type({}.keys()), type({}.values()), type({}.items()))):
+            return ["l", [self.encode(v) for v in value]]
+        numpy = sys.modules.get("numpy")
+        if numpy and isinstance(value, (numpy.ndarray, numpy.generic)):
+            return self.encode_array(value, numpy)
+        for kind in type(value).__mro__:
+            taken = LIBRARY.get(f"{kind.__module__}.{kind.__qualname__}")
+            if taken:
+                return ["v", [f"{kind.__module__}.{kind.__qualname__}",
+                              self.encode(taken.parts(value))]]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            fields = [str(name) for name in value._fields]
+            return ["n", [type(value).__name__, fields, [self.encode(v) for v in value]]]
+        if self.strict and callable(value):
+            return self.by_name(value)
+        return None
+
+    def encode_type(self, kind):
+        if PLAIN_TYPES.get(kind.__name__) is kind:
+            return ["y", kind.__name__]
+        if "_number" in vars(kind):          # a local class for one of the other side's exceptions
+            return ["h", kind._number]
+        if issubclass(kind, BaseException) and kind.__module__ != TESTS:
+            return ["x", [self.number(kind), names_of_bases(kind)]]
+        return self.by_name(kind) if self.strict else None
+
+    def by_name(self, value):
+        """A function or class of Python's own library, by its name; None of another one."""
+        owner = getattr(value, "__objclass__", value)      # str, of str.upper
+        module, name = getattr(owner, "__module__", None), getattr(value, "__qualname__", "")
+        if not is_library(module):
+            return None
+        try:
+            found = operator.attrgetter(name)(sys.modules[module])
+        except (AttributeError, KeyError):
+            return None
+        return ["g", [module, name]] if found is value else None
+
+    def encode_array(self, value, numpy):
+        array = numpy.asarray(value)
+        if array.dtype.kind not in DTYPES:
+            return ["l", [self.encode(v) for v in array.tolist()]]
+        array = numpy.ascontiguousarray(array).reshape(array.shape)
+        return ["a", [array.dtype.str, list(array.shape), array.tobytes().hex(),
+                      isinstance(value, numpy.generic)]]
+
+    def number(self, value):
+        """What the other side calls a thing of this side's; equal for the same thing."""
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.things)
+            self.things.append(value)        # and kept, so that its id stays its own
+        return self.numbers[id(value)]
+
+    def decode(self, value):
+        """encode's inverse."""
+        if not isinstance(value, list):
+            return value
+        letter, inner = value
+        if letter in "ltsz":
+            kind = {"l": list, "t": tuple, "s": set, "z": frozenset}[letter]
+            return kind(self.decode(v) for v in inner)
+        if letter == "d":
+            return {self.decode(k): self.decode(v) for k, v in inner}
+        if letter == "n":
+            name, fields, values = inner
+            kind = sys.modules["collections"].namedtuple(name, fields)
+            return kind(*(self.decode(v) for v in values))
+        if letter == "v":
+            return LIBRARY[inner[0]].made(self.decode(inner[1]))
+        if letter == "x":
+            return self.error_class(inner[1], inner[0])
+        if letter == "g" and not self.strict:  # the program's word loads nothing into the checker
+            return operator.attrgetter(inner[1])(importlib.import_module(inner[0]))
+        simple = {"i": lambda x: int(x, 16), "c": lambda x: complex(*x), "b": bytes.fromhex,
+                  "m": bytearray.fromhex, "r": lambda x: range(*x), "a": array_of,
+                  "h": self.things.__getitem__, "o": lambda x: Remote(self, x),
+                  "y": PLAIN_TYPES.__getitem__}
+        return simple[letter](inner)
+
+    # -- Exceptions --
+
+    def described(self, error):
+        """(names of its class and bases, text, arguments or None, number) of an exception."""
+        try:
+            args = self.encode(list(error.args))
+        except BaseException:
+            args = None
+        try:
+            text = str(error)[:SHOWN]
+        except BaseException:                # a class may fail in this too
+            text = ""
+        return names_of_bases(type(error)), text, args, self.number(error)
+
+    def error(self, bases, text, args, number):
+        """The exception that the other side has raised, of a class of this side's."""
+        kind = self.error_class(bases)
+        try:
+            given = tuple(self.decode(args)) if args else (text,)
+            error = kind.__new__(kind, *given)
+            error.args = given
+        except Exception:
+            error = RuntimeError(text)
+        if "_text" in dir(kind):
+            error._text, error._remote = text, Remote(self, number)
+        return error
+
+    def error_class(self, bases, number=None):
+        """This side's class for an exception: the same one of Python's library; for a class of the
+        other side's own a local one, of equal name, below the nearest that both know."""
+        (module, name), *rest = bases
+        kind = None
+        if is_library(module):
+            kind = getattr(sys.modules.get(module), name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            return kind
+        if (module, name) not in self.errors:
+            parent = self.error_class(rest) if rest else RuntimeError
+            self.errors[module, name] = type(str(name), (parent,), {
+                "_text": "", "_remote": None, "__str__": lambda e: e._text or ", ".join(map(
+                    str, e.args)), "__getattr__": attribute_of_error})
+        kind = self.errors[module, name]
+        if number is not None:
+            kind._number = number
+        return kind
+
+
+def is_library(module):
+    """Is it a module of Python's own library?"""
+    top = str(module).partition(".")[0]
+    return top in sys.stdlib_module_names and top not in ("__main__", TESTS)
+
+
+def attribute_of_error(error, name):
+    if name.startswith("_") or error._remote is None:
+        raise AttributeError(name)
+    return getattr(error._remote, name)
+
+
+def names_of_bases(kind):
+    return [[k.__module__, k.__qualname__] for k in kind.__mro__ if issubclass(k, BaseException)]
+
+
+def refresh(old, new):
+    """Give an argument that a call has changed its new content."""
+    if isinstance(old, list) and isinstance(new, list):
+        same = len(old) == len(new) and all(type(a) is type(b) for a, b in zip(old, new))
+        for i in range(len(old) if same else 0):
+            if not refresh(old[i], new[i]):  # an inner list stays the list that it is
+                old[i] = new[i]
+        if not same:
+            old[:] = new
+    elif isinstance(old, (dict, set)) and isinstance(new, (dict, set)):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, bytearray) and isinstance(new, bytearray):
+        old[:] = new
+    elif type(old).__name__ == "deque" and type(new).__name__ == "deque":
+        old.clear()
+        old.extend(new)
+    elif type(old).__name__ == "ndarray" and type(new).__name__ == "ndarray":
+        old[...] = new
+    elif isinstance(old, tuple) and isinstance(new, tuple):
+        for a, b in zip(old, new):
+            refresh(a, b)
+    else:
+        return False
+    return True
 
 
 class Remote:
-    """Something of the program's that is no plain value: a function, a class, an object. Equal to
-    itself alone, whatever it says."""
+    """Something of the other process's that is no plain value: a function, a class, an object. What
+    is done with it is done there.
+
+    In the checker it is equal to nothing but another such thing, whatever it says; and what would
+    join it with a value of the checker's is not passed on."""
 
     def __init__(self, caller, number):
         self.__dict__.update(_caller=caller, _number=number)
@@ -404,7 +851,7 @@ class Remote:
         return self._caller.ask("call", self, list(args), named)
 
     def __getattr__(self, name):
-        if name.startswith("__"):
+        if name.startswith("__") and name not in ("__name__", "__doc__"):
             raise AttributeError(name)
         return self._caller.ask("get", self, name)
 
@@ -412,61 +859,125 @@ class Remote:
         self._caller.ask("set", self, name, value)
 
     def __iter__(self):
-        return iter(self._caller.ask("list", self))
+        if self._caller.strict:              # in one answer where it has an end
+            try:
+                length = len(self)
+            except Exception:
+                length = None
+            if length is not None:
+                return iter(self._caller.ask("list", self))
+        return self._caller.ask("iter", self)
 
-    def __eq__(self, other):
-        return isinstance(other, Remote) and other._number == self._number
+    def __contains__(self, value):
+        return any(value is each or value == each for each in self)
 
-    __hash__ = None
+    def __hash__(self):
+        return self._caller.ask("hash", self)
+
+    def __instancecheck__(self, thing):
+        return isinstance(thing, Remote) and self._caller.ask("isinstance", self, thing)
+
+    def __subclasscheck__(self, kind):
+        return isinstance(kind, Remote) and self._caller.ask("issubclass", self, kind)
+
+    def __round__(self, *digits):
+        return self._caller.ask("round", self, *digits)
+
+    def __exit__(self, *error):
+        return self._caller.ask("exit", self)
+
+    def __deepcopy__(self, memo):
+        return self._caller.ask("deep copy", self)
 
 
-def handle_of(value):
-    if isinstance(value, Remote):
-        return value._number
-    raise TypeError(f"a {type(value).__name__} cannot be handed to the program")
+def forwarded(what):
+    """A method of Remote that asks the other process."""
+    def method(self, *args):
+        return self._caller.ask(what, self, *args)
+    return method
+
+
+def joined(what):
+    """An operator of Remote: in the checker between two things of the program's alone."""
+    def method(self, other):
+        if self._caller.strict and not isinstance(other, Remote):
+            return NotImplemented
+        return self._caller.ask(what, self, other)
+    return method
+
+
+for special, operation in {
+        "len": "len", "next": "next", "reversed": "reversed", "str": "str", "repr": "repr",
+        "format": "format", "bool": "bool", "int": "int", "float": "float", "index": "index",
+        "abs": "abs", "neg": "negative", "pos": "positive", "invert": "inverted",
+        "getitem": "item", "setitem": "set item", "delitem": "delete item", "copy": "copy",
+        "enter": "enter"}.items():
+    setattr(Remote, f"__{special}__", forwarded(operation))
+for special in ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv",
+                "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(Remote, f"__{special}__", joined(special))
 
 
 # ---- Values on the pipes -------------------------------------------------------------------------
 
-def encode(value, handle):
-    """A value as JSON: plain ones by kind, subclasses as what they derive from, anything else by
-    the number that handle(value) gives."""
-    if value is None or value is True or value is False:
-        return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            plain = kind.__pos__(value) if kind is not str else str.__str__(value)
-            return ["i", hex(plain)] if kind is int else plain
-    for letter, kind in (("l", list), ("t", tuple), ("s", set), ("z", frozenset)):
-        if isinstance(value, kind):
-            return [letter, [encode(v, handle) for v in kind.__iter__(value)]]
-    if isinstance(value, dict):
-        return ["d", [[encode(k, handle), encode(v, handle)] for k, v in dict.items(value)]]
-    if isinstance(value, complex):
-        return ["c", [value.real, value.imag]]
-    if isinstance(value, (bytes, bytearray)):
-        return ["b", bytes(value).hex()]
-    if isinstance(value, type) and value.__module__ == "builtins":
-        return ["y", value.__name__]
-    return ["h", handle(value)]
-
-
-def decode(value, thing):
-    """encode's inverse; thing(number) finds what a number stands for."""
-    if not isinstance(value, list):
-        return value
-    letter, inner = value
-    if letter in "ltsz":
-        kind = {"l": list, "t": tuple, "s": set, "z": frozenset}[letter]
-        return kind(decode(v, thing) for v in inner)
-    if letter == "d":
-        return {decode(k, thing): decode(v, thing) for k, v in inner}
-    simple = {"i": lambda x: int(x, 16), "c": lambda x: complex(*x), "b": bytes.fromhex,
-              "h": thing, "y": PLAIN_TYPES.__getitem__}
-    return simple[letter](inner)
-
-
+PLAIN = (int, float, str, list, tuple, set, frozenset, dict, complex, bytes)
 PLAIN_TYPES = {k: v for k, v in vars(builtins).items() if isinstance(v, type)}
+DTYPES = "biufcSUmM"             # of numpy's kinds those that are bytes alone
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of the library's: value -> plain parts, and back."""
+    parts: object
+    made: object
+
+
+def library(name):
+    return importlib.import_module(name)
+
+
+def deque_parts(d):
+    return [list(d), d.maxlen]
+
+
+def factory_of(d):
+    return d.default_factory if d.default_factory in PLAIN_TYPES.values() else None
+
+
+LIBRARY = {
+    "decimal.Decimal": Kind(lambda d: library("decimal").Decimal.__str__(d),
+                            lambda text: library("decimal").Decimal(text)),
+    "fractions.Fraction": Kind(lambda f: [f.numerator, f.denominator],
+                               lambda x: library("fractions").Fraction(*x)),
+    "datetime.datetime": Kind(lambda d: d.isoformat(),
+                              lambda text: library("datetime").datetime.fromisoformat(text)),
+    "datetime.date": Kind(lambda d: [d.year, d.month, d.day],
+                          lambda x: library("datetime").date(*x)),
+    "datetime.time": Kind(lambda t: t.isoformat(),
+                          lambda text: library("datetime").time.fromisoformat(text)),
+    "datetime.timedelta": Kind(lambda d: [d.days, d.seconds, d.microseconds],
+                               lambda x: library("datetime").timedelta(*x)),
+    "collections.deque": Kind(deque_parts, lambda x: library("collections").deque(*x)),
+    "collections.Counter": Kind(dict, lambda x: library("collections").Counter(x)),
+    "collections.OrderedDict": Kind(dict, lambda x: library("collections").OrderedDict(x)),
+    "collections.defaultdict": Kind(lambda d: [factory_of(d), dict(d)],
+                                    lambda x: library("collections").defaultdict(*x)),
+    "array.array": Kind(lambda a: [a.typecode, a.tolist()],
+                        lambda x: library("array").array(*x)),
+    "uuid.UUID": Kind(str, lambda text: library("uuid").UUID(text)),
+    "pathlib.PurePosixPath": Kind(str, lambda text: library("pathlib").PurePosixPath(text)),
+    "builtins.slice": Kind(lambda x: [x.start, x.stop, x.step], lambda x: slice(*x)),
+    "builtins.ellipsis": Kind(str, lambda text: ...)}
+
+
+def array_of(parts):
+    """numpy's array, or number, of [kind, shape, bytes, is it a number]."""
+    numpy = library("numpy")
+    kind, shape, text, single = parts
+    if not re.fullmatch(rf"[<>|=]?[{DTYPES}]\d*(\[\w+\])?", kind):
+        raise ValueError("no kind of numbers")
+    array = numpy.frombuffer(bytes.fromhex(text), numpy.dtype(kind)).reshape(shape).copy()
+    return array[()] if single else array
 
 
 def send(fd, message):
@@ -501,30 +1012,30 @@ def serve(reading, writing, out, limits):
     limit(limits, 16)
     sys.stdout.reconfigure(line_buffering=True)
     sys.setrecursionlimit(10_000)
-    things = []
-
-    def number(value):
-        things.append(value)
-        return len(things) - 1
+    caller = Caller(3, 4, perform)
     while True:
-        what, args = json.loads(receive(3))
-        try:
-            args = [decode(a, things.__getitem__) for a in args]
-            said = ["value", encode(perform(what, *args), number)]
-        except BaseException as e:
-            said = ["raised", [type(e).__name__, str(e)[:SHOWN]]]
-        send(4, said)
+        caller.answer(*json.loads(receive(3)))
+
+
+def load(program):
+    """Run the program's text -> the names that it defines."""
+    space = types.ModuleType("program").__dict__
+    sys.modules["program"] = types.ModuleType("program")
+    LOADED.append(space)
+    exec(compile(program, "program", "exec"), space)
+    return [name for name in space if not name.startswith("__")]
+
+
+LOADED = []                      # the program's names, in its own process
 
 
 def perform(what, *args):
+    """What the program's process does when it is asked."""
     if what == "load":
-        space = types.ModuleType("program").__dict__
-        sys.modules["program"] = types.ModuleType("program")
-        exec(compile(args[0], "program", "exec"), space)
-        return {k: v for k, v in space.items() if not k.startswith("__")}
-    if what == "call":
-        return args[0](*args[1], **args[2])
-    return {"get": getattr, "set": setattr, "list": list}[what](*args)
+        return load(*args)
+    if what == "names":
+        return {name: LOADED[0][name] for name in args[0]}
+    return OPERATIONS[what](*args)
 
 
 if __name__ == "__main__":

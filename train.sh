@@ -216,13 +216,13 @@ if [[ -z "$model" ]]; then
     split=(--by intent "${narrowly[@]}" --permute) noise=0.2
     # Some seeds learn the scenes a hundred steps later than others: each base ends at the same loss.
     [[ -n "$base_steps" ]] || { base_steps=600; until=(--until 0.70 --schedule constant); }
-    sft_steps=40 grpo_steps=120 weight="${weight:-8}"
+    sft_steps=40 grpo_steps=120 weight="${weight:-8}" part=6
     cover="--set-size ${set_size:-4} --lr 2e-3" set_size="${set_size:-6}"
   else
     sizes="base=$(( posts * 5 )),sft=$posts,grpo=$posts,eval=$(( posts / 5 ))"
     [[ -z "$world$narrow" ]] || split=("${narrowly[@]}" ${narrow:+--permute})
     base_steps="${base_steps:-$([[ "$world" == pocket-stories ]] && echo 500 || echo 1200)}"  # tales are soon learnt
-    noise=0.1; sft_steps=120 grpo_steps=80 weight="${weight:-4}"
+    noise=0.1; sft_steps=120 grpo_steps=80 weight="${weight:-4}" part=3
   fi
   length=24; [[ "$world" != pocket-stories ]] || length=48
   small=(--hidden 192 --layers 2 --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise "$noise" --micro-tokens 1024)
@@ -238,7 +238,7 @@ if [[ -z "$model" ]]; then
   jobs="${jobs:-$(( WORLD_SIZE == 1 && count > cores && count < 2 * cores ? count : cores ))}"
 else
   arms="${arms:-lora poly lora-grpo lora-passk poly-grpo}"
-  seeds="${seeds:-1}"; gate=likelihood then_gate=auto floor=0 passk=maxk samples="${samples:-20}"
+  seeds="${seeds:-1}"; gate=likelihood then_gate=auto floor=0 passk=maxk samples="${samples:-20}" part=1
   # The likelihood's scale and the embedder decide what a lambda does: D's share of the gradient is held instead.
   strength="--lambda-share ${share:-0.3}"; [[ -z "$lambda" ]] || strength="--lambda $lambda"
   if [[ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" == True ]]; then
@@ -259,8 +259,7 @@ else
 fi
 set_size="${set_size:-4}" then_gate="${then_gate:-$gate}" four=$(( k > 4 ? 4 : k - 1 ))
 cover="${cover:---set-size $set_size}"
-case "$weight" in 8) part=6 ;; "") part=1 ;; *) part=3 ;; esac           # D's part of the advantages, measured
-like="${like:-$part}"
+like="${like:-$part}"                      # D's part of the advantages at the default --weight, measured
 [[ -z "$targets" ]] || adapter+=(--targets "$targets")
 (( WORLD_SIZE <= 8 )) || sft+=(--draft-posts "$WORLD_SIZE")
 long="--steps $(( ${first_steps:-$sft_steps} * 14 / 5 ))"                # the seconds of polychromic SFT
@@ -382,18 +381,30 @@ done
 
 # ---- Stages ---------------------------------------------------------------------------------------------
 
+quoted() {  # WORDS..: on one line, so that a shell reads the same words again
+  local word line="" plain='^[A-Za-z0-9_@%+=:,./-]+$'
+  for word in "$@"; do
+    [[ "$word" =~ $plain ]] || printf -v word '%q' "$word"
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+
 stages=0                                   # of a seed: ranks that meet twice under one name would read old addresses
 stage() {  # ROOM ARGUMENTS..: one program; when it fails, what failed and the command that repeats it
-  local room="$1" code=0 said real; shift
+  local room="$1" code=0 said=() word; shift
   export STUDY_STAGE="$(( ++stages ))"
   if [[ -n "$dry" && "$1" != split ]]; then
-    said="$*"; real="${out%-dry-run}"
-    [[ "$RANK" != 0 ]] || echo "python $room.py ${said//$out/$real}"
+    for word in "$@"; do                   # as it will be without --dry-run
+      [[ "$word" != "$out"* ]] || word="${out%-dry-run}${word#"$out"}"
+      said+=("$word")
+    done
+    [[ "$RANK" != 0 ]] || echo "python $room.py $(quoted ${said[@]+"${said[@]}"})"
     set -- "$@" --dry-run
   fi
   "$python" "$here/$room.py" "$@" || code=$?
   (( code == 0 )) || { echo "train.sh: rank $RANK: $room.py ended with exit code $code; to repeat it alone:" \
-    "$(printf '%q ' "$python" "$here/$room.py" "$@")" >&2; return "$code"; }
+    "$(quoted "$python" "$here/$room.py" "$@")" >&2; return "$code"; }
 }
 
 study() {  # SEED: every arm, then the drafts of each for the held-out posts
@@ -402,7 +413,7 @@ study() {  # SEED: every arm, then the drafts of each for the held-out posts
   # A seed has posts of its own in a small world, and without --model a base of its own.
   local deal="$seed"
   if [[ -n "$data" && -z "$world" ]]; then from="$out/data" deal=0; else from="$to/data"; fi
-  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$deal" --out "$from" ${split[@]+"${split[@]}"}
+  stage data split --data "${data:-pocket}" --sizes "$sizes" --seed "$deal" --out "$from" ${split[@]+"${split[@]}"} ${code[@]+"${code[@]}"}
   base="$model"
   if [[ -z "$model" ]]; then
     stage polylora base --data "$from/base.jsonl" --out "$to/base-model" --seed "$seed" --resume --steps "$base_steps" ${until[@]+"${until[@]}"} "${small[@]}"
@@ -494,7 +505,7 @@ if [[ "$RANK" == 0 ]]; then
   [[ -z "$rivals" ]] || endpoint="${endpoint:-$ours $rivals}"
   stage evaluate report "${runs[@]}" --out "$out/report${study:+-$study}" --against "$against" ${endpoint:+--primary $endpoint}
   echo "The report, with its pictures, is in $out/report${study:+-$study}. Try:" \
-    "python evaluate.py drafts $out/seed${seeds%% *}/${arms##* } \"some post\""
+    "python evaluate.py drafts $(quoted "$out/seed${seeds%% *}/${arms##* }") \"some post\""
 fi
 exit
 '''

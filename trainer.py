@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +32,12 @@ from tqdm import tqdm
 
 import data
 from data import InputError, base_hash, beside, fetch, read_json, write_json, write_text
-from files import Tracker, duration, environment, file_hash
+from files import (
+    WHOLE_HASH, Tracker, adapter_hash, chat_hash, combined_hash, content_hash, duration, environment,
+    file_hash, recorded_hash)
 from generate import generate, sampling_of
-from model import Config, Qwen3, chat_format, pack, tensor_files, token_logprobs
+from hub import tensor_files
+from model import Config, Qwen3, chat_format, pack, token_logprobs
 from ranks import Ranks, Signals, shard
 
 try:
@@ -107,35 +111,60 @@ def left_over(path):
 
 
 def model_hash(path, revision):
-    """What tells a checkpoint from another without reading it all: its config.json and, of each
-    file of tensors, name, size, header and the last 64 KiB. A change of other numbers alone is not
-    seen; to hash every byte takes some 0.8 s a GB, 12 s of an 8B model."""
+    """The hash of a checkpoint's weights: config.json and every byte of its tensor files, read once
+    a process (some 0.8 s a GB, 12 s of an 8B model). Its tokenizer and template: chat_hash."""
     folder = fetch(path, revision)
-    total = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in tensor_files(folder):
-        with open(file, "rb") as f:
-            head = f.read(8)
-            total.update(f"{file.name} {file.stat().st_size}".encode())
-            total.update(head + f.read(min(int.from_bytes(head, "little"), 2 ** 24)))
-            f.seek(-min(2 ** 16, file.stat().st_size), 2)
-            total.update(f.read())
-    return total.hexdigest()
+    files = [(file.name, content_hash(file)) for file in tensor_files(folder)]
+    return combined_hash(content_hash(folder / "config.json"), files)
+
+
+def start_folder(start):
+    """The adapter's folder of a run, or the folder itself where it holds an adapter."""
+    inside = Path(start) / "adapter"
+    return inside if inside.is_dir() else Path(start)
+
+
+class Input(NamedTuple):
+    """Something that a run is made from beside its flags and posts, and that may change under the
+    same name."""
+    hash: Callable       # the run's flags -> a hash of all its bytes
+    about: str           # what it is, in a message
+    flag: str            # the flag that names it
+
+
+INPUTS = {  # name -> Input; a run records the hash of each that it reads as NAME_hash
+    "model": Input(lambda args: model_hash(args.model, args.revision), "base", "model"),
+    "model_chat": Input(lambda args: chat_hash(args.model, args.revision),
+                        "tokenizer or chat template", "model"),
+    "start": Input(lambda args: adapter_hash(start_folder(args.start)), "starting adapter",
+                   "start"),
+    "embedder": Input(lambda args: checkpoint_hash(args.embedder), "embedder", "embedder"),
+}
+
+
+def checkpoint_hash(path, revision=None):
+    """One hash of a checkpoint's weights, tokenizer and chat template."""
+    return combined_hash(model_hash(path, revision), chat_hash(path, revision))
 
 
 class Run:
-    """A run folder, which is one configuration: config.json (what was asked for), metrics.jsonl (a
-    line a step), checkpoint.safetensors and the one before it (to go on from), the result (adapter/
-    or a model), done.json (written last)."""
+    """A run folder, which is one configuration: config.json (what was asked for, and a hash of all
+    that the run is made from), metrics.jsonl (a line a step), checkpoint.safetensors and the one
+    before it (to go on from), the result (adapter/ or a model), done.json (written last).
+
+    A folder is finished, or can be gone on with, only for the same flags and the same inputs: the
+    posts, the base, its tokenizer and chat template, the starting adapter and whatever else is in
+    INPUTS. So a chain is never mixed from an old stage and a new one."""
 
     # What may differ between a run and its resumption: the result is the same.
     VOLATILE = ("out", "resume", "save_every", "micro_tokens", "max_rows", "command", "run",
                 "device", "no_graphs", "shard", "checkpointing", "data", "environment", "split",
-                "readers", "allow_code_execution", "track", "model_hash", "reward_model_hash")
+                "readers", "allow_code_execution", "track")
     # Later flags, left out where they are as it always was: older folders stay valid.
-    LATER = {"diversity_schedule": "constant"}
+    LATER = {"diversity_schedule": "constant", "start": None}
 
     def __init__(self, args, ranks):
-        self.folder, self.ranks = Path(args.out), ranks
+        self.args, self.folder, self.ranks = args, Path(args.out), ranks
         self.lock = self.tracker = None
         self.config = {k: v for k, v in vars(args).items()
                        if not callable(v) and (k, v) not in self.LATER.items()}
@@ -154,36 +183,65 @@ class Run:
                              "another --out")
 
     def compare(self, old):
-        """InputError when the folder's configuration is another one; a word when only
+        """InputError when the folder's configuration or inputs are others; a note when only
         versions are."""
-        for key in sorted(old.keys() | self.config.keys()):
+        hashes = {f"{name}_hash" for name in INPUTS}
+        for key in sorted((old.keys() | self.config.keys()) - hashes):
             before, now = (c.get(key, self.LATER.get(key, False)) for c in (old, self.config))
             if key in self.VOLATILE or before == now:
                 continue
             if key == "data_hash":
                 raise InputError(f"{self.folder} holds a run on other posts: the contents of "
                                  f"{self.config['data']} have changed: choose another --out")
+            phase = self.config.get("command", "grpo")
+            longer = self.done and key in ("steps", "epochs") and phase in ("sft", "grpo")
+            hint = f"; to train its adapter further start from it: --start {self.folder}"
             raise InputError(f"{self.folder} holds a run with {key} = {before!r}, now {now!r} is "
-                             "asked for: choose another --out, or delete that folder")
+                             "asked for: choose another --out, or delete that folder"
+                             + (hint if longer else ""))
         if old.get("readers", self.config["readers"]) != self.config["readers"]:
             raise InputError(f"{self.folder} holds a run on posts of another split (see "
                              f"domain.json beside {self.config['data']}): choose another --out")
+        self.compare_inputs(old)
         before, now = old.get("environment") or {}, self.config["environment"]
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed and not self.done and self.ranks.main:
             said = data.printable(", ".join(changed))
             print(f"{self.folder} was begun under other versions: {said}", flush=True)
 
-    def based_on(self, hashed, what="model"):
-        """Note the hash of the run's base, or of its reward_model; InputError where the run was
-        begun with another one."""
-        path, key = self.folder / "config.json", f"{what}_hash"
-        before = read_json(path).get(key, hashed) if path.exists() else hashed
-        if before != hashed:
-            name = {"model": "base"}.get(what, what.replace("_", " "))
-            raise InputError(f"{self.folder} holds a run on another {name}: the contents of "
-                             f"{self.config[what]} have changed: choose another --out")
-        self.config[key] = hashed
+    def compare_inputs(self, old):
+        """InputError when an input that the folder's run has read is another one by now."""
+        recorded = [name for name in INPUTS if f"{name}_hash" in old]
+        older = [name for name in recorded if not str(old[f"{name}_hash"]).startswith(WHOLE_HASH)]
+        if older and not self.done:
+            raise InputError(f"{self.folder} was begun by an older version, which did not record "
+                             "all that a run is made from: choose another --out, or delete that "
+                             "folder")
+        if older and self.ranks.main:
+            print(f"{self.folder} is of an older version: whether its {INPUTS[older[0]].about} is "
+                  "still the same cannot be checked", flush=True)
+        for name in recorded:
+            if name not in older:
+                self.compare_input(name, old[f"{name}_hash"], INPUTS[name].hash(self.args))
+
+    def compare_input(self, name, before, now):
+        if before != now:
+            of = INPUTS[name]
+            raise InputError(f"{self.folder} holds a run on another {of.about}: the contents of "
+                             f"{self.config[of.flag]} have changed: choose another --out, or "
+                             "delete that folder")
+
+    def made_from(self, *names):
+        """Record the hashes of INPUTS that this run reads; InputError where the run was begun with
+        others."""
+        path = self.folder / "config.json"
+        old = read_json(path) if path.exists() else {}
+        for name in names:
+            now = INPUTS[name].hash(self.args)
+            before = old.get(f"{name}_hash", now)
+            if str(before).startswith(WHOLE_HASH):
+                self.compare_input(name, before, now)
+            self.config[f"{name}_hash"] = now
 
     def __enter__(self):
         """Take the folder and write the configuration: once everything was read and found right, so
@@ -335,19 +393,55 @@ def learning_rate(step, steps, peak, warmup, schedule):
     return peak if schedule == "constant" else peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class Stall(NamedTuple):
+    """A number of a log that has stopped telling anything: it is from `low` to `high`."""
+    name: str
+    low: float
+    high: float
+    meaning: str         # what that means, and what to do about it
+
+    def holds(self, numbers):
+        return self.name in numbers and self.low <= numbers[self.name] <= self.high
+
+    def value(self):
+        if self.low == self.high:
+            return f"{self.low:g}"
+        return f"{self.low:g} or more" if self.high == 1 else f"{self.high:g} or less"
+
+
+NEARLY_ALL = 0.9         # of the completions: the few others teach and show next to nothing
+# Causes first: what stops the completions, then what follows from it.
+STALLS = (
+    Stall("truncated", NEARLY_ALL, 1.0,
+          "completions are cut off before their end: raise --max-new-tokens"),
+    Stall("empty", NEARLY_ALL, 1.0,
+          "completions are empty: check that the chat template and the tokenizer are the model's"),
+    Stall("identical", 1.0, 1.0,
+          "all completions of a post are one text: raise --temperature, or train less"),
+    Stall("valid", 0.0, 0.0,
+          "no completion is right: check the posts, their verifier and the chat template"),
+    Stall("passed", 0.0, 0.0,
+          "no completion passes: check the reward, its bar and the chat template"),
+    Stall("D", 0.0, 0.0, "all drafts of a post are alike"),
+    Stall("gated_D", 0.0, 0.0, "the gate lets no diversity through"),
+    Stall("quality", 0.0, 0.0, "the gate finds every draft worthless"),
+    Stall("quality", 1.0, 1.0, "the gate finds every draft perfect, and tells none from another"),
+    Stall("D_share", 0.0, 0.0, "D has no part in the gradient"),
+    Stall("reward", 0.0, 0.0, "every reward is 0"),
+    Stall("reward_std", 0.0, 0.0, "rewards of a post are all equal"),
+    Stall("advantage", 0.0, 0.0, "every advantage is 0"),
+    Stall("zero_variance", 1.0, 1.0, "every group's rewards are all equal"))
+
+
+def stalled(numbers):
+    """The warnings that the means of a whole measurement give cause to."""
+    return [f"{stall.name} is {numbers[stall.name]:.3g}: {stall.meaning}" for stall in STALLS
+            if stall.holds(numbers)]
+
+
 class DeadSignals:
-    """Speaks up when a number that should teach has been dead for five steps: D, gate or reward all
-    zero, the gate all one, rewards all equal in every group. Reading the log again after a resume
-    restores it."""
-    DEAD = (("D", 0.0, "all drafts of a post are alike"),
-            ("gated_D", 0.0, "the gate lets no diversity through"),
-            ("quality", 0.0, "the gate finds every draft worthless"),
-            ("quality", 1.0, "the gate finds every draft perfect, and tells none from another"),
-            ("D_share", 0.0, "D has no part in the gradient"),
-            ("reward", 0.0, "every reward is 0"),
-            ("reward_std", 0.0, "rewards of a post are all equal"),
-            ("advantage", 0.0, "every advantage is 0"),
-            ("zero_variance", 1.0, "every group's rewards are all equal"))
+    """Warns when a number of STALLS has stood still for five steps. Reading the log again after a
+    resume restores it."""
 
     def __init__(self, steps=5):
         self.steps, self.count = steps, {}
@@ -356,15 +450,27 @@ class DeadSignals:
     def warnings_of(self, line):
         """The sentences that this line of the log gives cause to say, each once a run."""
         fresh = []
-        for name, dead, what in self.DEAD:
-            if name in line:
-                key = name, dead
-                self.count[key] = self.count.get(key, 0) + 1 if line[name] == dead else 0
-                text = f"{name} was {dead:g} for {self.steps} steps: {what}"
-                if self.count[key] == self.steps and text not in self.said:
+        for stall in STALLS:
+            if stall.name in line:
+                self.count[stall] = self.count.get(stall, 0) + 1 if stall.holds(line) else 0
+                text = (f"{stall.name} was {stall.value()} for {self.steps} steps: "
+                        f"{stall.meaning}")
+                if self.count[stall] == self.steps and text not in self.said:
                     fresh.append(text)
                     self.said.append(text)
         return fresh
+
+
+def tally_completions(tally, finished, texts):
+    """Add the shares of completions that were cut off and that are empty, and of posts whose
+    completions are all one text. finished, texts: P lists of k."""
+    every = [done for group in finished for done in group]
+    flat = [text for group in texts for text in group]
+    tally.add("truncated", every.count(False), len(every))
+    tally.add("empty", sum(not text.strip() for text in flat), len(flat))
+    several = [group for group in texts if len(group) > 1]
+    identical = sum(len(set(map(data.normalise, group))) == 1 for group in several)
+    tally.add("identical", identical, len(several))
 
 
 def train(session, params, step_fn, names, shaping=None):
@@ -596,7 +702,7 @@ class Session:
             raise InputError("--shard spreads the weights over several ranks, without --nf4: start "
                              "it by torchrun --nproc-per-node=N")
         if self.run:
-            self.run.based_on(model_hash(args.model, args.revision))
+            self.run.made_from("model", "model_chat")
         self.model = load_model(args.model, args, self.ranks.device, args.revision, args.nf4,
                                 args.shard)
         real = data.vocabulary(self.tokenizer)  # the matrix's rows above are padding
@@ -667,6 +773,10 @@ def same_base(run, args):
         raise InputError(f"the adapter of {run} was trained on another base than {args.model}: "
                          "name that one by --model, and measure runs on different bases in calls "
                          "of their own")
+    chat = recorded_hash(run, "model_chat")
+    if chat is not None and chat != chat_hash(args.model, args.revision):
+        print(f"warning: {run} was trained with another tokenizer or chat template than "
+              f"{args.model} has now", file=sys.stderr)
 
 
 def load_chat(path, revision=None):

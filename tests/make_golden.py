@@ -18,9 +18,11 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import BertModel, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
-from tiny import (PEFT_KINDS, fingerprint, nf4_weight, sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark,
+from tiny import (PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, rank_pattern, sequence, tiny_adapter, tiny_bert,
+                  tiny_config, tiny_weights, weights_mark,
                   write_adapter, write_checkpoint)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -136,6 +138,35 @@ def adapters(folder):
     return golden
 
 
+def peft_files(folder):
+    """The layers that PEFT's settings choose, the configuration that it then writes, and its logits; and an AdaLoRA
+    adapter whose budget has cut triplets."""
+    config, tokens = tiny_config(True), sequence(20 + LENGTHS[0], LENGTHS[0])
+    base = write_checkpoint(folder / "chosen", config, tiny_weights(config, SEED))
+    golden = {"versions": VERSIONS, "rank": RANK, "alpha": ALPHA, "seed": SEED + 1, "tokens": tokens, "cases": {}}
+    for name, changes in PEFT_FILES.items():
+        kind = "dora" if changes.get("use_dora") else "lora"
+        drawn = tiny_adapter(config, RANK, SEED + 1, kind)
+        settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM", **changes)
+        model = peft.get_peft_model(load(Qwen3ForCausalLM, base), settings)
+        own = peft.get_peft_model_state_dict(model)
+        place = folder / name
+        model.save_pretrained(place)         # its configuration, and tensors that are exchanged for the drawn ones
+        save_file({n: drawn[n] for n in own}, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        read = PeftModel.from_pretrained(load(Qwen3ForCausalLM, base), place).eval()
+        written = json.loads((place / "adapter_config.json").read_text())
+        written["base_model_name_or_path"] = None
+        golden["cases"][name] = {"config": written, "tensors": sorted(own),
+                                 "last_two": rounded(read(torch.tensor([tokens])).logits[0, -2:])}
+    pattern = rank_pattern(config, RANK, SEED)
+    drawn = cut_triplets(tiny_adapter(config, RANK, SEED + 1, "adalora"), pattern)
+    changes = PEFT_KINDS["adalora"] | {"rank_pattern": pattern}
+    place = write_adapter(folder / "rank_pattern", drawn, RANK, ALPHA, **changes)
+    read = PeftModel.from_pretrained(load(Qwen3ForCausalLM, base), place).eval()
+    golden["rank_pattern"] = {"pattern": pattern, "last_two": rounded(read(torch.tensor([tokens])).logits[0, -2:])}
+    return golden
+
+
 def nf4():
     """bitsandbytes' NF4 with double quantisation. Its CPU code takes the second nearest 8-bit value where two are
     nearly as near; this weight has no such place, or the test against our nearest value would fail."""
@@ -172,6 +203,7 @@ def main():
         dump("qwen3_heads.json", heads(Path(folder)))
         dump("bert.json", bert(Path(folder)))
         dump("adapters.json", adapters(Path(folder)))
+        dump("peft_files.json", peft_files(Path(folder)))
     dump("nf4.json", nf4())
 
 

@@ -560,4 +560,4 @@ def test_of_several_ranks_the_first_makes_what_lies_between(files, tmp_path):
         assert polylora.main(["sft", *files, "--out", str(tmp_path / name), *few]) == 0
     wise = [sys.executable, "polylora.py", "wise", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]
     ranks = [subprocess.Popen(wise, cwd=Path(polylora.__file__).parent, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"}) for rank in "10"]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0] and (tmp_path / "c" / "done.json").exists()
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0] and (tmp_path / "c" / "done.json").exists()

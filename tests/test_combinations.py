@@ -336,7 +336,7 @@ def test_a_tokenizer_whose_stop_is_no_special_token_is_refused(root, capsys):
     for token in tokenizer["added_tokens"]:
         token["special"] = token["special"] and token["content"] != "<|im_end|>"
     path.write_text(json.dumps(tokenizer))
-    assert "does not give a text back" in refused(capsys, polylora.main, *sft_args(w, "never"))
+    assert "<|im_end|>" in (said := refused(capsys, polylora.main, *sft_args(w, "never"))) and "special" in said
 
 
 # ---- Texts ---------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_a_dry_run_prints_the_commands_that_would_run(tmp_path):
     """They held --dry-run and a folder that is removed again."""
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": "true"}
     ran = subprocess.run(["bash", "train.sh", "--out", str(tmp_path / "o"), "--dry-run", "--seeds", "1"],
-                         cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, timeout=60)
+                         cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, timeout=600)
     said = [line for line in ran.stdout.splitlines() if line.startswith("python ")]
     assert len(said) > 6 and not any("dry-run" in line for line in said) and str(tmp_path / "o/seed1/lora") in ran.stdout
 
@@ -409,3 +409,70 @@ def test_a_study_with_other_arms_or_temperatures_is_reported(tmp_path):
     runs = {Path(run).name for run in report.runs}
     assert "dpp-cover@1@0.5" in runs and "dpp-cover@1@0.75" not in runs
     assert report.primary == ["dpp-cover@1", "lora-cover", "lora-passk"] and set(report.primary) <= runs
+
+
+# ---- Picks and the reward models that learn from them ------------------------------------------------------
+
+def styled_posts(root, count=12):
+    """Posts with replies in two styles, of the domain `voices`."""
+    rows = [{"id": str(i), "post": f"My {topic} let me down, part {i}", "replies": {"kind": f"Poor {topic} {i}", "terse": f"No {topic} {i}"}}
+            for i in range(count) for topic in ["kettle bus lecture garden".split()[i % 4]]]
+    path = root / "styled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def picked(monkeypatch, run, place, posts=("My tram sings", "Another one")):
+    """Picks of two posts, as a person makes them at the prompt of `drafts`."""
+    answers = [line for post in posts for line in (post, "1")]
+    monkeypatch.setattr("sys.stdin", answers)
+    assert evaluate.main(["drafts", str(run), "--picks", str(place), "--k", "3", *SHORT]) == 0
+    rows = [json.loads(line) for line in place.read_text().splitlines()]
+    for row in rows:                         # of a random model: two drafts that differ
+        row["drafts"], row["pick"], row["reply"] = ["one draft", "another draft"], 0, "one draft"
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_reward_model_learns_picks_in_the_chat_format_of_the_run_that_wrote_the_drafts(root, capsys, monkeypatch):
+    """Picks from a run with styles were learnt in the format of `replies`, and asked by grpo.py in the run's own."""
+    w = places(root) | {"sft": styled_posts(root)}
+    assert polylora.main(sft_args(w, "lora")) == 0
+    place = root / "picks.jsonl"
+    rows = picked(monkeypatch, root / "lora", place)
+    assert {row["domain"] for row in rows} == {"voices"}
+    asked_for, encode = [], data.encode_chat
+    monkeypatch.setattr(data, "encode_chat", lambda tokenizer, messages, **more: (
+        asked_for.append(messages), encode(tokenizer, messages, **more))[1])
+    train = ["train", "--model", w["model"], "--data", str(place), "--steps", "2", "--batch", "2", "--rank", "2", "--out"]
+    assert rewards.main([*train, str(root / "heads")]) == 0
+    assert {chat[0]["content"] for chat in asked_for} == {"My tram sings", "Another one"}
+    asked_for.clear()
+    capsys.readouterr()
+    by = ["--reward", "model", "--reward-model", str(root / "heads"), "--data", w["sft"]]
+    assert grpo.main(grpo_args(w, "rl", *by)) == 0
+    judged = [chat[0]["content"] for chat in asked_for if chat[-1]["role"] == "assistant"]
+    assert judged and all(text.startswith("My ") for text in judged)           # the post itself, as in training
+    assert "judges here as" not in capsys.readouterr().out
+
+    place.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "domain"}) + "\n" for row in rows))
+    assert rewards.main([*train, str(root / "older")]) == 0                    # picks that do not say it
+    assert grpo.main(grpo_args(w, "rl2", *by[:3], str(root / "older"), *by[4:])) == 0
+    assert "judges here as 'voices' does" in capsys.readouterr().out
+
+
+def test_picks_of_runs_of_two_domains_are_not_mixed_unawares(root, capsys, monkeypatch):
+    w = places(root)
+    assert polylora.main(sft_args(w, "lora")) == 0
+    place = root / "picks.jsonl"
+    rows = picked(monkeypatch, root / "lora", place)
+    assert {row["domain"] for row in rows} == {"replies"}
+    rows[1]["domain"] = "voices"
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", "--model", w["model"], "--data", place, "--steps", "1", "--batch", "2", "--rank", "2", "--out", root / "heads"]
+    assert "replies, voices" in refused(capsys, rewards.main, *train)
+    assert rewards.main([*map(str, train), "--domain", "voices"]) == 0
+    assert data.read_json(root / "heads" / "done.json")["domain"]["domain"] == "voices"
+    rows[1]["domain"] = "nonsense"
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "no domain 'nonsense'" in refused(capsys, rewards.main, *train[:-1], root / "other")

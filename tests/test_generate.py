@@ -203,6 +203,15 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(rule):
         assert max(choices) < model.vocab
 
 
+def test_top_p_ends_with_the_token_that_reaches_it():
+    """The smallest set of at least top_p: where a token reaches it exactly, the next one is outside."""
+    uniform = torch.arange(64, dtype=torch.float64) / 64
+    for top_p, number in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3)):
+        token, logp = sample(torch.zeros(64, 4), uniform, 1.0, top_p=top_p)
+        assert len(set(token.tolist())) == number
+        assert torch.allclose(logp, torch.full((64,), -math.log(number)))
+
+
 def test_the_stop_id_is_kept_and_flags_say_who_was_cut_off(drafts_of_12):
     """The stop token is part of the draft, or its probability is never trained; a cut draft must be known as
     one."""
@@ -409,6 +418,23 @@ def test_joined_weights_are_stored_once_and_stay_the_model_s(tmp_path):
     assert a.k_proj.weight.grad.shape == (16, 24)
 
 
+def test_the_numbers_of_a_stream_are_splitmix64_s():
+    """Another constant is another stream, with which no run could be repeated: by Python's whole numbers."""
+    def mix(z):
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) % 2 ** 64
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) % 2 ** 64
+        return z ^ z >> 31
+    golden, seed = 0x9E3779B97F4A7C15, (-3, 11)
+    start = 0
+    for part in seed:
+        start = mix((start + golden) % 2 ** 64 ^ part % 2 ** 64)
+    want = []
+    for draft in range(2):
+        stream = mix((start + golden) % 2 ** 64 ^ draft)
+        want.append([(mix((stream + golden * t) % 2 ** 64) >> 11) / 2 ** 53 for t in range(1, 5)])
+    assert uniforms([seed], 2, 4)[0].tolist() == want
+
+
 def test_streams_of_random_numbers_are_uniform_and_unrelated():
     u = uniforms([(8, p) for p in range(300)], 6, 40)
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
@@ -598,3 +624,62 @@ def test_a_kept_batch_serves_all_that_fit_in_it(monkeypatch):
         generate(model, [[1 + i % 19 for i in range(n)] for n in lengths], k=2, max_new_tokens=8,
                  stop_ids=STOPS, seed=rollout)
     assert len(built) <= 3 and len(captured) <= 12
+
+
+# ---- Numbers that are not finite -------------------------------------------------------------------------
+
+def spoiled(value=math.nan):
+    """A model whose last norm holds one number that is not finite, and that number's place."""
+    model = build()
+    model.model.norm.weight.data[3] = value
+    return model
+
+
+SETTINGS = [dict(), dict(temperature=0), dict(top_p=0.9), dict(top_k=3), dict(min_p=0.1)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("write", [generate, generate_plain])
+def test_logits_that_are_not_finite_stop_with_a_sentence(write, settings):
+    """They were drawn from: the last id, or 0, written until the end and measured."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(InputError, match="logits are not finite"):
+            write(spoiled(value), PROMPTS[:3], k=2, max_new_tokens=4, stop_ids=STOPS, **{"seed": [1, 2, 3]} | settings)
+
+
+def test_a_first_token_alone_that_is_not_finite_stops():
+    """One new token: the prefill's logits are the only ones."""
+    with pytest.raises(InputError, match="logits are not finite"):
+        generate(spoiled(), [[1, 2]], k=1, max_new_tokens=1)
+
+
+def test_looking_for_numbers_that_are_not_finite_waits_for_no_device(monkeypatch):
+    """The fast engine looks where it reads finished samples anyway, not at every token."""
+    waits = []
+    for name in ("isnan", "isfinite"):
+        whole = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, whole=whole: (waits.append(1), whole(t))[1])
+        whole_function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda t, whole=whole_function: (waits.append(1), whole(t))[1])
+    generate(build(), PROMPTS[:2], k=2, max_new_tokens=40, stop_ids=(), seed=1)
+    assert 1 <= len(waits) <= 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_kept_batch_forgets_what_a_broken_rollout_wrote(value, monkeypatch):
+    """A masked column weighs 0, but 0 * nan is nan: one broken adapter spoilt all later runs of one `measure`."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+    model, settings = build(), dict(k=2, max_new_tokens=6, stop_ids=STOPS, seed=[5, 6, 7])
+    model.graphs = True
+    want = generate(model, PROMPTS[:3], **settings)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    good = weight[0, 0].item()
+    weight[0, 0] = value                     # its keys and values go into the cache
+    with pytest.raises(InputError, match="logits are not finite"):
+        generate(model, PROMPTS[:3], **settings | {"max_new_tokens": 8, "seed": [1, 2, 3]})
+    weight[0, 0] = good
+    for cache in (model.kept_batch.prompt_cache, model.kept_batch.own_cache, model.kept_batch.logprobs):
+        cache.fill_(value)                   # every column, the masked ones too
+    again = generate(model, PROMPTS[:3], **settings)
+    same(again, want)

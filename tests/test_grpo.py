@@ -449,7 +449,7 @@ def test_relevance_pays_neither_copies_nor_repetition_nor_a_single_word():
     assert form(post, "oh no, that is annoying") == 1 and form(post, post) == 0 and form(post, "") == 0
     assert form(post, "ha ha ha ha ha") == pytest.approx(1 / 4)
     assert form(post, "oh my") == pytest.approx(2 / 3)
-    assert form(post, "my bus is late too") == pytest.approx(1 / 3)
+    assert form(post, "my bus is late too") == pytest.approx(1 / 3) and form(post, "my bus is") == 0
     assert form(post, " ".join(map(str, range(120)))) == pytest.approx(0.5)
     embed = lambda texts: F.normalize(torch.tensor([[[1.0, 0], [1, 0], [0, 1], [-1, 0]]]), dim=-1)
     drafts = ["oh no, how sad", "so very far off", "the very opposite of it"]
@@ -649,6 +649,53 @@ def test_several_updates_reuse_the_drafts_and_their_first_log_probs(parts):
     assert "mismatch" not in tally.sums                                        # left out, never 0
     step_gradient(s, 2)
     assert len(drafts) == 2 and drafts[1][1] == 2
+
+
+def test_a_batch_stays_until_its_updates_are_done(parts):
+    """Posts advance once a rollout: advancing at every update would leave out the posts between two rollouts."""
+    for updates, step, number in ((1, 3, 3), (2, 0, 0), (2, 2, 1), (3, 6, 2)):
+        s, tally = rl(parts, "--updates", str(updates), "--batch", "4"), Tally()
+        drawn = grpo.draw_batch(s, step, tally)
+        assert drawn.visits == batch_visits(12, 4, number, s.args.seed) == tally.visits
+
+
+def test_the_log_has_d_of_two_drafts_and_the_tokens_that_a_step_works_on(parts):
+    """Of each pass the row's tokens and the predicted ones, without which tokens a second would be another number."""
+    s = rl(parts, "--k", "2")
+    _, tally = step_gradient(s)
+    group = grpo.draw(s, tally.visits, 0).group
+    assert tally.sums["D"] == pytest.approx((float(diversity(group.embeddings).sum()), 6))
+    want = sum(batch.rows.tokens.numel() + len(batch.advantages) for batch in s.batches)
+    assert tally.sums["tokens"][0] == want
+    s = rl(parts, "--k", "1", "--advantage", "single-stream-spo", "--diversity-weight", "0")
+    s.run = None
+    assert "D" not in step_gradient(s)[1].sums
+
+
+def test_a_draft_close_to_the_longest_loses_reward(parts):
+    """The penalty is at most 0: with its sign turned the longest drafts would earn the most."""
+    s = rl(parts, "--overlong", "5")
+    visits = batch_visits(12, 6, 0, 4)
+    group = grpo.draw(s, visits, 0).group
+    earned = torch.tensor(s.reward(None, group.texts, None))
+    want = [[min(0.0, (7 - 5 - length) / 5) for length in lengths] for lengths in group.lengths.tolist()]
+    assert gap(group.rewards, earned + torch.tensor(want)) < 1e-6
+    assert float((group.rewards - earned).min()) == -1 and len({x for row in want for x in row}) > 1
+
+
+def test_rewards_are_asked_for_the_readers_of_the_step(parts):
+    """Who reads a draft hangs on seed, step and visit, apart from what drew the draft itself: from the sampler's own
+    stream the reader would be no chance beside the draft."""
+    s, asked = rl(parts), []
+    plain = s.reward
+    s.reward = lambda posts, drafts, streams: (asked.append((posts, list(streams))), plain(posts, drafts, streams))[1]
+    visits = [trainer.Visit(3, 0), trainer.Visit(3, 1), trainer.Visit(1, 0)]
+    for step in (0, 5):
+        group = grpo.draw(s, visits, step).group
+        posts, streams = asked.pop()
+        assert posts == [s.posts[v.index] for v in visits] and group.seeds.tolist() == streams
+        assert streams == [trainer.seed_of(4, "reader", step, s.posts[v.index].key, v.epoch) for v in visits]
+        assert not set(streams) & {s.stream(s.stage, step, v) for v in visits}
 
 
 def test_the_reference_is_the_starting_adapter_not_the_base(parts):

@@ -367,21 +367,24 @@ def test_unlikeliness_pays_the_likelier_right_draft_less():
 
 
 def evol_by_the_book(classes, cosines):
-    """EVOL-RL's rewards of one post, in loops."""
-    k, answered = len(classes), [c for c in classes if c >= 0]
-    if not answered:
+    """EVOL-RL's rewards of one post, in loops, by the rules of the authors' code: those who give no answer are left out
+    of every comparison, alone in its party a completion counts as most novel, equals get the middle."""
+    k, answered = len(classes), [i for i, c in enumerate(classes) if c >= 0]
+    if len(answered) < 2:
         return [-1.0] * k
-    top = max(classes.count(c) for c in answered)
-    majority = next(c for c in classes if c >= 0 and classes.count(c) == top)
-    out, s = [], {}
-    for i, c in enumerate(classes):
-        own = [j for j in range(k) if j != i and classes[j] >= 0 and (classes[j] == majority) == (c == majority)]
-        mean = sum(cosines[i][j] for j in own) / len(own) if own else 0.0
-        s[i] = 1 - (mean + max(cosines[i][j] for j in range(k) if j != i)) / 2
-    for i, c in enumerate(classes):
-        party = [s[j] for j in range(k) if classes[j] >= 0 and (classes[j] == majority) == (c == majority)]
-        u = (s[i] - min(party)) / (max(party) - min(party)) if c >= 0 and max(party) > min(party) else 0.0
-        out.append(-1.0 if c < 0 else (0.5 if c == majority else -1.0) + u / 2)
+    count = [classes.count(classes[i]) for i in answered]
+    majority = classes[answered[count.index(max(count))]]
+    out = [-1.0] * k
+    for right in (True, False):
+        party, novelty = [i for i in answered if (classes[i] == majority) == right], {}
+        for i in party:
+            own = [cosines[i][j] for j in party if j != i]
+            mean = sum(own) / len(own) if own else 0.0                         # alone: its novelty is not looked at
+            novelty[i] = 1 - (mean + max(cosines[i][j] for j in answered if j != i)) / 2
+        for i in party:
+            low, high = min(novelty.values()), max(novelty.values())
+            u = 1.0 if len(party) == 1 else (novelty[i] - low) / (high - low) if high > low else 0.5
+            out[i] = (0.5 if right else -1.0) + u / 2
     return out
 
 
@@ -394,10 +397,28 @@ def test_evol_rl_against_the_book():
         want = standardised(evol_by_the_book(classes, cosines))
         assert grpo.evol_advantages(torch.tensor([classes]), e)[0].tolist() == pytest.approx(want, abs=2e-4)
     e = torch.eye(4)[None, [0, 0, 1, 2]]
-    rewards = evol_by_the_book([0, 0, 0, 1], (e[0] @ e[0].T).tolist())         # s: 3/4, 3/4, 0 and 0
-    assert rewards == [0.5, 0.5, 1.0, -1.0]
+    rewards = evol_by_the_book([0, 0, 0, 1], (e[0] @ e[0].T).tolist())         # likeness: 3/4, 3/4, 0; one is alone
+    assert rewards == [0.5, 0.5, 1.0, -0.5]
     got = grpo.evol_advantages(torch.tensor([[0, 0, 0, 1]]), e)
     assert got[0].tolist() == pytest.approx(standardised(rewards), abs=1e-4)
+
+
+@pytest.mark.parametrize("classes, places, rewards", [
+    ([0, 0, 0, 1], [0, 0, 1, 2], [0.5, 0.5, 1.0, -0.5]),                       # one lone minority answer
+    ([0, 0, 0, 1], [0, 0, 0, 1], [0.75, 0.75, 0.75, -0.5]),                    # the majority is one text
+    ([0, 0, 1, 2], [0, 1, 2, 2], [0.75, 0.75, -0.75, -0.75]),                  # so is the minority
+    ([0, 1, -1, -1], [0, 1, 2, 3], [1.0, -0.5, -1.0, -1.0]),                   # each alone in its party
+    ([0, -1, -1, -1], [0, 1, 2, 3], [-1.0] * 4),                               # one answer cannot be compared
+    ([0, 0, 0, -1], [0, 1, 2, 2], [0.75, 0.75, 0.75, -1.0])])                  # likeness to no answer does not count
+def test_evol_rl_gives_the_rewards_of_the_authors_code(classes, places, rewards):
+    """A lone minority answer got -1 and a majority of one text .5; equal texts whose embeddings differ by rounding count
+    as equal."""
+    for noise in (0.0, 1e-7):
+        e = (torch.eye(4)[None, places].double() + noise * torch.randn(1, 4, 4).double()).float()
+        e = F.normalize(e, dim=-1)
+        got = grpo.evol_rewards(torch.tensor([classes]), e)
+        assert got[0].tolist() == pytest.approx(rewards, abs=1e-5)
+        assert grpo.evol_advantages(torch.tensor([classes]), e)[0].tolist() == pytest.approx(standardised(rewards), abs=1e-3)
 
 
 def test_maxrl_and_tailrl_agree_on_right_and_wrong():
@@ -698,7 +719,8 @@ def test_every_sft_loss_takes_two_steps_and_moves_the_adapter(parts, name):
         lines.append(polylora.sft_step(s, step).means(s.ranks, polylora.SFT_LOGGED))
         optimizer.step()
         optimizer.zero_grad()
-    logged = {"ce": {"ce"}, "unlikelihood-sequence": {"ce", "unlikely"}, "bonbon": {"loss", "reward"}}
+    shares = {"truncated", "empty", "identical"}                               # of the completions it samples
+    logged = {"ce": {"ce"}, "unlikelihood-sequence": {"ce", "unlikely"} | shares, "bonbon": {"loss", "reward"} | shares}
     assert all(set(line) == logged.get(name, {"loss"}) for line in lines)
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert all(not torch.equal(p, before[n]) for n, p in polylora.adapter_state(s.model).items())

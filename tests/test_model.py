@@ -54,6 +54,15 @@ def scored(model, groups, budget, temperature=1.0):
     return by_draft, grads
 
 
+def test_a_row_may_be_as_long_as_the_budget_and_no_longer():
+    """A post of 3 ids with drafts of 4 and 6: 3 + 3 + 5 tokens in one row, since a last token is only predicted."""
+    group = ([1, 2, 3], [[4, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    for budget, shapes in ((11, [(1, 11)]), (10, [(1, 8), (1, 6)]), (14, [(1, 11)]), (16, [(1, 11)])):
+        assert [tuple(rows.tokens.shape) for rows in pack([group], budget)] == shapes
+    assert [tuple(rows.tokens.shape) for rows in pack([group, group], 22)] == [(2, 11)]
+    assert [tuple(rows.tokens.shape) for rows in pack([group, group], 21)] == [(1, 11), (1, 11)]
+
+
 def first_of(draft):
     """(N,): where in the list each token's draft begins, so that a token's weight is a matter of draft and
     place in it."""

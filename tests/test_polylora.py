@@ -802,3 +802,13 @@ def test_a_shape_that_is_no_qwen3_is_one_sentence_and_exit_code_2(files, tmp_pat
     code = polylora.main(["base", *files[2:], "--out", str(tmp_path / "run"), *small.split(), *flags.split()])
     said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert code == 2 and len(said) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_held_out_reply_is_the_first_and_the_post_keeps_the_others():
+    post = data.Post("a", "post", ("one", "two", "three"), ("x", "y", "z"), "intent")
+    rest, reply = polylora.held_out(post)
+    assert (rest.replies, reply, rest.voices, rest.intent) == (("two", "three"), "one", (), "intent")
+    alone, reply = polylora.held_out(data.Post("a", "post", ("one",)))
+    assert alone.replies == ("one",) and reply == "one"                        # a single reply is kept
+    with pytest.raises(data.InputError, match="no reply"):
+        polylora.held_out(data.Post("a", "post", ()))

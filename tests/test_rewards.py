@@ -233,7 +233,7 @@ def test_trained_members_learn_resume_and_reward(parts, files, tmp_path):
     log = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert log[6]["loss"] < log[0]["loss"] and log[6]["accuracy"] > log[0]["accuracy"]
     session = types.SimpleNamespace(args=types.SimpleNamespace(reward_model=str(tmp_path / "whole"), dtype="auto", spread_penalty=0.5),
-                                    ranks=Share(), domain=data.make_domain("auto", posts))
+                                    ranks=Share(), domain=data.make_domain("auto", posts), say=print)
     reward = rewards.make_reward("model", session)
     assert isinstance(reward, rewards.HeadsReward) and reward.penalty == 0.5 and len(reward.heads.members) == 2
     rated = reward(posts, [x["drafts"] for x in lines])

@@ -25,9 +25,9 @@ from rewards import SCHEDULES
 from test_methods import (RIGHT, grpo_session, packed, rewards_by_length, rewards_of, sft_session, slope, tokens,
                           voices_by_length)
 from test_polylora import (OUTCOMES, Share, adapter_state, all_tuples, exact_gradient, expected_estimate, files, gap,
-                           gradient, in_double, nearly, parts, policy, save_adapter)
+                           gradient, in_double, nearly, parts, policy, save_adapter, shake)
 from tiny import command, whole_and_cut
-from trainer import Ranks, Visit, batch_visits
+from trainer import Ranks, Visit, batch_visits, seed_of
 
 REFERENCE = torch.tensor([0.5, 0.1, 0.3, 0.1]).double()                        # of four outcomes
 
@@ -145,6 +145,28 @@ def test_values_by_hand(parts, tmp_path):
         file.write('\n{"step": 1, "posts": {"to')
     assert rewards.Values(s, 2).known == values.known
     assert rewards.Values(s, 1).known[s.posts[5].key] == old and rewards.Values(s, 0).known == {}
+
+
+def test_a_visit_s_value_does_not_hold_its_own_rewards(parts):
+    """A baseline that has seen the rewards is not independent of the drafts that it is a baseline of."""
+    s, visits = spo_session(parts, "--k", "3"), [Visit(2, 0), Visit(5, 0)]
+    first = grpo.draw(s, visits, 0).group
+    assert torch.equal(first.values, rewards.Values(s, 0)(visits, 0))          # of the first 8 drafts alone
+    counts = [s.values.known[s.posts[v.index].key] for v in visits]
+    before = [each["right"] / (each["right"] + each["wrong"]) for each in counts]
+    assert gap(torch.tensor(before), first.values) > 1e-3                      # the visit has been learnt from by now
+    second = grpo.draw(s, visits, 1).group
+    assert second.values.tolist() == pytest.approx(before)
+    after = [s.values.known[s.posts[v.index].key]["right"] for v in visits]
+    assert after == pytest.approx([rewards.kept_share(0.0) * each["right"] + float(r.sum())
+                                   for each, r in zip(counts, second.rewards)])
+
+
+def test_the_first_drafts_of_a_post_have_readers_of_their_own(parts):
+    s, asked = spo_session(parts), []
+    s.reward = lambda posts, texts, streams: (asked.append(list(streams)), rewards_by_length(posts, texts))[1]
+    rewards.Values(s, 0)([Visit(2, 4), Visit(5, 0)], 3)
+    assert asked == [[seed_of(4, "reader", 3, s.posts[i].key, -1) for i in (2, 5)]]
 
 
 def test_a_single_draft_is_a_stream_and_no_group(parts, tmp_path):
@@ -380,6 +402,39 @@ def test_bonbon_by_hand(parts, budget):
     assert polylora.bonbon_loss(zero - 2, zero, zero, zero, 3).item() == pytest.approx(0.005 * 2 + 0.995 * 25)
 
 
+@pytest.mark.parametrize("budget", ["100000", "40"])
+@pytest.mark.parametrize("members", [2, 3, 4])
+def test_bonbon_teaches_every_member_of_an_ensemble_as_it_would_alone(parts, members, budget):
+    """Best and worst were shared out over the members by their place: of four members two learnt, one from the best alone
+    and one from the worst alone."""
+    drafts = [[9, 8, 7], [6, 6], [5, 9, 9, 4]]
+    s = sft_session(parts, "--loss", "bonbon", "--k", "3", "--micro-tokens", budget)
+    s.model = shake(polylora.add_lora(copy.deepcopy(parts[2]), 3, 6, seed=2, kind="ensemble", members=members), 0.1)
+    s.model.vocab = s.tokenizer.get_vocab_size()
+    fixed_drafts(s, lambda v: drafts)
+    s.reward = lambda posts, texts, streams: [[0.3, 0.9, 0.1], [0.5, 0.5, 0.5], [0.7, 0.1, 0.4]]
+    pairs = {1: (drafts[1], drafts[2]), 3: (drafts[0], drafts[1])}
+    got, tally = gradient(s, lambda t: polylora.add_bonbon(s, [Visit(1, 0), Visit(2, 0), Visit(3, 0)], 0, t, 0.2))
+
+    def alone(t):
+        for member in range(members):
+            for i, (best, worst) in pairs.items():
+                with torch.no_grad(), polylora.base(s.model):
+                    first = whole(s, s.prompt(i), best).sum() - whole(s, s.prompt(i), worst).sum()
+                s.model.deal.of = member
+                a, b = whole(s, s.prompt(i), best).sum(), whole(s, s.prompt(i), worst).sum()
+                loss = 0.2 * -a + 0.8 * (a - b - first - 3.0) ** 2
+                t.add("loss", loss.detach())
+                (loss / (2 * members)).backward()
+        s.model.deal.of = 0
+    want, by_hand = gradient(s, alone)
+    nearly(got, want, 1e-3)
+    assert tally.sums["loss"] == pytest.approx(by_hand.sums["loss"], rel=1e-4)
+    for name, slope in got.items():
+        if name.endswith("lora_B.weight"):                                     # (out, members rank)
+            assert (slope.unflatten(1, (members, -1)).abs().amax((0, 2)) > 0).all(), name
+
+
 def test_bonbon_s_drafts_are_the_base_s(parts):
     s = sft_session(parts, "--loss", "bonbon", "--k", "3")
     seen, write = [], s.sample_drafts
@@ -415,9 +470,9 @@ def on_two_ranks(work):
 
     def swap(mine):
         board[here.rank] = mine
-        barrier.wait(60)
+        barrier.wait(600)
         both = list(board)
-        barrier.wait(60)
+        barrier.wait(600)
         return both
 
     class Wire:

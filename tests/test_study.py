@@ -173,18 +173,17 @@ def test_a_dry_run_writes_nothing_and_its_figures_are_those_of_the_run(world, tm
     assert not (tmp_path / "rl").exists() and not (Path(world["lora"]) / "evaluation.json").exists()
 
 
-def test_a_dry_run_s_time_is_that_of_drafting_and_plain_steps_in_their_shares():
-    """Every third step drafts and takes ten times as long: timing only one kind is wrong by a factor."""
-    took, moved = [], torch.zeros(1, requires_grad=True)
+def test_a_dry_run_s_time_is_that_of_drafting_and_plain_steps_in_their_shares(monkeypatch):
+    """Every third step drafts and takes ten times as long: timing only one kind is wrong by a factor. By a clock of its
+    own."""
+    now, moved = [0.0], torch.zeros(1, requires_grad=True)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
 
     def step(number):
-        began = time.perf_counter()
-        time.sleep(0.3 if number % 3 == 0 else 0.03)
+        now[0] += 30 if number == 0 else 0.3 if number % 3 == 0 else 0.03      # the first one warms up
         moved.grad = torch.ones(1)
-        took.append(time.perf_counter() - began)
     session = SimpleNamespace(args=SimpleNamespace(steps=300, draft_every=3), params=[moved])
-    said = trainer.rehearse(session, step)
-    assert said == pytest.approx(100 * sum(took[-3:]), rel=0.5) and said > 35 and moved.grad is None
+    assert trainer.rehearse(session, step) == pytest.approx(100 * (0.3 + 2 * 0.03)) and moved.grad is None
 
 
 def test_a_run_whose_rewards_are_all_zero_says_so(world, tmp_path, monkeypatch, capsys):
@@ -252,7 +251,7 @@ def test_weights_that_are_spread_over_ranks_give_the_same_study(world, tmp_path)
     ranks = [subprocess.Popen(job, cwd=ROOT, env=env | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True) for r in "01"]
     try:
-        said = [p.communicate(timeout=150)[0] for p in ranks]
+        said = [p.communicate(timeout=600)[0] for p in ranks]
     finally:
         [p.kill() for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
@@ -343,7 +342,7 @@ def launch(tmp_path, *command):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
         "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     small = ["--posts", "10", "--steps", "2", "--base-steps", "3", "--seeds", "7", "--out", str(tmp_path / "study")]
-    return subprocess.run([*command, *small], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run([*command, *small], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_torchrun_with_two_ranks_runs_the_whole_study_and_bash_finds_it_done(tmp_path):
@@ -383,7 +382,7 @@ def test_torchrun_leaves_the_programs_flags_alone():
                                              (["--share", "1"], "--lambda"), (["--narrow"], "--data"), (["--steps", "40,x"], "one number"), (["--temperatures", "0.5,1"], "blanks"),
                                              (["--temperatures", "0.5 0.7.5"], "blanks")])
 def test_train_sh_refuses_wrong_arguments(arguments, word):
-    ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(["bash", "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
 
 
@@ -415,7 +414,7 @@ def asked(tmp_path, *flags, ranks=1, gpu=False):
     (tmp_path / "stages").unlink(missing_ok=True)
     env = os.environ | {"RANK": "0", "WORLD_SIZE": str(ranks), "STUDY_PYTHON": str(fake)}
     ran = subprocess.run(["bash", "train.sh", "--out", str(tmp_path / "o"), *flags], cwd=ROOT, env=env,
-                         capture_output=True, text=True, timeout=60)
+                         capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     return [line.split() for line in said.read_text().splitlines()]
 
@@ -543,7 +542,7 @@ def test_any_trial_may_be_asked_by_its_name(tmp_path):
                                           "no arm try-cover-4-at-1e-3")])
 def test_arms_that_do_not_exist_or_would_share_a_folder_are_refused_before_anything_runs(flags, word):
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": "false"}
-    ran = subprocess.run(["bash", "train.sh", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(["bash", "train.sh", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 2 and word in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
 
 
@@ -556,7 +555,7 @@ def test_folders_may_have_blanks_in_their_names(tmp_path):
     fake.chmod(0o755)
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "STUDY_PYTHON": str(fake)}
     launch = lambda *more: subprocess.run(["bash", "train.sh", "--out", str(folder / "o"), "--seeds", "1", *more], cwd=ROOT,
-                                          env=env, capture_output=True, text=True, timeout=60)
+                                          env=env, capture_output=True, text=True, timeout=600)
     assert launch("--arms", "lora").returncode == 0
     assert str(folder / "o/seed1/lora") in said.read_text().splitlines()
     assert said.read_text().splitlines().count(str(folder / "o/seed1/lora")) == 3   # trained, measured, reported
@@ -575,6 +574,23 @@ def test_the_full_study_holds_d_at_the_reward_s_norm_unless_a_weight_is_given(tm
         cpu = Path("/proc/cpuinfo")
         native = cpu.exists() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))
         assert args.dtype == ("bfloat16" if native else "auto")
+
+
+@pytest.mark.parametrize("world_flags", [(), ("--data", "posts"), ("--model", "some/model", "--data", "posts")])
+def test_weight_changes_d_s_weight_and_no_share(tmp_path, world_flags):
+    """--weight 7.9 for 8 halved --diversity-share of three arms that do not use --weight."""
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text("")
+    flags = [str(posts) if word == "posts" else word for word in world_flags]
+    shares, weights = [], []
+    for weight in ("7.9", "8", "4", "1"):
+        said = asked(tmp_path, *flags, "--arms", "lora poly poly-dpp poly-grpo poly-passk-d poly-cover-d dpp-grpo", "--seeds", "1", "--jobs", "1",
+                     "--weight", weight)
+        args = [grpo.parser().parse_args(words[1:]) for words in said if words[0].endswith("grpo.py")]
+        by_name = {Path(a.out).name: a for a in args}
+        shares.append([by_name[name].diversity_share for name in ("poly-passk-d", "poly-cover-d", "dpp-grpo")])
+        weights.append(by_name["poly-grpo"].diversity_weight)
+    assert weights == [7.9, 8, 4, 1] and all(share == shares[0] for share in shares) and min(shares[0]) > 0
 
 
 @pytest.mark.parametrize("voices", [False, True])
@@ -619,7 +635,7 @@ def test_both_phases_may_have_steps_of_their_own(tmp_path, given, sft, then):
 
 
 def test_train_sh_help():
-    ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0 and "--lambda" in ran.stdout
 
 
@@ -676,10 +692,10 @@ def test_the_worked_example_of_how_to_add_a_method_applies_and_runs(world, tmp_p
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
     (copy / "raft.diff").write_text(diff, encoding="utf-8")
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
-    subprocess.run(["git", "apply", "raft.diff"], cwd=copy, check=True, timeout=60)
+    subprocess.run(["git", "apply", "raft.diff"], cwd=copy, check=True, timeout=600)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = lambda *a: subprocess.run([sys.executable, *a], cwd=copy, env=env, capture_output=True,
-                                    text=True, timeout=120)
+                                    text=True, timeout=600)
     tested = run("-m", "pytest", "tests/test_grpo.py", "-k", "raft", "-p", "no:cacheprovider")
     assert tested.returncode == 0, tested.stdout[-2000:]
     assert "RAFT (arXiv 2304.06767)" in " ".join(run("grpo.py", "--help").stdout.split())
@@ -760,6 +776,24 @@ def test_an_evaluation_of_anything_else_is_made_again(world, tmp_path, monkeypat
     assert measured("--model", str(model))[1]["settings"]["model"] != first[1]["settings"]["model"]
     monkeypatch.setattr(trainer, "fetch", lambda name, revision: Path(world["model"] if revision else model))
     assert trainer.model_hash("a/b", None) != trainer.model_hash("a/b", "abc123")
+
+
+def test_every_run_is_measured_with_drafts_of_its_own_seed(world, tmp_path, monkeypatch):
+    """Drafts of all runs from --seed would tie the seeds together, which count as drawn apart."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, seed in ((first, 3), (second, 8)):
+        shutil.copytree(world["lora"], folder)
+        config = data.read_json(folder / "config.json")
+        data.write_json(folder / "config.json", config | {"seed": seed})
+    seen, measure_run = [], evaluate.measure_run
+    monkeypatch.setattr(evaluate, "measure_run", lambda s, to, *rest: (seen.append((to.name, s.args.seed)), measure_run(s, to, *rest)))
+    flags = ["--data", world["eval"], "--n", "10", "--max-new-tokens", "3", "--seed", "5"]
+    assert evaluate.main(["measure", str(first), str(second), "--bare", str(tmp_path / "bare"), *flags]) == 0
+    assert seen == [("bare", 5), ("first", 3), ("second", 8)]
+    kept = {name: data.read_json(tmp_path / name / "evaluation.json") for name in ("bare", "first", "second")}
+    assert {name: value["settings"]["seed"] for name, value in kept.items()} == dict(seen)
+    drafts = [[r["drafts"] for r in kept[name]["records"]] for name in ("first", "second")]
+    assert drafts[0] != drafts[1]                                              # one adapter, two seeds
 
 
 def test_every_decoder_is_measured_and_reported_as_an_arm_of_its_own(world, tmp_path, capsys):
@@ -952,7 +986,7 @@ def test_train_sh_runs_on_the_python_of_its_launch_and_a_failed_seed_ends_the_ot
     (tmp_path / "posts.jsonl").write_text('{"post": "one post", "reply": "a reply"}\n')
     few = ["--data", str(tmp_path / "posts.jsonl"), "--seeds", "1", "--out", str(tmp_path / "a")]
     ran = subprocess.run([sys.executable, "train.sh", *few], cwd=ROOT, env=env, capture_output=True,
-                         text=True, timeout=120)
+                         text=True, timeout=600)
     assert ran.returncode == 2 and "--sizes" in ran.stderr and "to repeat it alone" in ran.stderr
 
     fake, beat = tmp_path / "fake", tmp_path / "beat"
@@ -966,7 +1000,7 @@ while true; do date +%s%N > {beat}; sleep 0.1; done
     fake.chmod(0o755)
     env |= {"STUDY_PYTHON": str(fake), "STUDY_GROUP": "own"}
     ran = subprocess.run(["bash", "train.sh", "--seeds", "1 2", "--jobs", "2", "--out", str(tmp_path / "b")],
-                         cwd=ROOT, env=env, capture_output=True, text=True, timeout=60,
+                         cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
                          start_new_session=True)
     assert ran.returncode == 7 and "exit code 7" in ran.stderr and "seed1" in ran.stderr
     time.sleep(0.3)

@@ -106,7 +106,7 @@ def test_two_processes_add_their_gradients_and_a_second_stage_can_follow():
         ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, stage], **pipes,
                                   env=env | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
         try:
-            said = [p.communicate(timeout=30) for p in ranks]
+            said = [p.communicate(timeout=600) for p in ranks]
         finally:
             [p.kill() for p in ranks]
         assert [p.returncode for p in ranks] == [0, 0], said
@@ -275,19 +275,20 @@ def test_a_run_folder_is_one_configuration(tmp_path, capsys):
 
 # ---- What a run survives -------------------------------------------------------------------------
 
-TOY ="""
-import sys, time
+TOY = """
+import sys
 sys.path.insert(0, "tests")
 import test_trainer as t
 from data import InputError
 args = t.run_args(sys.argv[1], steps=int(sys.argv[2]), resume=True, save_every=2)
 try:
     s, params, step = t.toy(args)
-    def slowly(number):
+    def by_hand(number):
         print("step", number, flush=True)
-        time.sleep(float(sys.argv[3]))
+        if number == int(sys.argv[3]):
+            sys.stdin.readline()
         return step(number)
-    t.finish(s, params, slowly)
+    t.finish(s, params, by_hand)
     print("values", [p.tolist() for p in params])
 except InputError as e:
     print("error:", e, file=sys.stderr)
@@ -295,11 +296,21 @@ except InputError as e:
 """
 
 
-def start_toy(folder, steps=10, pause=0.05, **more):
+HANG = 600               # s, after which a process hangs: nothing is as slow as that, however busy the machine
+
+
+def start_toy(folder, steps=10, wait_at=-1, **more):
+    """The toy run as a process of its own; at step `wait_at` it waits for a line on its stdin."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", TOY, str(folder), str(steps), str(pause)], text=True,
-                            cwd=Path(trainer.__file__).parent, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **more)
+    return subprocess.Popen([sys.executable, "-c", TOY, str(folder), str(steps), str(wait_at)], text=True,
+                            cwd=Path(trainer.__file__).parent, env=env, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def reaches(process, step):
+    """Returns when the process has begun that step."""
+    while (line := process.stdout.readline()) != f"step {step}\n":
+        assert line, process.stderr.read()
 
 
 def values_of(said):
@@ -309,48 +320,66 @@ def values_of(said):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """What the toy run ends with when nobody disturbs it."""
-    process = start_toy(tmp_path_factory.mktemp("toy") / "run", pause=0)
-    return values_of(process.communicate(timeout=60)[0])
+    process = start_toy(tmp_path_factory.mktemp("toy") / "run")
+    return values_of(process.communicate(timeout=HANG)[0])
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(tmp_path, undisturbed, number, code):
-    """The night's work is not lost to a scheduler: the step is finished, saved, and said in one line."""
-    process = start_toy(tmp_path / "run")
-    for _ in range(4):
-        process.stdout.readline()
+    """The night's work is not lost to a scheduler: the step is finished, saved, and said in one line. The step waits for
+    the signal, so that the run cannot end before it."""
+    process = start_toy(tmp_path / "run", wait_at=3)
+    reaches(process, 3)
     process.send_signal(number)
-    said, wrong = process.communicate(timeout=30)
+    said, wrong = process.communicate("\n", timeout=HANG)
     assert process.returncode == code and "stopped after step" in said and "Traceback" not in wrong
-    done = len(metrics(tmp_path / "run"))
-    resumed = start_toy(tmp_path / "run", pause=0).communicate(timeout=60)[0]
-    assert values_of(resumed) == undisturbed and f"step {done}" in resumed.splitlines()
+    assert len(metrics(tmp_path / "run")) == 4
+    resumed = start_toy(tmp_path / "run").communicate(timeout=HANG)[0]
+    assert values_of(resumed) == undisturbed and resumed.splitlines()[0] == "step 4"
 
 
 def test_a_folder_has_one_writer_and_its_lock_dies_with_it(tmp_path, undisturbed):
     """Two resumes of one folder both ended with 0, and 555 log lines for 400 steps."""
-    first = start_toy(tmp_path / "run", pause=5)
-    first.stdout.readline()
+    first = start_toy(tmp_path / "run", wait_at=0)
+    reaches(first, 0)
     second = start_toy(tmp_path / "run")
-    said = second.communicate(timeout=30)[1].strip().splitlines()[-1]
+    said = second.communicate(timeout=HANG)[1].strip().splitlines()[-1]
     assert second.returncode == 2 and "another process works in" in said
     first.kill()
-    first.wait()
-    resumed = start_toy(tmp_path / "run", pause=0).communicate(timeout=60)[0]
+    first.communicate(timeout=HANG)
+    resumed = start_toy(tmp_path / "run").communicate(timeout=HANG)[0]
     assert values_of(resumed) == undisturbed and len(metrics(tmp_path / "run")) == 11
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
-    """Whoever presses it twice does not wait for the end of a step of minutes."""
-    process = start_toy(tmp_path / "run", pause=60)
-    assert process.stdout.readline() == "step 0\n"
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)                                        # the same one, by the shell's trap
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=4)              # its step is not done; and no signal is "the same one" any more, however busy the machine
-    process.send_signal(signal.SIGINT)
-    said, wrong = process.communicate(timeout=10)
-    assert process.returncode == 130 and "stopped after" not in said and "Traceback" not in wrong
+TWICE = """
+import signal, sys
+sys.path.insert(0, "tests")
+from types import SimpleNamespace
+import ranks
+import test_trainer as t
+now = [0.0]
+ranks.time = SimpleNamespace(monotonic=lambda: now[0])
+s, params, step = t.toy(t.run_args(sys.argv[1]))
+
+def interrupted(number):
+    for at, sent in ((0.0, signal.SIGINT), (0.9, signal.SIGTERM), (float(sys.argv[2]), signal.SIGINT)):
+        now[0] = at
+        signal.raise_signal(sent)
+        print("goes on at", at, flush=True)
+    return step(number)
+t.finish(s, params, interrupted)
+"""
+
+
+@pytest.mark.parametrize("at, left", [("1.0", False), ("1.1", True), ("60", True)])
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, at, left):
+    """Whoever presses it twice does not wait for the end of a step of minutes; a launcher and a shell that both pass the
+    same one on, within a second, are not two. The process sends itself the signals, by a clock of its own."""
+    process = subprocess.run([sys.executable, "-c", TWICE, str(tmp_path / "run"), at], text=True, timeout=HANG,
+                             cwd=Path(trainer.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert process.returncode == 130 and "Traceback" not in process.stderr
+    assert process.stdout.count("goes on at") == (2 if left else 3)
+    assert ("stopped after step 1" in process.stdout) is not left
 
 
 def broken_off(folder, stop_at):
@@ -392,8 +421,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_pa
     def small():  # no file may grow beyond this: metrics still can, a checkpoint cannot
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         trainer.resource.setrlimit(trainer.resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
-    full = start_toy(tmp_path / "run", pause=0, preexec_fn=small)
-    said = full.communicate(timeout=60)[1]
+    full = start_toy(tmp_path / "run", preexec_fn=small)
+    said = full.communicate(timeout=HANG)[1]
     assert full.returncode == 2 and said.count("error:") == 1 and "make room" in said
     files = [p.read_bytes() for p in (tmp_path / "run").glob("checkpoint*.safetensors")]
     assert before in files
@@ -414,6 +443,29 @@ def test_dead_signals_speak_once_at_once_and_after_a_resume():
     assert not any(alive.warnings_of({"quality": float(step % 2)}) for step in range(50))
     open_gate = [text for _ in range(9) for text in alive.warnings_of({"quality": 1.0})]
     assert len(open_gate) == 1 and "perfect" in open_gate[0]
+
+
+@pytest.mark.parametrize("name, dead", [("D", 0.0), ("gated_D", 0.0), ("quality", 0.0), ("quality", 1.0), ("D_share", 0.0),
+                                        ("reward", 0.0), ("reward_std", 0.0), ("advantage", 0.0), ("zero_variance", 1.0)])
+def test_every_signal_is_dead_at_its_own_value_alone(name, dead):
+    signals = DeadSignals()
+    for value in (0.0, 0.25, 0.5, 1.0, 2.5):
+        said = [text for _ in range(5) for text in signals.warnings_of({name: value})]
+        known = value == dead or name == "quality" and value in (0.0, 1.0)
+        assert [text.startswith(f"{name} was {value:g} for 5 steps") for text in said] == [True] * known
+
+
+def test_posts_are_dealt_to_as_many_ranks_as_there_are():
+    session = Session.__new__(Session)
+    for world in (1, 2, 3):
+        shares = []
+        for rank in range(world):
+            session.ranks = SimpleNamespace(rank=rank, world=world)
+            shares.append(session.deal(["a", "b", "c"]))
+        assert all(shares) and sorted(sum(shares, [])) == ["a", "b", "c"]
+    session.ranks = SimpleNamespace(rank=0, world=4)
+    with pytest.raises(InputError, match="3 posts cannot be dealt to 4 ranks"):
+        session.deal(["a", "b", "c"])
 
 
 def test_a_log_read_again_after_a_resume_goes_on_counting(tmp_path):
@@ -459,7 +511,7 @@ def test_windows_has_neither_locks_nor_peak_memory():
     code = ("import sys; sys.modules['resource'] = sys.modules['fcntl'] = None\n"
             "import torch, trainer; print(trainer.peak_bytes(torch.device('cpu')))")
     ran = subprocess.run([sys.executable, "-c", code], cwd=Path(trainer.__file__).parent, text=True,
-                         capture_output=True, timeout=60)
+                         capture_output=True, timeout=HANG)
     assert ran.stdout.strip() == "None", ran.stderr
 
 

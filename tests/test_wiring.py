@@ -94,6 +94,7 @@ def test_phase_two_starts_at_its_start_without_dropout(world, tmp_path):  # noqa
     config = data.read_json(start / "adapter_config.json")
     data.write_json(start / "adapter_config.json", config | {"lora_dropout": 0.5})
     assert grpo.main(grpo_args(world, "x", "--start", str(start), "--out", str(tmp_path / "run"), "--beta", "0.1")) == 0
+    assert data.read_json(tmp_path / "run" / "adapter" / "adapter_config.json")["lora_dropout"] == 0
     first = lines(tmp_path / "run")[0]
     assert abs(first["kl"]) < 1e-6 and first["mismatch"] < 1e-4 and first["far_off"] == 0
 

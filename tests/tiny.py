@@ -115,6 +115,44 @@ PEFT_KINDS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "pissa
               "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 3, "total_step": 1, "tinit": 0, "tfinal": 0}}
 
 
+# Where PEFT's settings put LoRA, and starts that leave the base as it is: each is read.
+PEFT_FILES = {
+    "layers_to_transform": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "one layer": {"target_modules": ["v_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    "exclude_modules": {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    "excluded by a pattern": {"target_modules": ["q_proj", "o_proj"], "exclude_modules": r".*\.0\..*"},
+    "target pattern": {"target_modules": r"model\.layers\.[02]\.mlp\.(up|down)_proj"},
+    "full names": {"target_modules": ["model.layers.1.self_attn.k_proj", "layers.2.mlp.gate_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "rslora on some layers": {"target_modules": ["o_proj"], "layers_to_transform": [2], "use_rslora": True},
+    "dora on some layers": {"target_modules": ["o_proj"], "layers_to_transform": [2], "use_dora": True},
+    "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "mica": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+    "no start": {"target_modules": ["q_proj"], "init_lora_weights": False}}
+
+
+def rank_pattern(config, rank, seed):
+    """AdaLoRA's record of the triplets that it kept, layer by layer; the first layer keeps none."""
+    rng, pattern = np.random.default_rng(seed), {}
+    for i in range(config["num_hidden_layers"]):
+        for name in linear_shapes(config):
+            kept = (rng.random(rank) < 0.6).tolist() if pattern else [False] * rank
+            pattern[f"model.layers.{i}.{name}.lora_E"] = kept
+    return pattern
+
+
+def cut_triplets(weights, pattern):
+    """An AdaLoRA adapter's tensors without the triplets that rank_pattern leaves out, as PEFT saves them."""
+    cut = dict(weights)
+    for key, kept in pattern.items():
+        place, rows = "base_model.model." + key.removesuffix(".lora_E"), torch.tensor(kept)
+        cut[f"{place}.lora_A"] = weights[f"{place}.lora_A"][rows]
+        cut[f"{place}.lora_E"] = weights[f"{place}.lora_E"][rows]
+        cut[f"{place}.lora_B"] = weights[f"{place}.lora_B"][:, rows].contiguous()
+    return cut
+
+
 def tiny_bert():
     """(config, weights) of a BERT encoder of some thousand weights, norms and biases not trivial, in the names of its files:
     the pooler and the table of positions are there too, and unused."""
