@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from grpo import group_advantages, policy_loss
-from generate import Fused, generate
-from model import (Config, Qwen3, SelectedLogprobs, full_attention, pack, quantise, selected_logprobs,
+from engine import FusedBlocks, generate
+from model import (Config, Qwen3, SelectedLogprobs, full_attention, pack, selected_logprobs,
                    token_logprobs)
-from polylora import LINEARS, adapter, adapter_state, add_lora, frozen_copy
+from methods.nf4 import quantise
+from support.peft_files import LINEARS
+from lora import adapter, adapter_state, add_lora, frozen_copy
 
 # The first fields of Config.
 SHAPES = {"0.6b": (151936, 1024, 3072, 28, 16, 8, 128), "8b": (151936, 4096, 12288, 36, 32, 8, 128),
@@ -172,13 +174,13 @@ def generation(side, case, weights, device):
     def step(meter):
         with meter:
             if side == "ours":
-                drafts = generate(model, tokens.tolist(), k=k, max_new_tokens=new).tokens
+                completions = generate(model, tokens.tolist(), k=k, max_new_tokens=new).tokens
             else:
-                drafts = model.generate(
+                completions = model.generate(
                     tokens, attention_mask=torch.ones_like(tokens), num_return_sequences=k, do_sample=True,
                     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new,
                     pad_token_id=0)[:, prompt:].tolist()
-        assert sum(len(d) for ds in drafts for d in (ds if side == "ours" else [ds])) == posts * k * new
+        assert sum(len(d) for ds in completions for d in (ds if side == "ours" else [ds])) == posts * k * new
     return step
 
 
@@ -212,13 +214,13 @@ def grpo(side, case, weights, device):
 
     def step(meter):
         with meter:
-            drafts = generate(model, [post], k=k, max_new_tokens=new, seed=random.getrandbits(32)).tokens[0]
+            completions = generate(model, [post], k=k, max_new_tokens=new, seed=random.getrandbits(32)).tokens[0]
             advantages = group_advantages(torch.rand(1, k)).flatten().to(device)
-            rows, = pack([(post, drafts)], 16384, device)
+            rows, = pack([(post, completions)], 16384, device)
             with torch.no_grad(), adapter(model, start):
                 reference = token_logprobs(model, rows)[0]
             logp = token_logprobs(model, rows)[0]
-            policy_loss(logp, logp.detach(), advantages[rows.draft], denominator=k * new, reference=reference,
+            policy_loss(logp, logp.detach(), advantages[rows.completion], denominator=k * new, reference=reference,
                         beta=BETA)[0].backward()
             update()
     return step
@@ -294,13 +296,13 @@ def relative(a, b):
 def shared_post(device):
     c, gradients = make_config("tiny"), []
     model, (post,) = make_model("ours", c, make_weights(c, device), lora=True), texts(1, 20, c)
-    params, drafts = list(adapter_state(model).values()), [texts(1, n, c)[0] for n in (9, 4, 7, 1)]
+    params, completions = list(adapter_state(model).values()), [texts(1, n, c)[0] for n in (9, 4, 7, 1)]
     worth = torch.randn(4, device=device)
     for p in params:
         torch.nn.init.normal_(p, 0, 0.1)                   # B too: while it is zero A has no gradient
-    for groups in ([(post, drafts)], [(post, [d]) for d in drafts]):
+    for groups in ([(post, completions)], [(post, [d]) for d in completions]):
         rows, = pack(groups, 16384, device)
-        gradients.append(torch.autograd.grad(token_logprobs(model, rows)[0] @ worth[rows.draft], params))
+        gradients.append(torch.autograd.grad(token_logprobs(model, rows)[0] @ worth[rows.completion], params))
     return max(map(relative, *gradients))
 
 
@@ -317,19 +319,19 @@ def joined_products(device):
     for p in adapter_state(model).values():
         torch.nn.init.normal_(p, 0, 0.1)
     with torch.no_grad():
-        x = Fused(model, 16)(model.model.embed_tokens(tokens), torch.arange(16, device=device)[None], full_attention())
+        x = FusedBlocks(model, 16)(model.model.embed_tokens(tokens), torch.arange(16, device=device)[None], full_attention())
         return relative(model.model.norm(x), model.hidden(tokens))
 
 
 def decoding(device, **way):
     """Share of sampled ids that differ from plain decoding's, in batches that shrink and are refilled."""
-    c, drafts = make_config("tiny"), []
+    c, completions = make_config("tiny"), []
     for settings in ({"graphs": False}, way):
         model = make_model("ours", c, make_weights(c, device), lora=True)
         vars(model).update(settings)
-        drafts += [[generate(model, texts(6, 12, c), k=4, max_new_tokens=16, stop_ids=range(60), max_rows=12, seed=s).tokens
+        completions += [[generate(model, texts(6, 12, c), k=4, max_new_tokens=16, stop_ids=range(60), max_rows=12, seed=s).tokens
                     for s in (1, 2)]]
-    a, b = ([d for seed in x for post in seed for d in post] for x in drafts)
+    a, b = ([d for seed in x for post in seed for d in post] for x in completions)
     return sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
 
 

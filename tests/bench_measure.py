@@ -27,16 +27,16 @@ def from_grammar(session, visits, k, progress=None, helper=None):
     tokens, texts, rng = [], [], random.Random(session.args.seed)
     for visit in visits:
         post = session.posts[visit.index]
-        said = [session.domain.reply(post, rng.choice(session.domain.voices), rng) for _ in range(k)]
+        said = [session.domain.reply(post, rng.choice(session.domain.styles), rng) for _ in range(k)]
         said = [text if rng.random() < 0.6 else text[:rng.randrange(len(text))] for text in said]
         texts.append(said)
         tokens.append([data.encode_reply(session.tokenizer, text) for text in said])
     return Samples(tokens, None, [[True] * k for _ in visits]), texts
 
 
-def prepare(folder, drafts):
+def prepare(folder, completions):
     """Held-out posts, and a model of the pocket study's shape."""
-    posts = max(2, drafts // EACH)
+    posts = max(2, completions // EACH)
     data.main(["split", "--data", "pocket", "--sizes", f"eval={posts}", "--out", str(folder)])
     tokenizer = train_tokenizer([r for p in data.load_posts(folder / "eval.jsonl")[:200] for r in (p.post, *p.replies)], 1024)
     model = Qwen3(Config(1024, 192, 576, 2, 6, 3, 32, tie_word_embeddings=True))
@@ -48,12 +48,12 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def one(drafts, threads):
+def one(completions, threads):
     torch.set_num_threads(threads)
     DECODERS["sampling"] = DECODERS["sampling"]._replace(function=from_grammar)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        prepare(folder, drafts)
+        prepare(folder, completions)
         Qwen3.from_pretrained(folder / "model")
         before, seconds, worked = peak(), [], time.process_time()
         for command in (["measure", "--bare", str(folder / "run"), "--model", str(folder / "model"), "--data",
@@ -64,7 +64,7 @@ def one(drafts, threads):
                 return 1
             seconds.append(time.perf_counter() - began)
         written = (folder / "run" / "evaluation.json").stat().st_size
-    print(json.dumps({"drafts": drafts, "measure": seconds[0], "report": seconds[1], "growth": peak() - before,
+    print(json.dumps({"drafts": completions, "measure": seconds[0], "report": seconds[1], "growth": peak() - before,
                       "written": written, "processor": time.process_time() - worked}))
     return 0
 
@@ -78,8 +78,8 @@ def main(argv):
     if args.one:
         return one(args.one, args.threads)
     print(f"{'drafts':>8} {'measure s':>10} {'report s':>10} {'CPU s':>10} {'growth MB':>10} {'written MB':>10}")
-    for drafts in args.drafts.split(","):
-        command = [sys.executable, __file__, "--one", drafts, "--threads", str(args.threads)]
+    for completions in args.completions.split(","):
+        command = [sys.executable, __file__, "--one", completions, "--threads", str(args.threads)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
         if done.returncode:
             return 1
@@ -93,10 +93,10 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from decoders import DECODERS  # noqa: E402
+from support.registry import DECODERS  # noqa: E402
 from generate import Samples  # noqa: E402
 from model import Config, Qwen3  # noqa: E402
-from trainer import train_tokenizer  # noqa: E402
+from methods.small_base import train_tokenizer  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

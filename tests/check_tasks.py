@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import json  # noqa: E402
 
-import data  # noqa: E402
-import sandbox  # noqa: E402
-from trainer import allow_code_flag  # noqa: E402
+from methods import sandbox  # noqa: E402
+from support import posts  # noqa: E402
+from methods.code import allow_code_flag  # noqa: E402
 
 
 def judge(line, number, allowed):
     """(id, does the known solution pass, does an empty one pass, why not)."""
-    post = data.parse_line(line, number, 10 ** 6)
+    post = posts.parse_line(line, number, 10 ** 6)
     tests = json.loads(post.tests)
     head = tests.pop("head")
     right = sandbox.program_of(post.replies[0], head, tests["names"])

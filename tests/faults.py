@@ -28,8 +28,8 @@ from safetensors.torch import save
 
 import grpo
 import polylora
-import trainer
-from test_study import write_model, write_tweets
+from support import checkpoint
+from helpers import write_model, write_tweets
 
 SMALL = "--steps 4 --k 3 --max-new-tokens 4 --save-every 1 --resume --device cpu".split()
 PHASES = {"sft": [polylora.main, "sft", *SMALL, *"--batch 4 --lambda 0.3 --draft-posts 2 --rank 2 --dropout 0.1".split()],
@@ -52,7 +52,7 @@ def slow_disk(pause):
     def move(*paths):
         time.sleep(pause)
         replace(*paths)
-    trainer.save_file, os.replace = slowly, move
+    checkpoint.save_file, os.replace = slowly, move
 
 
 def start(work):
@@ -134,7 +134,7 @@ def trials(root, count, seed):
                 after = rng.uniform(0, (1.3 if slow else 1.0) * seconds[name])
                 if killed(start(phase(root, name, out, slow)), after):
                     kills += 1
-                    writing += any(map(trainer.left_over, out.glob("[.c]*[!k]")))
+                    writing += any(map(checkpoint.left_over, out.glob("[.c]*[!k]")))
                 else:                                                          # it had ended: from the start
                     shutil.rmtree(out)
         finished(start(phase(root, name, out, slow)))

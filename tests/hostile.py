@@ -30,11 +30,14 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from adapters import drop_lora, load_adapter
-from files import InputError
+from methods import pocket
+from support import files
+from support import posts as support_posts
+from lora import drop_lora, load_adapter
+from support.files import InputError
 from model import Qwen3
-from tiny import tiny_adapter, tiny_config, tiny_weights, write_adapter
-from trainer import train_tokenizer
+from helpers import tiny_adapter, tiny_config, tiny_weights, write_adapter
+from methods.small_base import train_tokenizer
 
 SECONDS, MEMORY = 20, 2 * 2 ** 30
 NUMBERS = (0, -1, 1, 2, 3, 7, 0.5, 1.5, -0.0, 1e30, 1e308, float("nan"), float("inf"), 10 ** 9, 2 ** 31, 2 ** 32, 2 ** 63, 2 ** 64, 10 ** 40)
@@ -46,7 +49,7 @@ TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Whitespace", 
 
 
 def odd(rng):
-    """A copy: put into itself, a list would have no end, and each mutant would hang on those before it."""
+    """A copy: put into itself, a list would have no end, and each mutant would depend on those before it."""
     return copy.deepcopy(rng.choice((NUMBERS, WORDS, WHOLE, TYPES)[rng.randrange(4)]))
 
 
@@ -151,7 +154,7 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
-        posts = data.pocket_posts(12)
+        posts = pocket.pocket_posts(12)
         self.tokenizer = train_tokenizer([t for p in posts for t in (p.post, *p.replies)], 400)
         config = tiny_config(True, vocab_size=420, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
                              num_attention_heads=4, head_dim=8)
@@ -160,7 +163,7 @@ class World:
         save_file(tiny_weights(config, 3), folder / "model.safetensors")
         self.tokenizer.save(str(folder / "tokenizer.json"))
         write_adapter(folder, tiny_adapter(config, 4, 5), 4, 8)
-        lines = [{"id": p.id, "post": p.post, "replies": dict(zip(p.voices, p.replies)), "intent": p.intent} for p in posts[:6]]
+        lines = [{"id": p.id, "post": p.post, "replies": dict(zip(p.styles, p.replies)), "intent": p.intent} for p in posts[:6]]
         lines += [{"post": p.post, "replies": list(p.replies)} for p in posts[6:9]]
         lines += [{"tweet_id": i, "tweet": p.post, "reply": p.replies[0]} for i, p in enumerate(posts[9:])]
         self.lines = lines
@@ -213,12 +216,12 @@ class World:
         for post in data.split_posts(posts, [len(posts)], 1)[0]:
             data.encode_prompt(self.tokenizer, domain.messages(post))
             draw = random.Random(post.key)
-            reply = domain.reply(post, domain.writer(post, draw), draw)
+            reply = domain.reply(post, domain.author(post, draw), draw)
             data.encode_reply(self.tokenizer, reply)
-            data.printable(reply)
-            if domain.voices:
-                domain.voices_of(post, reply)
-        data.save_posts(posts, self.folder / "again.jsonl")
+            files.printable(reply)
+            if domain.styles:
+                domain.styles_of(post, reply)
+        support_posts.save_posts(posts, self.folder / "again.jsonl")
         assert [p.post for p in data.load_posts(self.folder / "again.jsonl")] == [p.post for p in posts]
 
 

@@ -1,15 +1,16 @@
-"""Writes tests/golden/*.json: what transformers, PEFT and bitsandbytes compute from the checkpoints of tests/tiny.py.
+"""Writes tests/golden/*.json: what transformers, PEFT and bitsandbytes compute from the checkpoints of tests/helpers.py.
 
     pip install torch transformers peft bitsandbytes
     python tests/make_golden.py
 
-Run again only when tiny.py changes; tests/test_parity.py compares with the files, whether or not the peers
+Run again only when helpers.py changes; the tests compare with the files, whether or not the peers
 are there.
 """
 
 import base64
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import BertModel, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
 
-from tiny import (PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, rank_pattern, sequence, tiny_adapter, tiny_bert,
-                  tiny_config, tiny_weights, weights_mark,
-                  write_adapter, write_checkpoint)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers import (
+    PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, rank_pattern, sequence,
+    tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark, write_adapter,
+    write_checkpoint,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}

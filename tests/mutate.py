@@ -3,7 +3,7 @@ changes that make a test fail. Needs a system with fork.
 
     python tests/mutate.py --of core --sample 300 --seed 1    # a random sample, and the share with its interval
     python tests/mutate.py --of registries                    # all of them, hours; prints those that no test noticed
-    python tests/mutate.py --only gem_loss --tests test_methods.py
+    python tests/mutate.py --only gem_loss --tests methods/test_losses.py
 
 `registries` are the methods to choose from: objectives, diversities, SFT losses, adapters, reward heads, decoders.
 `core` is what every run depends on: the steps of SFT and GRPO, sampling, the model, the LoRA layers, data and its
@@ -44,49 +44,72 @@ import tqdm  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTRIES = {
-    "grpo.py": """group_advantages check_size check_binary passk_advantages subsets set_advantages maxk_advantages
-        polychromic_advantages coverage_advantages passk_full_advantages random_sets passk_bootstrap_advantages
-        passk_mixed_advantages bon_advantages polyepo_advantages darling_advantages dra_advantages dqo_advantages
-        uniqueness_advantages unlikeliness_advantages evol_advantages maxrl_advantages tailrl_advantages
-        wreinforce_advantages focal_advantages of_drafts of_sets of_both OBJECTIVES advantages_of
-        ucpo_advantages mara_advantages soft_advantages stream_advantages token_covariances clip_cov kl_cov
-        draft_means policy_loss""",
-    "rewards.py": """VerifierReward overlong_penalty kept_share Values SCHEDULES scheduled spread_weight
-        preference_loss draw_pair usable padded preference_step Heads new_heads HeadsReward""",
-    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages diversity_advantages leave_one_out log_det
-        vendi alike distinct_answers answer_classes word_distances DIVERSITIES measure
-        diversity_loss gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss
-        base_states SFT_LOSSES reply_losses sed_loss ba_lora_nlu_loss covariance_penalty add_unlikely
-        bonbon_loss add_bonbon token_slopes add_straight_through add_diversity""",
-    "generate.py": "straight_through_loss",
-    "metrics.py": "edit_distance ngram_distance repeated_tokens",
-    "adapters.py": """kaiming LoRALinear RsLoRALinear DoRALinear PiSSALinear AdaLoRALinear LoRILinear ParallelLinear
-        MultiLoRALinear MoALinear EnsembleLinear add_lora train_in_full adapter_state Budget shape_of beside_start
-        drop_lora merge_lora interpolate_adapters""",
-    "decoders.py": """diverse_beams contrastive_drafts draft_scores majority rewarded informative best_of read_list
-        read_verbalized in_one_prompt DECODERS check_decoder"""}
+    "grpo.py": """group_advantages passk_advantages subsets set_advantages maxk_advantages coverage_advantages
+        completion_means policy_loss combine choose_tokens""",
+    "support/checks.py": """check_size check_binary check_decoder""",
+    "methods/objectives.py": """polychromic_advantages passk_full_advantages random_sets passk_bootstrap_advantages
+        passk_mixed_advantages bon_advantages polyepo_advantages darling_advantages dra_advantages
+        dqo_advantages uniqueness_advantages unlikeliness_advantages evol_advantages maxrl_advantages
+        tailrl_advantages wreinforce_advantages focal_advantages ucpo_advantages mara_advantages
+        soft_advantages""",
+    "methods/spo.py": """stream_advantages kept_share Values""",
+    "methods/tokens.py": """token_covariances clip_cov kl_cov""",
+    "rewards.py": """VerifierReward overlong_penalty diversity_weight""",
+    "methods/reward_model.py": """preference_loss draw_pair usable padded preference_step Heads new_heads HeadsReward""",
+    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages leave_one_out log_det measure_diversity
+        diversity_loss add_diversity""",
+    "methods/diversities.py": """vendi alike distinct_answers word_distances edit_distance ngram_distance""",
+    "methods/losses.py": """gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss base_states
+        reply_losses sed_loss ba_lora_nlu_loss covariance_penalty add_unlikely bonbon_loss add_bonbon
+        repeated_tokens""",
+    "methods/straight_through.py": """token_gradients add_straight_through straight_through_loss""",
+    "lora.py": """kaiming LoRALinear add_lora adapter_state drop_lora merge_lora""",
+    "methods/adapters.py": """RsLoRALinear DoRALinear PiSSALinear ParallelLinear MultiLoRALinear MoALinear train_in_full with_start""",
+    "methods/pruned.py": """AdaLoRALinear LoRILinear Budget""",
+    "methods/ensemble.py": """EnsembleLinear""",
+    "support/peft_files.py": """shape_of""",
+    "methods/interpolate.py": """interpolate_adapters""",
+    "methods/decoders.py": """diverse_beams contrastive_completions majority rewarded informative best_of read_list read_verbalized
+        in_one_prompt""",
+    "methods/likelihoods.py": """completion_scores add_likelihoods"""}
 CORE = {
-    "grpo.py": """group_advantages passk_advantages polychromic_advantages advantages_of draft_means policy_loss
-        chosen_tokens Group mapped joined draw draw_batch rollout tally_spread tally_rollout grpo_step run_grpo""",
-    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages diversity_advantages diversity_loss
-        Embedder held_out Gate mean_logprobs reply_losses add_drafts_loss add_diversity sft_step run_sft""",
-    "rewards.py": """VerifierReward overlong_penalty scheduled spread_weight AgreementReward RelevanceReward""",
-    "generate.py": """dealt Reader plain_loop generate_plain inverse draw sample uniforms linear joined parts_of Product
-        Fused DraftBatch Decoder batch_for generate sampling_of""",
-    "model.py": """rms_norm RMSNorm rotary rotate Attention MLP Block full_attention Backbone Qwen3 Rows pack _rows
-        chunk_size chunks SelectedLogprobs selected_logprobs TokenLosses in_chunks logprob_and_entropy
-        predicting_states token_losses token_logprobs add_mismatch""",
-    "adapters.py": """kaiming LoRALinear RsLoRALinear lora_layers add_adapter add_lora trained base frozen_copy adapter
-        drop_lora merge_lora""",
-    "data.py": """normalise merge split_posts split_by_intent render_chat encode_chat encode_prompt encode_reply decode
-        long_tail Domain Replies Stories Code right_replies""",
-    "metrics.py": """pass_at_k max_at_k ngrams distinct_n self_bleu vendi_score duplicate_rate post_metrics pleasing
-        of_sets picked interval crossed_spread share_error pair_quantile t_quantile incomplete_beta sign_flip holm""",
-    "evaluate.py": """measure jobs_of load_measures measured passing bar intents_of stranger_pairs
-        shuffled_share each_held_out earned measure_run make_records some_records each_once
-        add_likelihoods add_agreement alike""",
-    "trainer.py": """seed_of epoch_order batch_visits Tally Run checksum learning_rate DeadSignals train replay
-        learnt_enough Session add_cross_entropy"""}
+    "grpo.py": """group_advantages passk_advantages completion_means policy_loss Rollout Batch sample_batch sample_and_collect
+        collect prepare_batch weigh combine choose_tokens measure_if_known rollout grpo_step run_grpo""",
+    "methods/objectives.py": """polychromic_advantages""",
+    "methods/tokens.py": """chosen_tokens""",
+    "methods/resample.py": """mapped joined""",
+    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages measure_diversity diversity_loss
+        held_out Gate mean_logprobs add_diversity sft_step run_sft""",
+    "methods/losses.py": """reply_losses TokenLosses in_chunks whole_chunks token_losses""",
+    "rewards.py": """VerifierReward AgreementReward overlong_penalty diversity_weight""",
+    "methods/rewards.py": """RelevanceReward""",
+    "generate.py": """over_members DecodingState Embedder plain_loop generate_plain sample""",
+    "support/draws.py": """inverse draw uniforms""",
+    "engine.py": """linear joined decoding_parts_of FusedLinear FusedBlock FusedBlocks DecodeBatch Scheduler batch_for generate""",
+    "trainer.py": """sampling_of epoch_order batch_visits Tally learning_rate train Session add_cross_entropy""",
+    "model.py": """rms_norm RMSNorm rotary rotate Attention MLP Block full_attention Backbone Qwen3 Rows pack
+        rows_tensors chunk_size chunks SelectedLogprobs selected_logprobs predicting_states token_logprobs""",
+    "support/packing.py": """plan_batches split_group""",
+    "support/steplog.py": """add_mismatch""",
+    "lora.py": """kaiming LoRALinear lora_layers add_adapter add_lora trained base frozen_copy adapter drop_lora
+        merge_lora""",
+    "methods/adapters.py": """RsLoRALinear""",
+    "support/posts.py": """normalise merge""",
+    "data.py": """split_posts split_by_intent render_chat encode_chat encode_prompt encode_reply decode long_tail Domain
+        Replies""",
+    "methods/stories.py": """Stories""",
+    "methods/code.py": """Code""",
+    "methods/pocket.py": """right_replies""",
+    "metrics.py": """pass_at_k ngrams distinct_n self_bleu vendi_score duplicate_rate post_metrics pleasing""",
+    "methods/metrics.py": """max_at_k picked add_separation add_agreement""",
+    "report/stats.py": """interval crossed_spread sign_flip holm""",
+    "support/student_t.py": """t_quantile incomplete_beta""",
+    "support/pass_bar.py": """bar intents_of stranger_pairs strangers shuffled_share each_held_out earned share_error pair_quantile""",
+    "support/evaluations.py": """jobs_of job_of measured alike""",
+    "evaluate.py": """measure load_measures passing change_adapter measure_run make_records some_records each_once
+        add_diversity add_verdicts""",
+    "support/files.py": """seed_of""",
+    "support/checkpoint.py": """RunFolder checksum StallWarnings replay learnt_enough"""}
 SETS = {"core": CORE, "registries": REGISTRIES}
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
          ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
@@ -212,7 +235,8 @@ class Seen:
         """The module's file name, or None for what is not the project's own."""
         if filename not in self.names:
             path = Path(filename)
-            self.names[filename] = path.name if path.parent == self.folder else None
+            inside = path.is_relative_to(self.folder) and not path.is_relative_to(self.folder / "tests")
+            self.names[filename] = path.relative_to(self.folder).as_posix() if inside else None
         return self.names[filename]
 
     @pytest.hookimpl(hookwrapper=True)
@@ -249,8 +273,8 @@ def passes(folder, tests, match="", seconds=120, seen=None, flags=("-x",)):
     if child == 0:
         signal.alarm(int(seconds))                                             # a change may loop for ever
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for stream in range(3):
-            os.dup2(nowhere, stream)
+        for seed in range(3):
+            os.dup2(nowhere, seed)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         plugin = Seen(folder)
@@ -296,7 +320,7 @@ def wilson(hits, n, z=1.96):
 def tests_of(seen, module, top, node, args):
     """The tests that reach the node's statement, [(test, seconds)], as far as the budget goes: those of the module's own
     file as if they were NEAR times quicker, the quickest first."""
-    lines, own = statement_lines(top, node), f"test_{module}"
+    lines, own = statement_lines(top, node), f"test_{Path(module).name}"
     if lines is None:                                      # run on import: whoever reaches anything of it
         lines = range(top.lineno, top.end_lineno + 1)
     lines, table, found = set(lines), name_of(top).isupper(), []
@@ -334,9 +358,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve() / "project"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
-        sources = {room: (folder / room).read_text(encoding="utf-8") for room in functions}
-        every = [(room, change) for room, names in functions.items()
-                 for change in changes(sources[room], [n for n in names.split() if n in (args.only or names.split())])]
+        sources = {module: (folder / module).read_text(encoding="utf-8") for module in functions}
+        every = [(module, change) for module, names in functions.items()
+                 for change in changes(sources[module], [n for n in names.split() if n in (args.only or names.split())])]
         known = len(every)
         if args.sample:
             every = random.Random(args.seed).sample(every, min(args.sample, len(every)))
@@ -353,24 +377,24 @@ def main():
         sys.dont_write_bytecode = True                     # two changes of one second and size would share a file
         print(f"{len(every)} of {known} changes, {len(seen)} tests seen in {time.perf_counter() - began:.0f} s", flush=True)
         doubtful = []
-        for room, change in every:
+        for module, change in every:
             if time.perf_counter() - began > 60 * args.minutes:
                 print(f"stopped after {total} of {len(every)}")
                 break
-            top, node, what, text = mutant(sources[room], change)
-            mine = tests_of(seen, room, top, node, args)
-            place, total = f"{room}:{node.lineno} {name_of(top)}: {what}", total + 1
+            top, node, what, text = mutant(sources[module], change)
+            mine = tests_of(seen, module, top, node, args)
+            place, total = f"{module}:{node.lineno} {name_of(top)}: {what}", total + 1
             quick = within(mine, args.quick)
             if not mine:
                 survivors.append(place)
                 print(f"{place}  (no test comes there)", flush=True)
-            elif survives(folder, room, text, quick):
-                doubtful.append((place, room, text, mine[len(quick):]))
+            elif survives(folder, module, text, quick):
+                doubtful.append((place, module, text, mine[len(quick):]))
                 print(f"quick tests pass: {place}", flush=True)
             if total % 20 == 0:
                 print(f"{total} tried, {len(doubtful)} to be tried longer, {len(survivors)} without a test", flush=True)
-        for place, room, text, rest in doubtful:
-            if survives(folder, room, text, rest):
+        for place, module, text, rest in doubtful:
+            if survives(folder, module, text, rest):
                 survivors.append(place)
                 print(f"SURVIVED: {place}", flush=True)
     report(survivors, total, began)

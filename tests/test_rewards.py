@@ -1,285 +1,190 @@
-"""Reward models: preferences and their pairs, the members, Bradley-Terry, their spread, the command, and what
-transformers and PEFT read of it."""
+"""Tests of rewards.py."""
 
-import copy
-import gzip
 import json
-import math
-import types
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import data
+import evaluate
 import grpo
+import polylora
 import rewards
-from data import InputError
-from test_polylora import Share, build, files, gap, nearly, parts
-from test_rivals import both_take
-from tiny import command, whole_and_cut
+import trainer
+from helpers import grpo_args, grpo_session, places, refusal, rl, session, sft_args, step_gradient
+from methods import metrics
+from methods import pocket
+from rewards import AgreementReward, VerifierReward
+from support import files
+from support.files import InputError
+from support import posts as support_posts
+from support.posts import Post
 from trainer import Visit
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+# ---- Rewards -------------------------------------------------------------------------------------
+
+def test_a_user_is_drawn_by_popularity_for_each_prompt():
+    """One fixed reader a post would teach the model to guess him; drafts of other voices earn
+    nothing."""
+    posts = pocket.pocket_posts(60, seed=2)
+    domain = data.make_domain("pocket", posts)
+    reward, seen = VerifierReward(domain), {v: 0 for v in domain.styles}
+    completions = [[*p.replies, "not a reply"] for p in posts]
+    for step in range(20):
+        seeds = [1000 * step + i for i in range(60)]
+        got = reward(posts, completions, seeds)
+        assert (all(sum(g) == 1 and g[-1] == 0 for g in got)
+                and got == reward(posts, completions, seeds))
+        for g, p in zip(got, posts):
+            seen[p.styles[g.index(1.0)]] += 1
+    assert len({tuple(reward(posts[:1], completions[:1], [s])[0]) for s in range(20)}) > 1
+    for style, share in domain.popularity_of(posts[0]).items():
+        assert abs(seen[style] / 1200 - share) < 0.06
+    valid = VerifierReward(domain, any_style=True)
+    assert valid(posts, completions, range(60)) == [[1.0] * 6 + [0.0]] * 60
+    both = VerifierReward(domain, valid_weight=0.25)(posts, completions, range(60))
+    assert all(sorted(g) == [0.0] + [0.25] * 5 + [1.25] for g in both)
+    noisy = [VerifierReward(domain, any_style=True, flip=0.15)(posts, completions, range(i, i + 60))
+             for i in (0, 0, 60, 120)]
+    assert noisy[0] == noisy[1] != noisy[2]
+    inverted = [r != w for rs in noisy[1:] for g in rs for r, w in zip(g, [1.0] * 6 + [0.0])]
+    assert sum(inverted) / len(inverted) == pytest.approx(0.15, abs=0.03)
+    with pytest.raises(InputError, match="by style"):
+        VerifierReward(data.Replies([]))
 
 
-def write(path, *lines):
-    (gzip.open if path.name.endswith("gz") else open)(path, "wt").write("\n".join(map(json.dumps, lines)) + "\n")
-    return path
+def test_agreement_is_similarity_to_the_nearest_human_reply():
+    vectors = {"north": [0.0, 1], "east": [1.0, 0], "north-east": [0.6, 0.8], "south": [0.0, -1]}
+    embed = lambda texts: torch.tensor([[vectors[t] for t in ts] for ts in texts])
+    posts = [Post("1", "p", ("north", "east")), Post("2", "q", ("south",))]
+    got = AgreementReward(embed)(posts, [["north-east", "south"], ["north-east", "south", "north"]])
+    assert got == [pytest.approx([0.8, 0]), pytest.approx([-0.8, 1, -1])]
 
 
-# ---- Preferences -----------------------------------------------------------------------------------------
+# ---- The step, on a real session around a tiny model ---------------------------------------------
 
-def test_picks_likes_and_other_people_s_replies(tmp_path):
-    picks = [{"post": "Hi", "drafts": ["a", "b", "c"], "pick": 1}, {"post": "Hi", "drafts": ["b", "d"], "pick": 1}]
-    found = rewards.load_preferences(write(tmp_path / "picks.jsonl", *picks))
-    assert [(p.post.replies, p.likes) for p in found] == [(("a", "b", "c"), [0, 1, 0]), (("b", "d"), [0, 1])]
-    assert rewards.usable(found, "auto", "x") == ("likes", found)
-    tweets = [{"tweet": "Hi", "reply": "a", "reply_likes": 3}, {"tweet": "Yo", "reply": "z", "reply_likes": 3},
-              {"tweet": "hi!", "reply": "b", "reply_likes": 9.5}, {"tweet": "Yo", "reply": "y", "reply_likes": 3}]
-    found = rewards.load_preferences(write(tmp_path / "likes.jsonl.gz", *tweets))
-    assert [(p.post.replies, p.likes) for p in found] == [(("a", "b"), [3, 9.5]), (("z", "y"), [3, 3])]
-    kind, kept = rewards.usable(found, "auto", "x")                            # equal likes say nothing
-    assert kind == "likes" and kept == found[:1] and rewards.usable(found, "others", "x") == ("others", found)
-    plain = [{"post": "Hi", "replies": ["a", "b"]}, {"post": "Yo", "replies": ["c"]}]
-    found = rewards.load_preferences(write(tmp_path / "posts.jsonl", *plain))
-    assert rewards.usable(found, "auto", "x")[0] == "others" and found[0].likes is None
-    with pytest.raises(InputError, match="nothing to compare"):
-        rewards.usable(found, "likes", "x")
-    with pytest.raises(InputError, match="nothing to compare"):
-        rewards.usable(found[:1], "auto", "x")
+def test_rewards_are_computed_for_the_users_of_the_step(parts):
+    """Who reads a draft depends on seed, step and visit, apart from what drew the draft itself:
+    from the sampler's own stream the reader would be no chance beside the draft."""
+    s, asked = rl(parts), []
+    plain = s.reward
+    s.reward = lambda posts, completions, seeds: (asked.append((posts, list(seeds))),
+                                               plain(posts, completions, seeds))[1]
+    visits = [trainer.Visit(3, 0), trainer.Visit(3, 1), trainer.Visit(1, 0)]
+    for step in (0, 5):
+        group = grpo.sample_and_collect(s, visits, step).features
+        posts, seeds = asked.pop()
+        assert posts == [s.posts[v.index] for v in visits] and group.seeds.tolist() == seeds
+        assert seeds == [files.seed_of(4, "reader", step, s.posts[v.index].key, v.epoch)
+                           for v in visits]
+        assert not set(seeds) & {s.seed_for(s.stage, step, v) for v in visits}
 
 
-@pytest.mark.parametrize("line", ['{"post": "Hi", "drafts": ["a", "b"], "pick": 2}', '{"post": "Hi", "drafts": ["a"]}',
-                                  '{"post": "Hi", "drafts": ["a", "b"], "pick": -1}', "[1]", "{", '{"post": "Hi", "drafts": 3, "pick": 0}',
-                                  '{"post": "Hi", "drafts": ["a", "b"], "pick": true}',
-                                  '{"post": "Hi", "reply": "a", "reply_likes": "many"}', '{"post": "Hi", "reply": "a", "reply_likes": NaN}'])
-def test_a_bad_line_is_one_sentence_or_left_out(tmp_path, capsys, line):
-    path = tmp_path / "picks.jsonl"
-    path.write_text('{"post": "Hi", "drafts": ["a", "b"], "pick": 0}\n\n' + line + "\n")
-    with pytest.raises(InputError, match="picks.jsonl, line 3: "):
-        rewards.load_preferences(path)
-    assert len(rewards.load_preferences(path, True)) == 1 and "1 bad lines" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no file"):
-        rewards.load_preferences(tmp_path / "none")
+# ---- Every line of the registers takes steps -----------------------------------------------------
+
+def test_label_noise_is_the_same_for_every_caller(parts):
+    """Of 15% of verdicts turned round, D's gate and the coverage objective saw none: in a study
+    of noise the arms with D were told more than their rivals."""
+    s, clean = (grpo_session(parts, "--gate", "verifier", "--flip", share,
+                             "--advantage", "coverage", "--set-size", "2")
+                for share in ("0.3", "0"))
+    visits = trainer.batch_visits(len(s.posts), 6, 0, 1)
+    for x in (s, clean):
+        x.domain.styles_of = lambda post, text: x.domain.styles[len(text) % 2:1]
+        x.gate = polylora.Gate(x, "verifier")
+    got, want, again = (grpo.sample_and_collect(x, visits, 0).features for x in (s, clean, s))
+    assert torch.equal(got.quality, again.quality) and torch.equal(got.right, again.right)
+    assert torch.equal(got.valid, want.valid) and torch.equal(want.right.amax(-1), want.valid)
+    assert (torch.equal(want.quality, want.valid)
+            and 0 < (got.quality != want.quality).float().mean() < 0.7)
+    assert 0.15 < (got.right != want.right).float().mean() < 0.45
+    many = polylora.with_label_noise(torch.ones(50, 40), 0.15, range(50), "x")
+    assert many.mean() == pytest.approx(0.85, abs=0.03)
+    assert not torch.equal(many, polylora.with_label_noise(torch.ones(50, 40), 0.15, range(50),
+                                                           "y"))
+    both = rewards.VerifierReward(data.make_domain("auto", s.posts), any_style=True,
+                                  valid_weight=4.0, flip=0.3)
+    earned = [r for row in both(s.posts, [["?"] * 60 for _ in s.posts], range(12)) for r in row]
+    assert sum(r >= 4 for r in earned) / 720 == pytest.approx(0.3, abs=0.06)
 
 
-class First:
-    """A random.Random that takes the n-th choice."""
-    def __init__(self, n):
-        self.n = n
+def test_agreement_embeds_in_one_call_on_every_rank():
+    """A call a post: with --shard, ranks whose posts have other numbers of replies waited for
+    ever."""
+    calls = []
 
-    def choice(self, items):
-        return items[self.n % len(items)]
-
-    def randrange(self, low, high):
-        return low + self.n % (high - low)
-
-
-def test_pairs_are_of_unequal_likes_or_of_other_posts():
-    post = lambda *replies: data.Post("x", "Hi", replies)
-    liked = [rewards.Preferences(post("a", "b", "c"), [2, 5, 2])]
-    assert {rewards.draw_pair(liked, Visit(0, 0), "likes", First(n)) for n in range(9)} == {("b", "a"), ("b", "c")}
-    three = [rewards.Preferences(post(*r), None) for r in (("a", "b"), ("c",), ("d",))]
-    drawn = {rewards.draw_pair(three, Visit(0, 0), "others", First(n)) for n in range(9)}
-    assert {b for _, b in drawn} == {"c", "d"} and {a for a, _ in drawn} == {"a", "b"}
-    assert {rewards.draw_pair(three, Visit(2, 0), "others", First(n))[1] for n in range(9)} <= {"a", "b", "c"}
-    assert {rewards.draw_pair(three[:2], Visit(1, 0), "others", First(n))[1] for n in range(9)} == {"a", "b"}
+    def embed(groups):
+        calls.append(groups)
+        return torch.eye(9)[torch.tensor([[len(t) for t in texts] for texts in groups])]
+    session = SimpleNamespace(embedder=embed, agreement=0.5)
+    posts = [support_posts.Post("1", "p", ("aa",)), support_posts.Post("2", "q", ("a", "aaa")),
+             support_posts.Post("3", "r", ("aaaa", "a"))]
+    completions = torch.eye(9)[torch.tensor([[1, 2]] * 3)]
+    records = [{}, {}, {}]
+    metrics.add_agreement(session, records, SimpleNamespace(posts=posts, embeddings=completions))
+    assert records == [{}, {"agrees": [[0], []], "people": 2}, {"agrees": [[1], []], "people": 2}]
+    metrics.add_agreement(session, [{}], SimpleNamespace(posts=posts[:1], embeddings=completions[:1]))
+    assert len(calls) == 2
 
 
-# ---- The members -----------------------------------------------------------------------------------------
+# ---- Drafts chosen by a reward -------------------------------------------------------------------
 
-def made(count=3, **changes):
-    heads = rewards.new_heads(build(**changes), count, 2, 6, seed=5)
-    draw = torch.Generator().manual_seed(3)
-    for member in heads.members:
-        for name, t in member.items():
-            if "lora_B" in name:
-                t.data.copy_(0.2 * torch.randn(t.shape, generator=draw))
-    return heads
-
-
-TOKENS, LENGTHS = torch.tensor([[3, 9, 4, 17, 30], [2, 8, 1, 0, 0], [5, 6, 7, 8, 0]]), torch.tensor([5, 3, 4])
-
-
-def alone(heads, m):
-    """Member m's scores by a model that is it."""
-    model = copy.deepcopy(heads.model)
-    for name, p in rewards.adapter_state(model).items():
-        p.data.copy_(heads.members[m][name])
-    return (model.last_hidden(TOKENS, LENGTHS) @ heads.members[m]["score"].T)[:, 0]
+def test_agreement_with_a_post_that_has_no_reply_is_refused_before_the_first_step(root, capsys):
+    """It ended in a traceback at the first such post."""
+    w = places(root)
+    assert polylora.main(sft_args(w, "lora")) == 0
+    rows = [{"post": f"number {i} broke", "replies": ["Oh no", "Poor you"]} for i in range(6)]
+    Path(w["grpo"]).write_text("".join(json.dumps(row) + "\n"
+                                       for row in [*rows, {"prompt": "a tale of kettles"}]))
+    assert "has no reply" in refusal(capsys, grpo.main,
+                                     *grpo_args(w, "never", "--domain", "replies"))
+    assert not (root / "never").exists()
 
 
-def test_each_member_scores_as_if_it_were_alone_and_has_its_own_gradient():
-    heads = made()
-    scores = heads.scores(TOKENS, LENGTHS)
-    assert scores.shape == (3, 3)
-    for m in range(3):
-        assert gap(scores[m], alone(heads, m)) < 1e-5
-    assert min(gap(scores[i], scores[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
-    scores[1].sum().backward()
-    assert all(t.grad is not None for t in heads.members[1].values())
-    assert all(float(t.grad.abs().max()) == 0 for m in (0, 2) for t in heads.members[m].values())
-    assert all(p.grad is None and not p.requires_grad for p in heads.model.parameters())
-    assert len(heads.parameters_of_members()) == sum(len(m) for m in heads.members)
+def test_a_step_asks_the_verifier_once_about_each_completion(parts):
+    """Reward, gate, objective and log all need the verdict; running a program four times is four
+    times the cost."""
+    flags = ["--advantage", "coverage", "--set-size", "2", "--gate", "verifier",
+             "--reward", "reader", "--valid-weight", "0.5",
+             "--diversity-weight", "1"]
+    s = rl(parts, *flags)
+    s.reward = rewards.make_reward("reader", s)
+    asked, judge, sampled, sample = [], s.domain.judge, [], s.sample_completions
+    s.domain.judge = lambda post, text: (asked.append((post.id, text)), judge(post, text))[1]
+    s.sample_completions = lambda visits, *more: (sampled.append((visits,
+                                                             (drawn := sample(visits, *more))[2])),
+                                             drawn)[1]
+    step_gradient(s)
+    (visits, texts), = sampled
+    completions = {(s.posts[visit.index].id, text) for visit, group in zip(visits, texts)
+                   for text in group}
+    assert len(completions) > 12 and sorted(asked) == sorted(completions)
 
 
-def test_members_start_as_the_base_from_places_of_their_own():
-    heads = rewards.new_heads(build(), 2, 2, 6, seed=5)
-    base = build()
-    for m in (0, 1):
-        want = base.last_hidden(TOKENS, LENGTHS) @ heads.members[m]["score"].T
-        assert gap(heads.scores(TOKENS, LENGTHS)[m], want[:, 0]) < 1e-5
-    one, two = heads.members
-    assert all(not torch.equal(one[n], two[n]) for n in one if "lora_B" not in n)
-    again = rewards.new_heads(build(), 2, 2, 6, seed=5).members[1]
-    assert all(torch.equal(again[n], two[n]) for n in two)
-    many = torch.cat([m["score"] for m in rewards.new_heads(build(), 40, 1, 1, targets=("q_proj",)).members])
-    assert many.std().item() == pytest.approx(24 ** -0.5, rel=0.1)
+def test_training_and_evaluation_use_one_verifier(parts):
+    """With rules of its own for the evaluation, a study measures something else than it trains."""
+    s = session(parts, grpo.parser(), ["--start", "-", "--reward", "valid", "--k", "4"],
+                stage="grpo")
+    s.reward = rewards.make_reward("valid", s)
+    strange = lambda post, text: tuple(s.domain.styles[len(text) % 3 - 1:len(text) % 3])
+    s.domain.styles_of = strange
+    s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
+    visits = [Visit(i, 0) for i in range(3)]
+    drawn = grpo.sample_and_collect(s, visits, 0)
+    records = evaluate.make_records(s, [0, 1, 2], drawn.samples, drawn.features.texts)
+    assert [[float(bool(v)) for v in r["voices"]]
+            for r in records] == drawn.features.rewards.tolist()
+    assert 0 < float(drawn.features.rewards.mean()) < 1
+    found = [metrics.separation(*apart(s, r)) for r in records]
+    assert any(found) and [r.get("separation") for r in records] == pytest.approx(found, abs=1e-6)
 
 
-def test_the_spread_is_one_for_copies_of_rank_one_and_the_root_of_the_rows_for_orthogonal_ones():
-    member = lambda rows: {"q.lora_A.weight": torch.tensor(rows), "q.lora_B.weight": torch.ones(2, 1), "score": torch.ones(1, 4)}
-    spread = lambda *rows: rewards.Heads(build(), [member(r) for r in rows]).spread().item()
-    assert spread([[1.0, 2, 0, 0]], [[2.0, 4, 0, 0]]) == pytest.approx(1)
-    assert spread([[1.0, 0, 0, 0]], [[0.0, 0, 1, 0]]) == pytest.approx(2 ** 0.5)
-    assert spread([[3.0, 0, 0, 0]], [[0.0, 0, 4, 0]]) == pytest.approx(7 / 5)  # singular values 3 and 4
-    two = [{**member([[1.0, 0, 0, 0]]), "k.lora_A.weight": torch.tensor([[3.0, 0]])},
-           {**member([[0.0, 0, 1, 0]]), "k.lora_A.weight": torch.tensor([[0.0, 4]])}]
-    assert rewards.Heads(build(), two).spread().item() == pytest.approx((2 ** 0.5 + 7 / 5) / 2)
-
-
-def test_bradley_terry_of_the_members_mean_by_hand():
-    better, worse = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.tensor([[0.5, 1.0], [0.5, 1.0]])
-    got = rewards.preference_loss(better, worse).tolist()
-    assert got == pytest.approx([math.log(1 + math.exp(-1.5)), math.log(2)])
-
-
-def test_the_reward_is_the_mean_less_the_spread(parts):
-    posts, tokenizer, model = parts
-    heads = rewards.new_heads(copy.deepcopy(model), 2, 2, 6, seed=5)
-    domain, texts = data.make_domain("auto", posts), [["Good for you!", "No."], ["Yes, do.", "?"]]
-    reward = lambda penalty: rewards.HeadsReward(heads, tokenizer, domain, penalty=penalty)(posts[:2], texts)
-    ids = [[rewards.ModelReward(model, tokenizer, domain).chat(p, t) for t in ts] for p, ts in zip(posts, texts)]
-    tokens, lengths = rewards.padded([x for ts in ids for x in ts], "cpu")
-    assert tokens.shape == (4, max(map(len, ids[0] + ids[1]))) and lengths.tolist() == [len(x) for ts in ids for x in ts]
-    with torch.no_grad():
-        a, b = heads.scores(tokens, lengths).view(2, 2, 2)
-    for penalty in (0.0, 1.0, 2.5):
-        assert gap(torch.tensor(reward(penalty)), (a + b) / 2 - penalty * (a - b).abs() / 2) < 1e-5
-
-
-# ---- The step and the command ----------------------------------------------------------------------------
-
-def session_of(parts, *flags, ranks=None, members="2"):
-    posts, tokenizer, model = parts
-    s = rewards.Session.__new__(rewards.Session)
-    s.args = rewards.parser().parse_args(["train", "--model", "-", "--data", "-", "--out", "-", "--batch", "6", "--members",
-                                          members, "--pairs", "others", "--rank", "2", "--seed", "4", *flags])
-    s.ranks, s.stage, s.posts, s.tokenizer = ranks or Share(), "reward", posts, tokenizer
-    s.preferences = [rewards.Preferences(p, None) for p in posts]
-    s.domain, s.model = data.make_domain("auto", posts), copy.deepcopy(model)
-    s.heads = rewards.new_heads(s.model, s.args.members, 2, 6, seed=9)
-    s.params = s.heads.parameters_of_members()
-    s.reward = rewards.HeadsReward(s.heads, tokenizer, s.domain)
-    return s
-
-
-def step_of(parts, *flags, ranks=None, members="2"):
-    s = session_of(parts, *flags, ranks=ranks, members=members)
-    tally = rewards.preference_step(s, 0)
-    grads = {f"{m}.{n}": torch.zeros_like(t) if t.grad is None else t.grad for m, member in enumerate(s.heads.members)
-             for n, t in member.items()}
-    return grads, tally, s
-
-
-def test_the_step_is_the_gradient_of_the_mean_loss_less_the_spread(parts):
-    """However pairs are packed, and on two ranks; the spread is counted once."""
-    got, tally, s = step_of(parts, "--member-spread", "0.5")
-    import random
-    losses, apart = [], []
-    for visit in rewards.batch_visits(12, 6, 0, 4):
-        pair = rewards.draw_pair(s.preferences, visit, "others", random.Random(s.stream("pair", 0, visit)))
-        assert pair[0] in s.posts[visit.index].replies and pair[1] not in s.posts[visit.index].replies
-        scores = [s.heads.scores(*rewards.padded([s.reward.chat(s.posts[visit.index], t)], "cpu"))[:, 0] for t in pair]
-        losses.append(-torch.nn.functional.logsigmoid(scores[0].mean() - scores[1].mean()))
-        apart.append(float((scores[0] - scores[1]).std(correction=0)))
-    loss = torch.stack(losses).mean() - 0.5 * s.heads.spread()
-    want = torch.autograd.grad(loss, s.params)
-    nearly(got, dict(zip(got, want)))
-    means = tally.means(s.ranks, rewards.LOGGED)
-    assert means["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    assert means["spread"] == pytest.approx(s.heads.spread().item()) and 0 <= means["accuracy"] <= 1
-    assert means["disagreement"] == pytest.approx(sum(apart) / 6, rel=1e-4)
-    cut, _, _ = step_of(parts, "--member-spread", "0.5", "--micro-tokens", "60")
-    nearly(cut, got)
-    both_take(lambda ranks: step_of(parts, "--member-spread", "0.5", ranks=ranks)[0], got)
-    single, tally, _ = step_of(parts, members="1")
-    assert "spread" not in tally.sums and max(float(g.abs().max()) for g in single.values()) > 0
-
-
-def test_trained_members_learn_resume_and_reward(parts, files, tmp_path):
-    """The whole command on picks of the longer reply: broken off, resumed bit for bit, and read as --reward model."""
-    posts, tokenizer, model = parts
-    lines = [{"post": p.post, "drafts": sorted(p.replies, key=len)[::5][:2], "pick": 1} for p in posts]
-    picks = write(tmp_path / "picks.jsonl", *[x for x in lines if len(x["drafts"]) == 2])
-    small = ("--steps 7 --batch 6 --members 2 --rank 2 --lr 3e-2 --save-every 2 --device cpu --warmup 1 --dropout 0.1").split()
-    go = command(rewards.main, tmp_path, "train", *files[:2], "--data", str(picks), *small)
-    members = whole_and_cut(go, rewards, "preference_step", 3, parts=("adapter-0", "adapter-1"))
-    assert all("base_model.model.score.weight" in tensors for tensors in members.values())
-    log = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert log[6]["loss"] < log[0]["loss"] and log[6]["accuracy"] > log[0]["accuracy"]
-    session = types.SimpleNamespace(args=types.SimpleNamespace(reward_model=str(tmp_path / "whole"), dtype="auto", spread_penalty=0.5),
-                                    ranks=Share(), domain=data.make_domain("auto", posts), say=print)
-    reward = rewards.make_reward("model", session)
-    assert isinstance(reward, rewards.HeadsReward) and reward.penalty == 0.5 and len(reward.heads.members) == 2
-    rated = reward(posts, [x["drafts"] for x in lines])
-    assert sum(b > a for a, b in rated) > 0.7 * len(rated)
-    config = data.read_json(tmp_path / "whole" / "adapter-1" / "adapter_config.json")
-    data.write_json(tmp_path / "whole" / "adapter-1" / "adapter_config.json", config | {"modules_to_save": None})
-    assert rewards.member_folders(tmp_path / "whole") == [] and rewards.member_folders(tmp_path) == []
-    data.write_json(tmp_path / "whole" / "adapter-1" / "adapter_config.json", config)
-    start = load_file(tmp_path / "whole" / "adapter-0" / "adapter_model.safetensors")
-    start.pop("base_model.model.score.weight")
-    rewards.save_file(start, tmp_path / "whole" / "adapter-0" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="does not fit its base"):
-        rewards.make_reward("model", session)
-
-
-@pytest.mark.parametrize("flags", ["--members 0", "--member-spread -1", "--checkpointing", "--targets nothing", "--rank 0"])
-def test_a_wrong_flag_of_reward_training_is_one_sentence(files, tmp_path, capsys, flags):
-    code = rewards.main(["train", *files, "--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu", *flags.split()])
-    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert code == 2 and len(said) == 1 and not (tmp_path / "run").exists()
-
-
-def test_ranges_and_help_know_the_flags():
-    said = " ".join(rewards.parser()._subparsers._group_actions[0].choices["train"].format_help().split())
-    assert "--members" in said and "UP-RLHF" in said and "reply_likes" in said
-    assert grpo.parser().parse_args(["--start", "-", "--data", "-", "--out", "-"]).spread_penalty == 1.0
-
-
-# ---- Peers -----------------------------------------------------------------------------------------------
-
-def test_transformers_and_peft_score_alike(parts, tmp_path):
-    """AutoModelForSequenceClassification under PEFT reads each member's folder; its scores are ours."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    posts, tokenizer, model = parts
-    model.save_pretrained(tmp_path / "base")
-    heads = rewards.new_heads(copy.deepcopy(model), 2, 3, 6, seed=5)
-    for member in heads.members:
-        for name, t in member.items():
-            t.data.add_(0.1 * torch.randn(t.shape))
-    rewards.save_heads(heads, tmp_path, str(tmp_path / "base"))
-    rows = [torch.randint(7, 300, (n,)).tolist() for n in (9, 4, 6)]
-    ours = heads.scores(*rewards.padded(rows, "cpu"))
-    for m in (0, 1):
-        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1,
-                                                                                 dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / f"adapter-{m}").eval()
-        with torch.no_grad():
-            scores = torch.cat([theirs(torch.tensor([row])).logits[:, 0] for row in rows])
-        assert gap(scores, ours[m]) < 1e-4 and gap(scores, ours[1 - m]) > 0.01
+def apart(s, record):
+    """The cosine distances of a record's right drafts, each wording once, and their voices."""
+    right = {text: tuple(styles) for text, styles in zip(record["drafts"], record["voices"])
+             if styles}
+    vectors = s.embedder([list(right)])[0].double()
+    return (1 - vectors @ vectors.T).float().numpy(), list(right.values())

@@ -1,44 +1,60 @@
-"""What both phases share: random streams, batches, ranks, the run folder, checkpoints, the loop."""
+"""Tests of trainer.py."""
 
-import json
+import dataclasses
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
-import polylora
-import trainer
-from data import InputError
-from test_polylora import Share, metrics
-from trainer import (DeadSignals, Ranks, Run, Session, Tally, Visit, batch_visits, learning_rate,
-                     seed_of, train)
+import grpo
+from helpers import (
+    Share, metrics, sft, tiny_bert, tiny_config, tiny_weights, toy_args, toy_run, visits,
+    write_checkpoint, write_json,
+)
+from methods.bert import Bert, BertEmbedder
+from model import Qwen3
+from support.files import InputError
+from trainer import Session, Tally, Visit, batch_visits, learning_rate, load_embedder, train
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+# ---- The SFT step, on a real session around a tiny model -----------------------------------------
+
+def test_copies_of_a_post_within_a_step_have_their_own_seeds(parts):
+    """10 posts and a batch of 16: six groups of drafts used to be equal, draft for draft."""
+    posts, tokenizer, model = parts
+    s = sft((posts[:5], tokenizer, model), "--batch", "12", "--temperature", "2")
+    batch = batch_visits(5, 12, 0, 4)
+    assert len(set(batch)) == 12 and len({v.index for v in batch}) == 5
+    _, samples, _ = s.sample_completions(batch, 0, 3)
+    assert len({str(d) for d in samples.tokens}) == 12
+    assert len({s.seed_for("reply", 0, v) for v in batch}) == 12
 
 
-class Stop(Exception):
-    pass
+def test_seeds_depend_on_the_post_not_on_its_id(parts):
+    """Four posts called 'None' had one stream of drafts and one reader; and an id that a joined
+    file changes must change nothing."""
+    posts, tokenizer, model = parts
+    batch, completions = visits(range(4)), []
+    for name in (lambda p: "None", lambda p: p.id, lambda p: f"copy-{p.id}"):
+        named = [dataclasses.replace(p, id=name(p)) for p in posts[:4]]
+        s = sft((named, tokenizer, model))
+        for purpose in ("reader", "reply", "sft"):
+            assert len({s.seed_for(purpose, 0, v) for v in batch}) == 4
+        completions.append(s.sample_completions(batch, 0, 3)[1].tokens)
+    assert completions[0] == completions[1] == completions[2]
 
 
-# ---- What both phases share ------------------------------------------------------------------------------
+# ---- What both phases share ----------------------------------------------------------------------
 
-def test_batches_visit_every_post_once_an_epoch_in_a_new_order():
-    """Sampling with replacement leaves a third of the posts out of an epoch; a batch may straddle two
-    epochs."""
+def test_batches_hold_every_post_once_an_epoch_in_a_new_order():
+    """Sampling with replacement leaves a third of the posts out of an epoch; a batch may
+    straddle two epochs."""
     every = [v for step in range(9) for v in batch_visits(10, 4, step, seed=3)]
     seen = [v.index for v in every]
     epochs = [seen[i:i + 10] for i in range(0, 30, 10)]
@@ -50,24 +66,19 @@ def test_batches_visit_every_post_once_an_epoch_in_a_new_order():
 
 
 def test_learning_rate_table():
-    """Warm-up must not begin at zero, which wastes a step, and the cosine must end near zero, not at its
-    peak."""
+    """Warm-up must not begin at zero, which wastes a step, and the cosine must end near zero,
+    not at its peak."""
     got = [learning_rate(s, 12, 2.0, 2, "cosine") for s in range(12)]
     want = [1.0, 2.0] + [1 + math.cos(math.pi * i / 10) for i in range(10)]
     assert got == pytest.approx(want) and got[2] == 2.0 and 0 < got[-1] < 0.1
     assert [learning_rate(s, 12, 2.0, 4, "constant") for s in (0, 3, 4, 11)] == [0.5, 2, 2, 2]
-    assert learning_rate(0, 1, 2.0, 0, "cosine") == 2.0 and learning_rate(0, 5, 2.0, 10, "cosine") == 0.2
-
-
-def test_a_seed_is_the_same_number_on_every_machine():
-    """hash() differs from process to process: the ranks would disagree about everything."""
-    assert seed_of(1, "sft", 0, "post-7") == 2399848287674112590
-    assert len({seed_of(*x) for x in ((1,), (2,), ("1",), (1, 1), (11,), ("a", "b"), ("ab",))}) == 7
+    assert (learning_rate(0, 1, 2.0, 0, "cosine") == 2.0 and learning_rate(0, 5, 2.0, 10, "cosine")
+            == 0.2)
 
 
 def test_means_are_of_sums_not_of_means():
-    """Micro-batches of 1 and 3 tokens with means 2 and 0.2: the mean over tokens is 0.65, that of the means
-    is 1.1."""
+    """Micro-batches of 1 and 3 tokens with means 2 and 0.2: the mean over tokens is 0.65, that
+    of the means is 1.1."""
     tally = Tally()
     tally.add("loss", torch.tensor(2.0), 1)
     tally.add("loss", 0.6, 3)
@@ -75,130 +86,23 @@ def test_means_are_of_sums_not_of_means():
     assert tally.means(Share(total=[2.6 + 1.4, 4 + 4]), ["loss"]) == pytest.approx({"loss": 0.5})
 
 
-TWO_RANKS ="""
-import json, sys
-import torch
-from trainer import Ranks, Tally
-ranks = Ranks(sys.argv[1], "cpu")
-a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
-a.grad = torch.tensor([1.0, 2.0]) * (ranks.rank + 1)
-if ranks.rank == 0:
-    b.grad = torch.ones(3)
-ranks.sum_gradients([a, b])
-tally = Tally()
-tally.add("loss", 2.0 if ranks.rank == 0 else 0.6, 1 if ranks.rank == 0 else 3)
-means, gathered = tally.means(ranks, ["loss"]), ranks.gather(list(range(5))[ranks.rank::ranks.world])
-print(json.dumps([a.grad.tolist(), b.grad.tolist(), means, gathered, ranks.sum([1, 2])]))
-ranks.barrier()
-ranks.close()
-"""
+# ---- The run folder and the loop -----------------------------------------------------------------
 
-
-def test_two_processes_add_their_gradients_and_a_second_stage_can_follow():
-    """Gradients are summed, not averaged; a rank without one counts as zero; and a second group in the same
-    launch must not read the first one's keys from the launcher's store."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                        "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    pipes = dict(cwd=Path(trainer.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                 text=True)
-    for stage in ("sft:a", "grpo:b"):                                          # new processes, as in train.sh
-        ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, stage], **pipes,
-                                  env=env | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
-        try:
-            said = [p.communicate(timeout=600) for p in ranks]
-        finally:
-            [p.kill() for p in ranks]
-        assert [p.returncode for p in ranks] == [0, 0], said
-        for out, _ in said:                                                    # the same sums on both ranks
-            a, b, means, gathered, total = json.loads(out.splitlines()[-1])
-            assert (a, b, gathered, total) == ([3, 6], [1, 1, 1], [0, 1, 2, 3, 4], [2, 4])
-            assert means == pytest.approx({"loss": 0.65})
-
-
-def test_alone_too_a_parameter_without_a_gradient_counts_as_zero():
-    """AdamW leaves out what has none: after a step that teaches nothing, one rank would differ from two."""
-    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    a.grad = torch.tensor([1.0, 2.0])
-    Ranks("x", "cpu").sum_gradients([a, b])
-    assert a.grad.tolist() == [1, 2] and b.grad.tolist() == [0, 0]
-
-
-def test_a_device_without_an_index_is_this_rank_s(monkeypatch):
-    """torch.cuda.set_device takes no bare `cuda`; and all ranks of a machine would share GPU 0."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    devices = [Ranks("x", d).device for d in (None, "cuda", "cuda:3")]
-    assert devices == [torch.device("cuda", i) for i in (1, 1, 3)]
-    assert chosen == [1, 1, 3] and Ranks("x", "cpu").device.type == "cpu"
-
-
-# ---- The run folder and the loop -------------------------------------------------------------------------
-
-def run_args(folder, **changes):
-    settings = dict(out=str(folder), resume=False, seed=1, steps=10, lr=0.1, beta2=0.99, weight_decay=0.01,
-                    warmup=3, schedule="cosine", clip=1.0, save_every=3, micro_tokens=7, device="cpu",
-                    data="none")
-    return SimpleNamespace(**settings | changes)
-
-
-def toy(args, stop_at=None):
-    """A session whose step fits two tensors to targets of their own, with noise from the loop's generator."""
-    s = SimpleNamespace(args=args, ranks=Ranks("toy", "cpu"), stage="toy", say=print,
-                        posts=[SimpleNamespace(id=f"post-{i}") for i in range(3)])
-    s.run = Run(args, s.ranks)
-    params = [torch.nn.Parameter(torch.tensor([2.0, -1.0])), torch.nn.Parameter(torch.full((3, 2), 0.5))]
-
-    def step_fn(step):
-        if step == stop_at:
-            raise Stop
-        loss = sum(((p - step + torch.randn_like(p)) ** 2).sum() for p in params)
-        loss.backward()
-        tally = Tally()
-        tally.add("loss", loss.item())
-        tally.add("tokens", 8)
-        return tally
-    return s, params, step_fn
-
-
-def finish(s, params, step_fn):
-    s.run.finish(train(s, params, step_fn, ["loss"]))
-    return [p.detach().clone() for p in params]
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 7, 9])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop_at):
-    """Optimizer state, step, schedule and noise all come back; steps after the last checkpoint are redone,
-    not logged twice."""
-    whole = finish(*toy(run_args(tmp_path / "whole")))
-    broken = toy(run_args(tmp_path / "cut"), stop_at)
-    with pytest.raises(Stop):
-        finish(*broken)
-    assert not (tmp_path / "cut" / "done.json").exists()
-    resumed = finish(*toy(run_args(tmp_path / "cut", resume=True, save_every=2, micro_tokens=3)))
-    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
-    one, two = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
-    assert [x["step"] for x in two] == [*range(1, 11), 10] and two[-1]["event"] == "end"
-    same = ("step", "lr", "loss", "grad_norm", "tokens")
-    assert [[x.get(n) for n in same] for x in one] == [[x.get(n) for n in same] for x in two]
-    assert [x["lr"] for x in one[:-1]] == [learning_rate(i, 10, 0.1, 3, "cosine") for i in range(10)]
-    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"config.json", "metrics.jsonl",
-                                                              "done.json"}
-
-
-def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tmp_path, monkeypatch):
-    """A single NaN step would poison every weight after it; the logged norm is the one before clipping."""
-    args = run_args(tmp_path / "a", steps=1, clip=0.5)
-    s, params, step_fn = toy(args)
+def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tmp_path,
+                                                                              monkeypatch):
+    """A single NaN step would poison every weight after it; the logged norm is the one before
+    clipping."""
+    args = toy_args(tmp_path / "a", steps=1, clip=0.5)
+    s, params, step_fn = toy_run(args)
     seen, step = [], torch.optim.AdamW.step
     norm = lambda: torch.cat([p.grad.flatten() for p in params]).norm()
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(norm()), step(self, *a))[1])
+    monkeypatch.setattr(torch.optim.AdamW, "step",
+                        lambda self, *a: (seen.append(norm()), step(self, *a))[1])
     train(s, params, step_fn, ["loss"])
-    assert float(seen[0]) == pytest.approx(0.5, rel=1e-4) and metrics(tmp_path / "a")[0]["grad_norm"] > 2
+    assert (float(seen[0]) == pytest.approx(0.5, rel=1e-4)
+            and metrics(tmp_path / "a")[0]["grad_norm"] > 2)
 
-    s, params, good = toy(run_args(tmp_path / "b"))
+    s, params, good = toy_run(toy_args(tmp_path / "b"))
     broken_steps = {2, 3, 5}
 
     def sometimes(step):
@@ -218,7 +122,7 @@ def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tm
     assert [x["grad_norm"] is None for x in metrics(tmp_path / "b")[:-1]] == [
         step in broken_steps for step in range(10)]
 
-    s, params, good = toy(run_args(tmp_path / "loss"))
+    s, params, good = toy_run(toy_args(tmp_path / "loss"))
     start = [p.detach().clone() for p in params]
 
     def endless(step):
@@ -231,7 +135,7 @@ def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tm
     assert [x["grad_norm"] for x in metrics(tmp_path / "loss")] == [None] * 5 and "NaN" not in (
         tmp_path / "loss" / "metrics.jsonl").read_text()
 
-    s, params, good = toy(run_args(tmp_path / "c"))
+    s, params, good = toy_run(toy_args(tmp_path / "c"))
 
     def broken(step):
         (params[0].sum() + params[1].sum() * math.nan).backward()
@@ -242,456 +146,311 @@ def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tm
     assert all(torch.equal(p, b) for p, b in zip(params, start))
 
 
-def test_a_run_folder_is_one_configuration(tmp_path, capsys):
-    """Going on with other settings, or over another run, would give a result that no command describes."""
-    out, ranks = tmp_path / "run", Ranks("toy", "cpu")
-    with pytest.raises(Stop):
-        finish(*toy(run_args(out), 5))
-    with pytest.raises(InputError, match="--resume"):
-        Run(run_args(out), ranks)
-    Run(run_args(out, resume=True, checkpointing=True), ranks)  # may change when memory runs out
-    Run(run_args(out, resume=True, diversity_schedule="constant"), ranks)      # the folder is older than the flag
-    for change in (dict(lr=0.2), dict(seed=2), dict(extra=1), dict(diversity_schedule="held")):
-        with pytest.raises(InputError, match=f"{next(iter(change))} = "):
-            Run(run_args(out, resume=True, **change), ranks)
-    finish(*toy(run_args(out, resume=True, micro_tokens=99)))                  # memory settings may change
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    for resume in (False, True):
-        s = Session.__new__(Session)
-        s.args, s.ranks = run_args(out, resume=resume), ranks
-        assert s.open_run() is False and "done" in capsys.readouterr().out     # nothing is redone
-    with pytest.raises(InputError, match="lr = "):
-        Run(run_args(out, lr=0.2), ranks)  # nor a result of other settings returned
-    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
-    with pytest.raises(InputError, match="holds no run"):
-        Run(run_args(tmp_path / "photos"), ranks)
-    (tmp_path / "empty").mkdir()
-    assert not Run(run_args(tmp_path / "empty"), ranks).done
-
-
-
-
-# ---- What a run survives -------------------------------------------------------------------------
-
-TOY = """
-import sys
-sys.path.insert(0, "tests")
-import test_trainer as t
-from data import InputError
-args = t.run_args(sys.argv[1], steps=int(sys.argv[2]), resume=True, save_every=2)
-try:
-    s, params, step = t.toy(args)
-    def by_hand(number):
-        print("step", number, flush=True)
-        if number == int(sys.argv[3]):
-            sys.stdin.readline()
-        return step(number)
-    t.finish(s, params, by_hand)
-    print("values", [p.tolist() for p in params])
-except InputError as e:
-    print("error:", e, file=sys.stderr)
-    sys.exit(2)
-"""
-
-
-HANG = 600               # s, after which a process hangs: nothing is as slow as that, however busy the machine
-
-
-def start_toy(folder, steps=10, wait_at=-1, **more):
-    """The toy run as a process of its own; at step `wait_at` it waits for a line on its stdin."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", TOY, str(folder), str(steps), str(wait_at)], text=True,
-                            cwd=Path(trainer.__file__).parent, env=env, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
-
-
-def reaches(process, step):
-    """Returns when the process has begun that step."""
-    while (line := process.stdout.readline()) != f"step {step}\n":
-        assert line, process.stderr.read()
-
-
-def values_of(said):
-    return next(line for line in said.splitlines() if line.startswith("values"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """What the toy run ends with when nobody disturbs it."""
-    process = start_toy(tmp_path_factory.mktemp("toy") / "run")
-    return values_of(process.communicate(timeout=HANG)[0])
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(tmp_path, undisturbed, number, code):
-    """The night's work is not lost to a scheduler: the step is finished, saved, and said in one line. The step waits for
-    the signal, so that the run cannot end before it."""
-    process = start_toy(tmp_path / "run", wait_at=3)
-    reaches(process, 3)
-    process.send_signal(number)
-    said, wrong = process.communicate("\n", timeout=HANG)
-    assert process.returncode == code and "stopped after step" in said and "Traceback" not in wrong
-    assert len(metrics(tmp_path / "run")) == 4
-    resumed = start_toy(tmp_path / "run").communicate(timeout=HANG)[0]
-    assert values_of(resumed) == undisturbed and resumed.splitlines()[0] == "step 4"
-
-
-def test_a_folder_has_one_writer_and_its_lock_dies_with_it(tmp_path, undisturbed):
-    """Two resumes of one folder both ended with 0, and 555 log lines for 400 steps."""
-    first = start_toy(tmp_path / "run", wait_at=0)
-    reaches(first, 0)
-    second = start_toy(tmp_path / "run")
-    said = second.communicate(timeout=HANG)[1].strip().splitlines()[-1]
-    assert second.returncode == 2 and "another process works in" in said
-    first.kill()
-    first.communicate(timeout=HANG)
-    resumed = start_toy(tmp_path / "run").communicate(timeout=HANG)[0]
-    assert values_of(resumed) == undisturbed and len(metrics(tmp_path / "run")) == 11
-
-
-TWICE = """
-import signal, sys
-sys.path.insert(0, "tests")
-from types import SimpleNamespace
-import ranks
-import test_trainer as t
-now = [0.0]
-ranks.time = SimpleNamespace(monotonic=lambda: now[0])
-s, params, step = t.toy(t.run_args(sys.argv[1]))
-
-def interrupted(number):
-    for at, sent in ((0.0, signal.SIGINT), (0.9, signal.SIGTERM), (float(sys.argv[2]), signal.SIGINT)):
-        now[0] = at
-        signal.raise_signal(sent)
-        print("goes on at", at, flush=True)
-    return step(number)
-t.finish(s, params, interrupted)
-"""
-
-
-@pytest.mark.parametrize("at, left", [("1.0", False), ("1.1", True), ("60", True)])
-def test_a_second_ctrl_c_leaves_at_once(tmp_path, at, left):
-    """Whoever presses it twice does not wait for the end of a step of minutes; a launcher and a shell that both pass the
-    same one on, within a second, are not two. The process sends itself the signals, by a clock of its own."""
-    process = subprocess.run([sys.executable, "-c", TWICE, str(tmp_path / "run"), at], text=True, timeout=HANG,
-                             cwd=Path(trainer.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert process.returncode == 130 and "Traceback" not in process.stderr
-    assert process.stdout.count("goes on at") == (2 if left else 3)
-    assert ("stopped after step 1" in process.stdout) is not left
-
-
-def broken_off(folder, stop_at):
-    with pytest.raises(Stop):
-        finish(*toy(run_args(folder, save_every=2), stop_at))
-
-
-def test_a_damaged_checkpoint_is_never_used(tmp_path, capsys):
-    """A changed byte anywhere in the file, header or numbers: the one before it is used, or the start;
-    the end is the uninterrupted run's."""
-    whole = finish(*toy(run_args(tmp_path / "whole")))
-    broken_off(tmp_path / "cut", 9)
-    files = {p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir() if p.is_file()}
-    good, rng = files["checkpoint.safetensors"], random.Random(0)
-    for place in sorted(rng.sample(range(len(good)), 200)):
-        bad = bytearray(good)
-        bad[place] ^= 1 << rng.randrange(8)
-        s, params, _ = toy(run_args(tmp_path / "cut", resume=True))
-        (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(bad)
-        optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
-        assert s.run.restore(params, optimizer) == 6, place
-        assert "is damaged" in capsys.readouterr().out
-    for bad in (good[:100], good[:-1], b""):
-        (tmp_path / "cut" / "metrics.jsonl").write_bytes(files["metrics.jsonl"])
-        (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(bad)
-        resumed = toy(run_args(tmp_path / "cut", resume=True), 8)
-        with pytest.raises(Stop):
-            finish(*resumed)
-        (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(bad)
-    assert all(torch.equal(a, b) for a, b in zip(whole, finish(*toy(run_args(tmp_path / "cut",
-                                                                           resume=True)))))
-
-
-@pytest.mark.skipif(trainer.resource is None, reason="no limits on this system")
-def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint_whole(tmp_path, undisturbed):
-    broken_off(tmp_path / "run", 5)
-    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-
-    def small():  # no file may grow beyond this: metrics still can, a checkpoint cannot
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        trainer.resource.setrlimit(trainer.resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
-    full = start_toy(tmp_path / "run", preexec_fn=small)
-    said = full.communicate(timeout=HANG)[1]
-    assert full.returncode == 2 and said.count("error:") == 1 and "make room" in said
-    files = [p.read_bytes() for p in (tmp_path / "run").glob("checkpoint*.safetensors")]
-    assert before in files
-    assert not list((tmp_path / "run").glob("*.partial"))
-
-
-def test_dead_signals_speak_once_at_once_and_after_a_resume():
-    """Gate, reward or D at zero trained nothing, four equal rows in a report and no word about it."""
-    dead, said = DeadSignals(), []
-    for step in range(12):
-        said += [(step, text) for text in dead.warnings_of({"reward": 0.0, "D": 0.5, "zero_variance": 1.0,
-                                                     "gated_D": 0.0 if step > 3 else 0.1})]
-    assert [(step, text.split()[0]) for step, text in said] == [(4, "reward"), (4, "zero_variance"),
-                                                                (8, "gated_D")]
-    assert [text for _, text in said] == dead.said
-    alive = DeadSignals()
-    assert not any(alive.warnings_of({"reward": float(step % 5 == 4)}) for step in range(50))
-    assert not any(alive.warnings_of({"quality": float(step % 2)}) for step in range(50))
-    open_gate = [text for _ in range(9) for text in alive.warnings_of({"quality": 1.0})]
-    assert len(open_gate) == 1 and "perfect" in open_gate[0]
-
-
-@pytest.mark.parametrize("name, dead", [("D", 0.0), ("gated_D", 0.0), ("quality", 0.0), ("quality", 1.0), ("D_share", 0.0),
-                                        ("reward", 0.0), ("reward_std", 0.0), ("advantage", 0.0), ("zero_variance", 1.0)])
-def test_every_signal_is_dead_at_its_own_value_alone(name, dead):
-    signals = DeadSignals()
-    for value in (0.0, 0.25, 0.5, 1.0, 2.5):
-        said = [text for _ in range(5) for text in signals.warnings_of({name: value})]
-        known = value == dead or name == "quality" and value in (0.0, 1.0)
-        assert [text.startswith(f"{name} was {value:g} for 5 steps") for text in said] == [True] * known
-
-
-def test_posts_are_dealt_to_as_many_ranks_as_there_are():
-    session = Session.__new__(Session)
-    for world in (1, 2, 3):
-        shares = []
-        for rank in range(world):
-            session.ranks = SimpleNamespace(rank=rank, world=world)
-            shares.append(session.deal(["a", "b", "c"]))
-        assert all(shares) and sorted(sum(shares, [])) == ["a", "b", "c"]
-    session.ranks = SimpleNamespace(rank=0, world=4)
-    with pytest.raises(InputError, match="3 posts cannot be dealt to 4 ranks"):
-        session.deal(["a", "b", "c"])
-
-
-def test_a_log_read_again_after_a_resume_goes_on_counting(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "reward": 0.0}) + "\n"
-                                                    for i in range(1, 5)))
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "metrics.jsonl").write_text('{"step": 1, "grad_norm": null}\n{"step": 2, "grad_norm": 1.0}\n')
-    assert trainer.replay(SimpleNamespace(folder=tmp_path / "two"))[1] == 1
-    dead, skipped = trainer.replay(SimpleNamespace(folder=tmp_path))
-    assert skipped == 0
-    assert dead.said == [] and len(dead.warnings_of({"reward": 0.0})) == 1
-
-
-def test_changed_posts_are_not_resumed(tmp_path):
-    """A data file of the same name and other contents went on without a word."""
-    file = tmp_path / "posts.jsonl"
-    file.write_text("one")
-    args = dict(data=str(file))
-    with pytest.raises(Stop):
-        finish(*toy(run_args(tmp_path / "run", **args), 5))
-    file.rename(tmp_path / "moved.jsonl")
-    Run(run_args(tmp_path / "run", resume=True, data=str(tmp_path / "moved.jsonl")),
-        Ranks("toy", "cpu"))                                                   # only its place changed
-    file.write_text("two")
-    with pytest.raises(InputError, match="contents of .*posts.jsonl have changed"):
-        Run(run_args(tmp_path / "run", resume=True, **args), Ranks("toy", "cpu"))
-
-
-def test_other_versions_are_said(tmp_path, capsys):
-    with pytest.raises(Stop):
-        finish(*toy(run_args(tmp_path / "run"), 5))
-    path = tmp_path / "run" / "config.json"
-    config = json.loads(path.read_text())
-    assert config["environment"]["torch"] == torch.__version__ and "commit" in config["environment"]
-    config["environment"]["torch"] = "1.0"
-    path.write_text(json.dumps(config))
-    Run(run_args(tmp_path / "run", resume=True), Ranks("toy", "cpu"))
-    assert "torch 1.0 ->" in capsys.readouterr().out
-
-
-def test_windows_has_neither_locks_nor_peak_memory():
-    """`import resource` fails there: the programs must start all the same."""
-    code = ("import sys; sys.modules['resource'] = sys.modules['fcntl'] = None\n"
-            "import torch, trainer; print(trainer.peak_bytes(torch.device('cpu')))")
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(trainer.__file__).parent, text=True,
-                         capture_output=True, timeout=HANG)
-    assert ran.stdout.strip() == "None", ran.stderr
-
-
-def test_a_base_ends_when_it_has_learnt_enough_and_is_refused_when_it_has_not(tmp_path, capsys):
-    """Of three seeds one base of 250 steps had not yet learnt what a scene is: every arm built on it measured
-    nothing."""
-    assert data.main(["split", "--data", "pocket", "--sizes", "base=40", "--out", str(tmp_path)]) == 0
-    run = lambda out, *more: polylora.main(["base", "--data", str(tmp_path / "base.jsonl"), "--out", str(tmp_path / out),
-                                            "--batch", "4", "--hidden", "16", "--layers", "1", "--heads", "2",
-                                            "--vocab", "270", "--steps", "24", "--lr", "0.01",
-                                            "--schedule", "constant", *more])
-    assert run("whole") == 0
-    losses = [line["ce"] for line in metrics(tmp_path / "whole") if "ce" in line]
-    means = [sum(losses[i - 20:i]) / 20 for i in range(20, 25)]
-    assert run("some", "--until", str((means[1] + means[2]) / 2)) == 0
-    *steps, end = metrics(tmp_path / "some")
-    assert end["step"] == len(steps) == 22 and (tmp_path / "some" / "model" / "config.json").exists()
-    assert run("none", "--until", "0.01") == 2 and "give it more --steps" in capsys.readouterr().err
-    assert not (tmp_path / "none" / "done.json").exists()
-
-
-def test_a_run_that_was_killed_at_its_very_start_can_begin_again(tmp_path):
-    """Between making the folder and writing config.json: it "held no run of this program" for ever after."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in (".lock", "config.json.host-1-2.partial", "checkpoint.safetensors.host-1-2.partial", ".tmpMknFAs"):
-        (folder / name).write_text("{")
-    assert len(finish(*toy(run_args(folder)))) == 2
-    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.jsonl", "done.json"}
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no run of this program"):
-        toy(run_args(tmp_path / "other"))
-
-
-def test_a_run_that_was_killed_at_its_very_end_leaves_nothing_behind(tmp_path):
-    """Between done.json and the end of its checkpoints, which stayed for ever."""
-    args = run_args(tmp_path / "run")
-    broken_off(tmp_path / "run", 5)
-    kept = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("checkpoint*")}
-    finish(*toy(run_args(tmp_path / "run", resume=True, save_every=2)))
-    for name, content in kept.items():
-        (tmp_path / "run" / name).write_bytes(content)
-    session = Session.__new__(Session)
-    session.args, session.ranks = args, Ranks("toy", "cpu")
-    assert len(kept) == 2 and not session.open_run()
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "done.json"}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="tells files by their descriptors")
-def test_log_and_checkpoint_are_on_the_disk_before_the_checkpoint_is_in_its_place(tmp_path, monkeypatch):
-    """After a power cut a checkpoint was there whose lines of the log were not, or the name without the numbers."""
-    done, sync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), sync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"to {Path(b).name}"), replace(a, b)))
-    broken_off(tmp_path / "run", 3)
-    log, half, moved = done[-3:]
-    assert (log, moved) == ("metrics.jsonl", "to checkpoint.safetensors") and half.startswith("checkpoint.safetensors.")
-
-
-def test_a_run_that_another_process_has_finished_meanwhile_is_left_alone(tmp_path):
-    """Found unfinished, loaded for a minute, and then begun again over the finished one."""
-    broken_off(tmp_path / "run", 5)
-    late = toy(run_args(tmp_path / "run", resume=True))
-    finish(*toy(run_args(tmp_path / "run", resume=True)))
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(InputError, match="has just finished"):
-        finish(*late)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    """Of the same shape: it went on from there without a word. Of fewer tensors: a KeyError."""
-    broken_off(tmp_path / "one", 5)
-    with pytest.raises(Stop):
-        finish(*toy(run_args(tmp_path / "two", seed=2, save_every=2), 5))
-    other = (tmp_path / "two" / "checkpoint.safetensors").read_bytes()
-    (tmp_path / "one" / "checkpoint.safetensors").write_bytes(other)
-    with pytest.raises(InputError, match="is of another run"):
-        finish(*toy(run_args(tmp_path / "one", resume=True)))
-    s, params, step_fn = toy(run_args(tmp_path / "two", seed=2, resume=True))
-    with pytest.raises(InputError, match="is of another model"):
-        train(s, [*params, torch.nn.Parameter(torch.zeros(1))], step_fn, [])
-
-
-def test_two_damaged_checkpoints_mean_the_start_and_a_torn_log_is_no_matter(tmp_path, undisturbed):
-    whole = finish(*toy(run_args(tmp_path / "whole")))
-    broken_off(tmp_path / "cut", 7)
-    log = tmp_path / "cut" / "metrics.jsonl"
-    for name in ("checkpoint.safetensors", "checkpoint.before.safetensors"):
-        path = tmp_path / "cut" / name
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-        log.write_text(log.read_text() + '{"step": 9, "lo')
-        broken_off_again = toy(run_args(tmp_path / "cut", resume=True, save_every=100), 7)
-        with pytest.raises(Stop):
-            finish(*broken_off_again)
-        assert [x["step"] for x in metrics(tmp_path / "cut")] == list(range(1, 8))
-    assert all(torch.equal(a, b) for a, b in zip(whole, finish(*toy(run_args(tmp_path / "cut", resume=True)))))
-
-
-def test_ranks_that_see_different_folders_do_not_go_on(tmp_path):
-    """A folder that machines do not share: one began at step 6, the other at 0, and their gradients were
-    added up."""
-    broken_off(tmp_path / "run", 7)
-    s, params, step_fn = toy(run_args(tmp_path / "run", resume=True))
-    s.ranks.gather = lambda items: [*items, 0]
-    with pytest.raises(InputError, match="different checkpoints"):
-        train(s, params, step_fn, [])
-
-
-def test_the_run_folder_holds_the_split_and_other_readers_are_refused(tmp_path):
-    posts = tmp_path / "sft.jsonl"
-    posts.write_text("one")
-    (tmp_path / "split.json").write_text(json.dumps({"seed": 4, "sizes": {"sft": 1}}))
-    (tmp_path / "domain.json").write_text(json.dumps({"popularity": 1.5}))
-    args = run_args(tmp_path / "run", data=str(posts), save_every=2)
-    with pytest.raises(Stop):
-        finish(*toy(args, 5))
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["split"]["seed"] == 4 and config["seed"] == 1 and config["readers"] == {"popularity": 1.5}
-    assert {"commit", "clean", "torch", "python"} <= config["environment"].keys()
-    (tmp_path / "domain.json").write_text(json.dumps({"popularity": 2}))
-    with pytest.raises(InputError, match="posts of another split"):
-        toy(run_args(tmp_path / "run", data=str(posts), resume=True))
-
-
-def test_a_full_disk_under_safetensors_is_a_sentence(tmp_path):
-    """Its error is no OSError."""
-    with pytest.raises(InputError, match="make room"), data.beside(tmp_path / "x"):
-        raise SafetensorError("No space left on device")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        (disk / "x").write_text("whole")
-        with pytest.raises(InputError, match="make room"), data.beside(disk / "x") as new:
-            save_file({"a": torch.zeros(100_000)}, new)
-        assert [p.name for p in disk.iterdir()] == ["x"] and (disk / "x").read_text() == "whole"
-    finally:
-        subprocess.run(["umount", disk])
-
-
-def test_an_error_forges_nothing(capsys):
-    """Parts of a message come from the file that it is about."""
-    def wrong(args):
-        raise InputError("unknown variant `\x1b[31m\u202e`")
-    assert data.command(SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=wrong))) == 2
-    assert capsys.readouterr().err == "error: unknown variant `\ufffd[31m\ufffd`\n"
-
-
-def test_what_the_system_refuses_is_a_sentence(capsys):
-    """A full disk under a log of evaluate.py, a folder that may not be read: tracebacks."""
-    def wrong(args):
-        raise OSError(28, "No space left on device", "runs/a/metrics.jsonl")
-    assert data.command(SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=wrong))) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: [Errno 28] No space left on device: 'runs/a/metrics.jsonl': make room") and said.count("\n") == 1
-
-
-def test_ctrl_c_before_the_first_step_is_a_word_and_130(capsys):
-    def interrupted(args):
-        raise KeyboardInterrupt
-    parser = SimpleNamespace(parse_args=lambda argv: SimpleNamespace(run=interrupted))
-    assert data.command(parser) == 130 and capsys.readouterr().err == "stopped\n"
-
-
-def test_a_signal_between_two_updates_on_the_same_drafts_waits_for_the_last(tmp_path):
-    """Drafts are no part of a checkpoint: a run that was stopped after the first of two updates could not go on."""
-    whole = finish(*toy(run_args(tmp_path / "whole", updates=2, save_every=2)))
-    session, params, step_fn = toy(run_args(tmp_path / "run", updates=2, save_every=2))
-
-    def interrupted(step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_fn(step)
-    with pytest.raises(SystemExit) as stopped:
-        finish(session, params, interrupted)
-    assert stopped.value.code == 143 and len(metrics(tmp_path / "run")) == 6      # steps 5 and 6, which share drafts
-    again = finish(*toy(run_args(tmp_path / "run", updates=2, save_every=2, resume=True)))
-    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+TEMPLATE = ("{%- for m in messages %}{%- if loop.first and m.role != 'system' %}{{- "
+            "'<|im_start|>system\nBe brief.<|im_end|>\n' }}"
+            "{%- endif %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- "
+            "endfor %}"
+            "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
+
+
+# ---- A session -----------------------------------------------------------------------------------
+
+def test_a_session_takes_stops_and_chat_format_from_the_model(world, tmp_path):  # noqa: F811
+    """M8, F2, G5, R16: padding rows could be sampled, one stop be forgotten, the policy be asked
+    in another's format."""
+    folder = tmp_path / "model"
+    shutil.copytree(world["model"], folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    args = grpo.parser().parse_args(["--start", "-", "--model", str(folder),
+                                     "--data", world["grpo"], "--out", str(tmp_path / "o")])
+    s = Session(args, "grpo")
+    s.load()
+    assert s.model.vocab == data.vocabulary(s.tokenizer) < s.model.config.vocab_size
+    assert set(s.stops) == {s.tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>")}
+    asked = s.tokenizer.decode(s.prompt(0), skip_special_tokens=False)
+    assert (asked.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+            and "<think>" not in asked)
+    s.ranks.close()
+
+
+def test_stops_are_the_turn_s_end_and_the_text_s_end(parts):
+    """A chat ends by <|im_end|>, a base by <|endoftext|>: with one of them the other writes on
+    to the limit."""
+    tokenizer = parts[1]
+    assert set(data.stop_ids(tokenizer)) == {tokenizer.token_to_id("<|im_end|>"),
+                                             tokenizer.token_to_id("<|endoftext|>")}
+    think = tokenizer.token_to_id("<think>")
+    # no special token
+    assert data.decode(tokenizer, [think, *data.encode_reply(tokenizer, "yes")]) == "<think>yes"
+
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh", "<|endoftext|>"]
+
+TEXTS = ["a b c", "d", "e f g h a b c d e f g h"]
+
+ROOT = "sentence_transformers.models."
+
+
+def tokenizer():
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
+                                                        special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return made
+
+
+def dense(folder, activation="torch.nn.modules.activation.Tanh", bias=True, seed=0, width=24, out=8,
+          **changes):
+    """A Dense module's folder; returns its weight and bias."""
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {"linear.weight": torch.randn(out, width, generator=draw)}
+    if bias:
+        tensors["linear.bias"] = torch.randn(out, generator=draw)
+    save_file(tensors, folder / "model.safetensors")
+    write_json(folder / "config.json", {"in_features": width, "out_features": out, "bias": bias,
+                                        "activation_function": activation} | changes)
+    return tensors["linear.weight"], tensors.get("linear.bias", torch.zeros(out))
+
+
+def bert(folder, modules=("Pooling",), pooling=None, **files):
+    """A BERT embedder's folder with these modules behind its transformer."""
+    write_checkpoint(folder, *tiny_bert())
+    tokenizer().save(str(folder / "tokenizer.json"))
+    entries = [{"idx": 0, "name": "0", "path": "", "type": ROOT + "Transformer"}]
+    entries += [{"idx": i, "name": str(i), "path": f"{i}_{kind}", "type": ROOT + kind}
+                for i, kind in enumerate(modules, 1)]
+    write_json(folder / "modules.json", entries)
+    for i, kind in enumerate(modules, 1):
+        (folder / f"{i}_{kind}").mkdir(exist_ok=True)
+        if kind == "Pooling":
+            settings = {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True,
+                        "pooling_mode_cls_token": False}
+            write_json(folder / f"{i}_Pooling" / "config.json", settings if pooling is None
+                       else pooling)
+    for name, value in files.items():
+        write_json(folder / f"{name}.json", value)
+    return folder
+
+
+def load(folder):
+    """The Embedder that --embedder FOLDER makes."""
+    session = SimpleNamespace(args=SimpleNamespace(embedder=str(folder), dtype="float32"), run=None,
+                              ranks=SimpleNamespace(device=torch.device("cpu")))
+    load_embedder(session)
+    return session.embedder
+
+
+def means(folder, texts):
+    """The plain mean of the encoder's states, text by text."""
+    model = Bert.from_pretrained(folder)
+    ids = [tokenizer().encode(text).ids for text in texts]
+    return torch.cat([model(torch.tensor([i]), torch.tensor([len(i)])) for i in ids])
+
+
+@pytest.fixture()
+def plain(tmp_path):
+    return means(bert(tmp_path / "plain"), TEXTS)
+
+
+def close(a, b):
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+
+
+# ---- Modules -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("activation, function", [
+    ("torch.nn.modules.activation.Tanh", torch.tanh),
+    ("torch.nn.modules.linear.Identity", lambda x: x),
+    ("torch.nn.modules.activation.ReLU", F.relu), ("torch.nn.modules.activation.GELU", F.gelu)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_module_is_applied(activation, function, bias, tmp_path, plain):
+    weight, offset = dense(tmp_path / "a" / "2_Dense", activation, bias)
+    embedder = load(bert(tmp_path / "a", ["Pooling", "Dense"]))
+    want = function(plain @ weight.T + offset)
+    assert close(embedder.vectors(TEXTS), want)
+    assert close(embedder([TEXTS])[0], F.normalize(want, dim=-1))
+
+
+def test_modules_are_applied_in_their_order(tmp_path, plain):
+    (first, a), (second, b) = dense(tmp_path / "a" / "2_Dense"), dense(tmp_path / "a" / "4_Dense",
+                                                                       seed=1, width=8, out=5)
+    embedder = load(bert(tmp_path / "a", ["Pooling", "Dense", "Normalize", "Dense"]))
+    inner = F.normalize(torch.tanh(plain @ first.T + a), dim=-1)
+    assert close(embedder.vectors(TEXTS), torch.tanh(inner @ second.T + b))
+
+
+def test_a_bert_alone_knows_its_modules(tmp_path):
+    """Embedder on Bert.from_pretrained, without load_embedder."""
+    dense(tmp_path / "2_Dense")
+    model = Bert.from_pretrained(bert(tmp_path, ["Pooling", "Dense"]))
+    assert BertEmbedder(model, tokenizer()).vectors(TEXTS).shape == (3, 8)
+
+
+@pytest.mark.parametrize("kind", ["Normalize", "Dropout"])
+def test_modules_that_change_no_direction_are_read(kind, tmp_path, plain):
+    assert close(load(bert(tmp_path / "a", ["Pooling", kind]))([TEXTS])[0],
+                 F.normalize(plain, dim=-1))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "CNN", "LSTM", "WeightedLayerPooling", "Router"])
+def test_other_modules_are_refused_by_their_type(kind, tmp_path):
+    with pytest.raises(InputError, match=f"module of type '{kind}'"):
+        load(bert(tmp_path, ["Pooling", kind]))
+
+
+@pytest.mark.parametrize("entry, match", [
+    ({"type": "custom_st.Transformer", "path": ""}, "code of its own"),
+    ({"type": ROOT + "Dense", "path": "../x"}, "'../x'"),
+    ({"type": ROOT + "Transformer", "path": "0_Transformer"}, "begin with a Transformer"),
+    ({"type": 3}, "type and path"), (3, "type and path")],
+    ids=str)
+def test_modules_elsewhere_or_of_others_code_are_refused(entry, match, tmp_path):
+    folder = bert(tmp_path)
+    write_json(folder / "modules.json", [entry])
+    with pytest.raises(InputError, match=match):
+        load(folder)
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"activation_function": "torch.nn.modules.activation.Softplus"}, "activation 'Softplus'"),
+    ({"use_residual": True}, "use_residual"),
+    ({"out_features": 9}, "does not fit"), ({"in_features": 9}, "does not fit"),
+    ({"bias": False}, "about the bias")], ids=str)
+def test_a_dense_module_that_cannot_be_applied_is_refused(changes, match, tmp_path):
+    dense(tmp_path / "2_Dense")
+    folder = bert(tmp_path, ["Pooling", "Dense"])
+    written = {"in_features": 24, "out_features": 8, "bias": True,
+               "activation_function": "torch.nn.modules.activation.Tanh"}
+    write_json(folder / "2_Dense" / "config.json", written | changes)
+    with pytest.raises(InputError, match=match):
+        load(folder)
+
+
+def test_a_dense_module_in_another_format_says_how_to_convert_it(tmp_path):
+    dense(tmp_path / "2_Dense")
+    (tmp_path / "2_Dense" / "model.safetensors").rename(tmp_path / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="only safetensors.*SentenceTransformer"):
+        load(bert(tmp_path, ["Pooling", "Dense"]))
+
+
+def test_a_dense_module_with_nan_is_refused(tmp_path):
+    weight, offset = dense(tmp_path / "2_Dense")
+    weight[0, 0] = float("nan")
+    save_file({"linear.weight": weight, "linear.bias": offset},
+              tmp_path / "2_Dense" / "model.safetensors")
+    with pytest.raises(InputError, match="linear.weight.*not finite"):
+        load(bert(tmp_path, ["Pooling", "Dense"]))
+
+
+# ---- Texts ---------------------------------------------------------------------------------------
+
+def test_a_text_is_cut_at_max_seq_length(tmp_path):
+    """Its last mark stays, as tokenizers cut: all-MiniLM-L6-v2 reads 256 tokens of its 512
+    positions."""
+    folder = bert(tmp_path / "a",
+                  sentence_bert_config={"max_seq_length": 7, "do_lower_case": False})
+    cut = ["a b c", "d", "e f g h a"]        # with [CLS] and [SEP] the last has 7 tokens
+    assert close(load(folder).vectors(TEXTS), means(folder, cut))
+
+
+def test_without_max_seq_length_the_tokenizer_s_limit_counts(tmp_path):
+    for name, config, cut in (("a", {"model_max_length": 7}, "e f g h a"),
+                              ("b", {"model_max_length": int(1e30)}, TEXTS[2])):
+        folder = bert(tmp_path / name, tokenizer_config=config,
+                      sentence_bert_config={"max_seq_length": None})
+        assert close(load(folder).vectors(TEXTS[2:]), means(folder, [cut]))
+    folder = bert(tmp_path / "c", tokenizer_config={"model_max_length": 5},
+                  sentence_bert_config={"max_seq_length": 7})
+    assert close(load(folder).vectors(TEXTS[2:]), means(folder, ["e f g h a"]))
+
+
+@pytest.mark.parametrize("length", [0, 2, -1, "7", 7.5, True])
+def test_a_limit_that_is_none_is_refused(length, tmp_path):
+    with pytest.raises(InputError, match="max_seq_length"):
+        load(bert(tmp_path, sentence_bert_config={"max_seq_length": length}))
+
+
+def test_lower_case_and_a_default_prompt_are_applied(tmp_path):
+    folder = bert(tmp_path / "a",
+                  sentence_bert_config={"max_seq_length": 32, "do_lower_case": True})
+    assert close(load(folder).vectors(["A B c"]), means(folder, ["a b c"]))
+    prompts = {"prompts": {"query": "h g ", "document": ""}, "default_prompt_name": "query"}
+    folder = bert(tmp_path / "b", config_sentence_transformers=prompts)
+    assert close(load(folder).vectors(["a"]), means(folder, ["h g a"]))
+    folder = bert(tmp_path / "c", config_sentence_transformers=prompts
+                  | {"default_prompt_name": None})
+    assert close(load(folder).vectors(["a"]), means(folder, ["a"]))
+    with pytest.raises(InputError, match="default prompt"):
+        load(bert(tmp_path / "d", config_sentence_transformers=prompts
+                  | {"default_prompt_name": "other"}))
+    mean = {"pooling_mode_mean_tokens": True, "include_prompt": False}
+    with pytest.raises(InputError, match="include_prompt"):
+        load(bert(tmp_path / "e", pooling=mean, config_sentence_transformers=prompts))
+
+
+# ---- Pooling -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("pooling", [{"pooling_mode_mean_tokens": True}, {"pooling_mode": "mean"},
+                                     {"pooling_mode": ["mean"]},
+                                     {"pooling_mode_mean_tokens": True,
+                                      "pooling_mode_max_tokens": False}], ids=str)
+def test_the_mean_is_read_however_it_is_written(pooling, tmp_path, plain):
+    assert close(load(bert(tmp_path / "a", pooling=pooling)).vectors(TEXTS), plain)
+
+
+@pytest.mark.parametrize("pooling", [
+    {"pooling_mode_cls_token": True},
+    {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, {"pooling_mode": "cls"},
+    {"pooling_mode": ["mean", "max"]}, {"pooling_mode_weightedmean_tokens": True},
+    {"pooling_mode_mean_sqrt_len_tokens": True}, {}], ids=str)
+def test_other_poolings_are_refused(pooling, tmp_path):
+    """Two at once are put side by side: twice the numbers."""
+    with pytest.raises(InputError, match="only the mean of tokens"):
+        load(bert(tmp_path, pooling=pooling))
+
+
+# ---- Qwen3-Embedding -----------------------------------------------------------------------------
+
+def qwen(folder, pooling="pooling_mode_lasttoken", modules=("Pooling",), **files):
+    config = tiny_config(True, vocab_size=41, hidden_size=24, intermediate_size=32,
+                         num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    write_checkpoint(folder, config, tiny_weights(config, 3, prefix="", head=None))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    entries = [{"path": "", "type": ROOT + "Transformer"}]
+    entries += [{"path": f"{i}_{kind}", "type": ROOT + kind} for i, kind in enumerate(modules, 1)]
+    write_json(folder / "modules.json", entries)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    write_json(folder / "1_Pooling" / "config.json", {pooling: True})
+    for name, value in files.items():
+        write_json(folder / f"{name}.json", value)
+    return folder
+
+
+def last_states(folder, texts):
+    model = Qwen3.from_pretrained(folder, dtype=torch.float32)
+    ids = [[*tokenizer().encode(text, add_special_tokens=False).ids, WORDS.index("<|endoftext|>")]
+           for text in texts]
+    return torch.cat([model.last_hidden(torch.tensor([i]), torch.tensor([len(i)])) for i in ids])
+
+
+def test_a_qwen3_embedder_s_folder_is_followed_too(tmp_path):
+    weight, offset = dense(tmp_path / "a" / "2_Dense")
+    folder = qwen(tmp_path / "a", modules=("Pooling", "Dense"),
+                  sentence_bert_config={"max_seq_length": 5})
+    want = torch.tanh(last_states(folder, ["a b c", "d", "e f g h"]) @ weight.T + offset)
+    assert close(load(folder).vectors(TEXTS), want)
+    plain = qwen(tmp_path / "b", modules=("Pooling", "Normalize"))
+    assert close(load(plain)([TEXTS])[0], F.normalize(last_states(plain, TEXTS), dim=-1))
+
+
+def test_a_qwen3_embedder_pooled_otherwise_is_refused(tmp_path):
+    with pytest.raises(InputError, match="only the last token"):
+        load(qwen(tmp_path, pooling="pooling_mode_mean_tokens"))
+
+
+def test_an_embedder_that_is_neither_is_named(tmp_path):
+    folder = bert(tmp_path)
+    write_json(folder / "config.json", {"model_type": "roberta"})
+    with pytest.raises(InputError, match="'roberta' model.*Qwen3-Embedding"):
+        load(folder)

@@ -1,0 +1,55 @@
+"""Features of completions that only some objectives and diversities need: verdicts by style, the
+popularity of the styles, equal answers."""
+
+import torch
+
+from polylora import with_label_noise
+from support.posts import normalise
+from support.registry import FEATURES
+
+
+@FEATURES.add("right", "verdicts by style, label noise included")
+def right_by_style(session, posts, texts, seeds):
+    """(P, k, S) in 0, 1: is the completion right in each of the domain's styles?"""
+    domain = session.domain
+    rows = [style_rows(domain, post, group) for post, group in zip(posts, texts)]
+    return with_label_noise(torch.tensor(rows), session.args.flip, seeds, "voices")
+
+
+def style_rows(domain, post, texts):
+    """For each text a row of 0 and 1: in which of the domain's styles it is right."""
+    rows = []
+    for text in texts:
+        right = domain.styles_of(post, text)
+        rows.append([float(style in right) for style in domain.styles])
+    return rows
+
+
+@FEATURES.add("shares", "the popularity of the styles")
+def style_popularity(session, posts, texts, seeds):
+    """(P, S): the share of a post's users that likes each style."""
+    rows = []
+    for post in posts:
+        popularity = session.domain.popularity_of(post)
+        rows.append([popularity[style] for style in session.domain.styles])
+    return torch.tensor(rows)
+
+
+@FEATURES.add("classes", "equal numbers for equal answers")
+def classes_feature(session, posts, texts, seeds):
+    return answer_classes(session.domain, posts, texts)
+
+
+def answer_classes(domain, posts, texts):
+    """Numbers (P, k) of completions, P lists of k: equal numbers, equal answers; -1 is no answer.
+    An answer is the set of styles that a completion is right in; without a verifier it is the text
+    but for case and punctuation."""
+    classes = []
+    for post, group in zip(posts, texts):
+        numbers = {}
+        classes.append([])
+        for text in group:
+            answer = frozenset(domain.styles_of(post, text)) if domain.styles else normalise(text)
+            number = numbers.setdefault(answer, len(numbers)) if answer else -1
+            classes[-1].append(number)
+    return torch.tensor(classes)

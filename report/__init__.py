@@ -1,0 +1,1 @@
+"""Measured runs compared: `python -m report`."""

@@ -1,0 +1,1 @@
+"""What every file needs: files, checkpoints, ranks, checks of flags, the registries."""

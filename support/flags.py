@@ -1,0 +1,325 @@
+"""Flags that several commands share, in groups: method, data, sampling, run, rivals.
+
+The flags of rival methods (files in methods/ that are not part of the plain method) are shown by
+--help-all only. A flag's name is its key in a run's config.json; its help says units and default.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from support.checks import NEW_ADAPTER
+from support.files import Tracker
+from support.registry import (ADAPTERS, D_GRADIENTS, DECODERS, DIVERSITIES, DOMAINS, MEASURES,
+                              REWARDS, add_flags, listed)
+
+
+class HiddenGroup:
+    """An argument group whose flags are shown by --help-all only."""
+
+    def __init__(self, group):
+        self.group = group
+        self.shown = "--help-all" in sys.argv
+
+    def add_argument(self, *names, **settings):
+        if not self.shown:
+            settings["help"] = argparse.SUPPRESS
+        return self.group.add_argument(*names, **settings)
+
+
+@dataclass
+class Groups:
+    """The argument groups of a command's flags."""
+    method: object
+    data: object
+    sampling: object
+    run: object
+    rivals: HiddenGroup
+
+
+def flag_groups(parser):
+    """The Groups of a parser; adds --help-all to it."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("--help-all", action="help",
+                        help="show this message with the flags of every rival method")
+    return Groups(method=parser.add_argument_group("method"),
+                  data=parser.add_argument_group("data"),
+                  sampling=parser.add_argument_group("sampling"),
+                  run=parser.add_argument_group("run"),
+                  rivals=HiddenGroup(parser.add_argument_group("rivals")))
+
+
+def name_flag(group, flag, registry, default, about, extra=()):
+    """Add a flag whose values are the names of a registry, with a line on each."""
+    group.add_argument(flag, default=default, choices=[*extra, *registry], metavar="NAME",
+                       help=f"{about}. {listed(registry)}")
+
+
+def common_flags(groups, *, lr, steps, batch, schedule="cosine"):
+    """Flags that every training phase has."""
+    add = groups.data.add_argument
+    add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint "
+                                      "ones with `python data.py split`")
+    add("--domain", default="auto",
+        help=f"how completions are asked for and scored: auto, {', '.join(DOMAINS)}")
+    add_flags(DOMAINS, groups.data)
+    add("--skip-bad-lines", action="store_true",
+        help="skip, count and report unreadable lines of --data instead of stopping")
+    add = groups.run.add_argument
+    add("--out", required=True, help="the run folder, which is made")
+    add("--resume", action="store_true", help="go on with the unfinished run in --out")
+    add("--dry-run", action="store_true",
+        help="time a few steps, print how long the run would take, and write nothing")
+    add("--seed", type=int, default=1, help="seed of everything random in this run")
+    add("--steps", type=int, default=steps,
+        help="optimizer steps; 0: as many as --epochs passes over the posts take")
+    add("--epochs", type=float, default=1, help="passes over the posts when --steps is 0")
+    add("--batch", type=int, default=batch, help="posts a step, over all ranks")
+    add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up; fewer never reach --lr")
+    add("--schedule", default=schedule, choices=("cosine", "constant"),
+        help="learning rate after the warm-up")
+    add("--clip", type=float, default=1.0,
+        help="largest gradient norm, over all trained parameters and ranks")
+    add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
+    add("--micro-tokens", type=int, default=16384,
+        help="tokens in one forward and backward pass: lower it to save memory")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--track", choices=list(Tracker.PACKAGES),
+        help="send the log's numbers there too; the package must be installed")
+    model_flags(groups.run)
+
+
+def model_flags(group):
+    """Flags of how the model is held and how it samples, in a parser or a group of one."""
+    add = group.add_argument
+    add("--device", default=None,
+        help="cuda, cuda:1, cpu; default: this rank's GPU if there is one")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of the frozen weights; auto: bfloat16 on a GPU")
+    add("--nf4", action="store_true",
+        help="the frozen base in 4 bits (QLoRA): a third of the memory, slower")
+    add("--shard", action="store_true", help="spread the frozen base over the ranks (FSDP2), for "
+                                             "models larger than a GPU: slower")
+    add("--revision", default=None, help="commit, tag or branch of the model on the hub")
+    add("--max-rows", type=int, default=256,
+        help="completions sampled at a time on each rank: lower it to save memory")
+    add("--no-graphs", action="store_true",
+        help="sample without CUDA graphs: slower; for drivers that fail on them")
+
+
+def adapter_flags(groups):
+    """Flags of the adapter that trains."""
+    name_flag(groups.method, "--adapter", ADAPTERS, NEW_ADAPTER["adapter"], "what trains")
+    add = groups.method.add_argument
+    add("--rank", type=int, default=NEW_ADAPTER["rank"], help="LoRA rank r")
+    add("--alpha", type=float, default=NEW_ADAPTER["alpha"],
+        help="LoRA alpha: the update is scaled by alpha / r")
+    add("--dropout", type=float, default=0.0, help="LoRA dropout in the cross-entropy passes")
+    add("--targets", default=",".join(NEW_ADAPTER["targets"]),
+        help="linear layers with LoRA, comma-separated")
+    groups.rivals.add_argument(
+        "--members", type=int, default=NEW_ADAPTER["members"],
+        help="LoRAs of rank r in one adapter, for the adapters that have several")
+
+
+def diversity_flags(groups, k):
+    """Flags of the completions a phase samples and of the diversity among them."""
+    add = groups.sampling.add_argument
+    add("--k", type=int, default=k, help="completions for each post")
+    add("--max-new-tokens", type=int, default=100,
+        help="longest completion, in tokens, stop token included")
+    add("--temperature", type=float, default=1.0,
+        help="of sampling, and of the distribution whose log-probabilities are trained")
+    name_flag(groups.method, "--diversity", DIVERSITIES, "cosine",
+              "how the diversity D of k completions is measured")
+    add = groups.method.add_argument
+    add("--gate", default="none", choices=("none", "auto", "verifier", "likelihood", "reward"),
+        help="quality in [0, 1] by which D is multiplied, 1 for people's own replies: none (plain "
+             "D), the verifier, likelihood under the base, or reward (phase two); auto: verifier "
+             "where replies have styles, else reward, or likelihood in phase one")
+    add("--gate-floor", type=float, default=0.0,
+        help="added to the distance of a gated pair of completions, so that equal ones count, too: "
+             "more weight on quality, less on diversity")
+    add("--embedder", default="base",
+        help="what embeds completions: base (the frozen model itself, mean of its hidden states, "
+             "centred), or the folder or hub name of a BERT sentence encoder (all-MiniLM-L6-v2) or "
+             "of a Qwen3-Embedding")
+    groups.rivals.add_argument(
+        "--flip", type=float, default=0.0,
+        help="label noise: fraction of the verifier's verdicts that are inverted, in reward, gate "
+             "and coverage")
+
+
+def start_flags(groups):
+    """Flags of what phase two starts from."""
+    add = groups.method.add_argument
+    add("--start", "--from", required=True,
+        help="finished SFT run, or an adapter folder in PEFT's layout, to start from (after "
+             "torchrun write --from: it takes --start for an option of its own)")
+    add("--model", default=None,
+        help="Qwen3 checkpoint under the adapter; default: the one its config names")
+
+
+def policy_flags(groups):
+    """Flags of GRPO's advantages and loss."""
+    add = groups.method.add_argument
+    add("--set-size", type=int, default=4,
+        help="completions in a set, for objectives on sets: below --k")
+    add("--diversity-weight", type=float, default=0.0,
+        help="weight of D, added to what --advantage maximises: in standard deviations of reward "
+             "where that divides by them, else in units of reward")
+    add("--diversity-share", type=float, default=0.0,
+        help="instead of --diversity-weight: the norm of D's part of each step's advantages, as a "
+             "fraction of the objective's norm")
+    add("--entropy-weight", type=float, default=0.0,
+        help="weight of the entropy of whole completions, in nats, added to the reward")
+    add("--beta", type=float, default=0.0,
+        help="weight of the KL to the starting adapter, per token; 0 skips that pass")
+    add("--clip-low", type=float, default=0.2,
+        help="lower clip: of completions worse than their group, ratios below 1 - this get no "
+             "gradient")
+    add("--clip-high", type=float, default=0.2,
+        help="upper clip: of better completions, ratios above 1 + this get no gradient (DAPO: "
+             "0.28)")
+    add("--ratio", default="token", choices=("token", "sequence"),
+        help="what is clipped: each token's ratio, or the whole completion's (GSPO)")
+    add("--updates", type=int, default=1, help="optimizer steps on each rollout")
+
+
+def sft_start_flags(groups):
+    """Flags of what phase one starts from."""
+    add = groups.method.add_argument
+    add("--model", default=None, help="Qwen3 checkpoint: folder or hub name; with --start, by "
+                                      "default the one that its adapter names")
+    add("--start", "--from", default=None,
+        help="train the adapter of this finished run, or of this folder in PEFT's layout, further, "
+             "with a new optimizer and schedule; another --seed gives another order of posts")
+
+
+def rival_sft_flags(groups):
+    """Flags of other SFT losses and of other estimators of D's gradient."""
+    groups.rivals.add_argument("--loss-value", type=float, default=None,
+                               help="the number that --loss names; default: its paper's")
+    name_flag(groups.rivals, "--d-gradient", D_GRADIENTS, "score", "how D's gradient is estimated")
+    add_flags(D_GRADIENTS, groups.rivals)
+
+
+def lambda_flags(groups):
+    """Flags of D's weight in phase one."""
+    add = groups.method.add_argument
+    add("--lambda", dest="lam", type=float, default=0.0,
+        help="weight of D, in nats per token for one unit of D")
+    add("--lambda-share", type=float, default=0.0,
+        help="instead of --lambda: the norm of D's part of a step's gradient over the "
+             "cross-entropy's, held by setting lambda at each step that samples")
+    add = groups.sampling.add_argument
+    add("--draft-every", type=int, default=1, help="steps between those that sample completions")
+    add("--draft-posts", type=int, default=8,
+        help="posts of such a step that get k completions, over all ranks")
+
+
+def reward_flags(groups):
+    """Flags of what a completion earns."""
+    name_flag(groups.method, "--reward", REWARDS, "auto",
+              "what a completion earns. auto: reader where replies have styles, agreement where "
+              "posts have several replies, else relevance", extra=("auto",))
+    add = groups.method.add_argument
+    add("--overlong", type=int, default=0,
+        help="tokens before --max-new-tokens over which a completion loses up to 1 of its reward, "
+             "DAPO's soft overlong punishment (arXiv 2503.14476)")
+    add("--valid-weight", type=float, default=0.0,
+        help="added to --reward reader for a completion that is right in any style")
+    add = groups.rivals.add_argument
+    add("--reward-model", default=None,
+        help="for --reward model a folder of rewards.py train, or a Qwen3 with a scalar head; for "
+             "judge a chat model")
+    add("--spread-penalty", type=float, default=1.0,
+        help="how many times their standard deviation is taken off the mean of several reward "
+             "models")
+
+
+# ---- Flags of evaluate.py ------------------------------------------------------------------------
+
+def measure_flags(parser, groups):
+    """Flags of `measure`: what is measured, by what, and into which folder."""
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="finished runs of polylora.py sft or grpo.py, all on one base model")
+    add = groups.data.add_argument
+    add("--data", required=True, help="held-out posts, JSON lines")
+    add("--domain", default="auto",
+        help=f"how completions are scored: auto, {', '.join(DOMAINS)}")
+    add_flags(DOMAINS, groups.data)
+    add("--skip-bad-lines", action="store_true",
+        help="skip, count and report unreadable lines of --data")
+    add = groups.run.add_argument
+    add("--bare", metavar="FOLDER",
+        help="also measure the base model without adapter, as a run in this folder")
+    add("--seed", type=int, default=1,
+        help="of --bare's completions; a run's are sampled with the run's own seed")
+    add("--name", help="measure into RUN@NAME, a method of its own in a report; default: the "
+                       "decoder's name, and RUN itself for sampling")
+    add("--dry-run", action="store_true",
+        help="say how long the completions of one run would take, and write nothing")
+    groups.sampling.add_argument(
+        "--n", "--samples", type=int, default=64,
+        help="completions for each post: at least 10, for Pass@10, and more than the largest k is "
+             "better (after torchrun write --samples: it takes --n for an option of its own)")
+    groups.rivals.add_argument(
+        "--set-size", type=int, default=5,
+        help="completions in a set of a decoder that samples them jointly (beams, list, "
+             "verbalized): their Pass@k is of whole sets, so for this k alone; beams write one "
+             "set, others as many as fit into --n")
+    name_flag(groups.method, "--reward", REWARDS, "auto",
+              "what a completion earns, where there is no verifier; model or judge, where there "
+              "is: another selector of the best of k", extra=("auto",))
+    add = groups.method.add_argument
+    add("--pass-above", type=float, default=None,
+        help="the reward above which a completion passes, for posts without people's replies; "
+             "default: 0.5 with --reward judge")
+    add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge, or a folder "
+                               "of rewards.py train")
+    add("--embedder", default="base",
+        help="what embeds completions: base, or the folder or hub name of an embedding model")
+    add_flags(MEASURES, groups.rivals)
+
+
+def drafts_flags(parser, groups):
+    """Flags of `drafts`: the run, the post, how many drafts."""
+    parser.add_argument("folder", metavar="RUN",
+                        help="finished run of polylora.py sft or grpo.py")
+    parser.add_argument("post", nargs="?", help="the post, in quotes; without it, a prompt: type "
+                                                "posts, pick drafts")
+    groups.run.add_argument("--picks", metavar="JSONL", help="where the prompt keeps picks; "
+                                                             "default: RUN/picks.jsonl")
+    groups.sampling.add_argument("--k", type=int, default=5, help="drafts to write")
+    groups.sampling.add_argument("--seed", type=int, default=1,
+                                 help="of the sampling: another seed, other drafts")
+    add = groups.rivals.add_argument
+    add("--reward-model", help="Qwen3 folder or hub name for --best-by model or judge, or a folder "
+                               "of rewards.py train")
+    add("--embedder", default="base", help="what embeds drafts for --best-by")
+
+
+def decoding_flags(groups):
+    """Flags of the model that is sampled from, and of how."""
+    groups.run.add_argument("--model", help="Qwen3 checkpoint under the adapters; default: the "
+                                            "first run's")
+    add = groups.sampling.add_argument
+    add("--max-new-tokens", type=int, default=100,
+        help="longest completion, in tokens, stop token included")
+    add("--temperature", type=float, default=1.0,
+        help="of sampling; 0 is greedy, so that all completions are equal")
+    add("--top-k", type=int, default=0, help="sample from the likeliest tokens alone; 0: from all")
+    add("--top-p", type=float, default=1.0, help="smallest share of probability to sample from")
+    add("--min-p", type=float, default=0.0,
+        help="sample from tokens of at least this share of the likeliest one's probability")
+    name_flag(groups.sampling, "--decoder", DECODERS, "sampling", "how completions are sampled")
+    add_flags(DECODERS, groups.rivals)
+    groups.rivals.add_argument(
+        "--spread-penalty", type=float, default=1.0,
+        help="how many standard deviations of several reward models are taken off their mean")
+    model_flags(groups.run)
