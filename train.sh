@@ -13,9 +13,8 @@
 #   --out FOLDER       for runs and report (default: runs/ and the data's name)
 #   --seeds "1 2 3"    the default; with --model "1". --jobs N: so many of them side by side
 #   --diversity NAME   D of the polychromic arms: dpp, the best measured, or cosine, the plain form
-#   --posts N, --steps BOTH or SFT,GRPO, --base-steps N, --samples N, --reward NAME,
-#   --reward-model M, --embedder M, --nf4, --shard, --allow-code-execution [as-root]: as the
-#                      programs' --help says
+#   --posts N, --steps BOTH or SFT,GRPO, --base-steps N, --samples N, --reward, --reward-model,
+#   --embedder, --nf4, --shard, --allow-code-execution [as-root]: as the programs' --help says
 #   --dry-run          each command with its cost, and the total; trains a base's first step at most
 #
 # A stage that is done is skipped, an interrupted one resumes: after a crash, the same again.
