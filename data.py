@@ -284,6 +284,13 @@ class Domain:
             self.verdicts[key] = self.judge(post, text)
         return self.verdicts[key]
 
+    def valid(self, posts, texts):
+        """P lists of k, 1.0 or 0.0: is the completion right in any style?"""
+        rows = []
+        for post, group in zip(posts, texts):
+            rows.append([float(bool(self.styles_of(post, text))) for text in group])
+        return rows
+
     def judge(self, post, text):
         """The verifier: the styles, a tuple, in which a completion is right."""
         wanted = normalise(text)

@@ -41,8 +41,8 @@ from support.pass_bar import bar
 from support.picks import converse
 from support.posts import Post
 from support.registry import DECODERS, DOMAINS, MEASURES, REWARDS, add_commands
-from support.steplog import tally_completions
-from trainer import Session, Tally, Visit, load_embedder
+from support.steplog import Tally, tally_completions
+from trainer import Session, Visit, load_embedder
 
 
 # ---- Measuring runs: n completions for each held-out post, scored --------------------------------
@@ -131,7 +131,7 @@ def measure_run(session, run, settings, scale, config):
     (config, else None), and a line in metrics.jsonl. Each rank measures its share of the posts."""
     began = time.perf_counter()
     ranks = session.ranks
-    mine = session.share(list(range(len(session.posts))))
+    mine = ranks.share(list(range(len(session.posts))))
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as progress:
         samples, texts = decode(session, mine, progress.update)

@@ -26,8 +26,8 @@ import torch
 from generate import Samples
 from lora import adapter, add_lora, frozen_copy, load_adapter, trained
 from model import Rows, token_logprobs
-from polylora import Features, Gate, finish_adapter, measure_diversity
-from rewards import diversity_weight, make_reward, overlong_penalty, valid_in_any_style
+from polylora import Features, make_gate, measure_diversity
+from rewards import diversity_weight, make_reward, overlong_penalty
 from support import registry
 from support.checkpoint import same_base
 from support.checks import check_binary, check_grpo, check_size, same_domain
@@ -35,14 +35,15 @@ from support.files import InputError, command
 from support.flags import (common_flags, diversity_flags, flag_groups, name_flag, policy_flags,
                            reward_flags, start_flags)
 from support.plan import announce
-from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_flags,
-                              set_scale)
+from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_features,
+                              add_flags, set_scale)
 from support.shaping import shaping_of
-from support.steplog import GRPO_LOGGED, add_mismatch, log_rollout, log_update
-from trainer import Session, Tally, batch_visits, load_embedder, train
+from support.steplog import GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update
+from trainer import Session, batch_visits, finish_adapter, load_embedder, train
 
 
-# ---- Advantages. Rewards (P, k) -> advantages (P, k), each prompt's group on its own. ------------
+# ---- Advantages. Rewards (P, N) -> advantages (P, N), each prompt's group on its own. ------------
+# N is the size of a group (--k), k that of a set drawn from it (--set-size).
 
 
 @OBJECTIVES.add("group", "GRPO: (r - mean) / std of the group (arXiv 2402.03300)")
@@ -93,11 +94,11 @@ def subsets(n, size):
 
 
 def set_advantages(values, member):
-    """The one equation of every set objective. values (P, sets): a score f of each n-subset of N
+    """The one equation of every set objective. values (P, sets): a score f of each k-subset of N
     completions; member (sets, N).
 
     A_i = mean of f over the subsets that contain i, minus its mean over all subsets. Then
-    E[sum_i A_i grad log pi(y_i)] = (N/n - 1) grad E[f], exactly; n = N gives no gradient
+    E[sum_i A_i grad log pi(y_i)] = (N/k - 1) grad E[f], exactly; k = N gives no gradient
     (Poly-EPO, arXiv 2604.17654, Prop. 3.1, in its mean form)."""
     return values @ member / member.sum(0) - values.mean(-1, keepdim=True)
 
@@ -117,15 +118,15 @@ def maxk_advantages(rewards, k):
 
 @OBJECTIVES.add("coverage", "users pleased by a set of completions, over all styles",
                 needs=("right", "shares", "set_size"), gradient_scale=set_scale)
-def coverage_advantages(right, shares, n):
+def coverage_advantages(right, shares, k):
     """Pass@k training averaged over users: f = the popularity of the styles in which some
-    completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= n < N.
+    completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= k < N.
 
     It asks the verifier about every style and knows the styles' popularity, where Pass@k training
     hears one user's verdict."""
-    total = right.shape[1]
-    check_size(n, total)
-    sets, member = subsets(total, n)
+    n = right.shape[1]
+    check_size(k, n)
+    sets, member = subsets(n, k)
     covered = right[:, sets].amax(2)                                   # (P, sets, S)
     pleased = (covered * shares[:, None]).sum(-1)                  # (P, sets)
     return set_advantages(pleased, member.to(right))
@@ -192,8 +193,8 @@ class Batch:
     """A micro-batch of a rollout; tensors flat over its N completion tokens."""
     rows: Rows
     sampled: torch.Tensor                     # (N,) log-probabilities at sampling
-    old: torch.Tensor | None                  # (N,) by the training path; None: on policy
-    reference: torch.Tensor | None            # (N,) by the starting adapter, for the KL
+    old: torch.Tensor | None = None           # (N,) by the training path; None: on policy
+    reference: torch.Tensor | None = None     # (N,) by the starting adapter, for the KL
     advantages: torch.Tensor | None = None    # (N,) of the token's completion
     chosen: torch.Tensor | None = None        # (N,) bool, by --tokens
 
@@ -226,51 +227,42 @@ def rollout(session, step, tally):
     """Sample, score and weigh completions of this rank's prompts: a list of Batch, and the step's
     token count over all ranks."""
     args = session.args
-    drawn = sample_batch(session, step, tally)
+    resampling = [row.function for row in ROLLOUTS.values() if row.wanted(args)]
+    if resampling:
+        drawn = resampling[0](session, step, tally)
+    else:
+        number = step // args.updates
+        session.visits = batch_visits(len(session.posts), args.batch, number, args.seed)
+        drawn = collect(session, session.ranks.share(session.visits), step)
     features = drawn.features
-    if not drawn.visits:  # --resample kept none of this rank's prompts: the others still wait
-        list(session.micro_batches([]))
-        count, *_ = session.ranks.sum([0.0] * 5)  # as many numbers as `weigh` adds up
-        choose_tokens(session, features.rewards, [], step)
-        return [], count
-    logprobs = [token_list for group in drawn.samples.logprobs for token_list in group]
+    sampled = [logprobs for group in drawn.samples.logprobs for logprobs in group]
+    count, = session.ranks.sum([sum(map(len, sampled))])
+
     batches = []
     for rows in session.micro_batches(list(zip(drawn.prompts, drawn.samples.tokens))):
-        batches.append(prepare_batch(session, rows, logprobs, tally))
+        batches.append(Batch(rows, rows.by_token(sampled)))
+        if args.updates > 1 or args.beta:
+            add_older_logprobs(session, batches[-1], tally)
     if "reference" in OBJECTIVES[args.advantage].needs:
         features.reference = reference_sums(batches, features)
-    advantages, count = weigh(session, features, sum(map(len, logprobs)), step, tally)
+
+    advantages = weigh(session, features, step, tally)
     flat = advantages.flatten().to(session.ranks.device)                       # one a completion
-    chosen = choose_tokens(session, advantages, drawn.samples.logprobs, step)
+    choose = TOKENS[args.tokens].chosen
+    chosen = choose(session, advantages, drawn.samples.logprobs, step) if choose else None
     for batch in batches:
         batch.advantages = flat[batch.rows.completion]
-        batch.chosen = None if chosen is None else batch.rows.by_token(chosen)
-    log_rollout(tally, features, drawn.samples, advantages)
+        batch.chosen = batch.rows.by_token(chosen) if choose else None
+    if drawn.visits:  # --resample may have kept none of this rank's prompts
+        log_rollout(tally, features, drawn.samples, advantages)
     return batches, count
 
 
-def sample_batch(session, step, tally):
-    """The Rollout of this rank's prompts of a step: sampled once, or as an entry of ROLLOUTS
-    does it."""
+def collect(session, visits, step):
+    """Sample k completions for each of these visits: a Rollout with the Features that the step
+    needs, each computed once."""
     args = session.args
-    for row in ROLLOUTS.values():
-        if row.wanted(args):
-            return row.function(session, step, tally)
-    visits = batch_visits(len(session.posts), args.batch, step // args.updates, args.seed)
-    tally.visits.extend(visits)
-    return sample_and_collect(session, session.share(visits), step)
-
-
-def sample_and_collect(session, visits, step):
-    """Sample k completions for each of these visits and collect their features: a Rollout."""
-    prompts, samples, texts = session.sample_completions(visits, step, session.args.k)
-    features = collect(session, visits, samples, texts, step)
-    return Rollout(visits, prompts, samples, features)
-
-
-def collect(session, visits, samples, texts, step):
-    """The Features of completions: each that the step needs, computed once."""
-    args = session.args
+    prompts, samples, texts = session.sample_completions(visits, step, args.k)
     posts = [session.posts[visit.index] for visit in visits]
     seeds = [session.seed_for("reader", step, visit) for visit in visits]
     objective = OBJECTIVES[args.advantage]
@@ -279,32 +271,32 @@ def collect(session, visits, samples, texts, step):
     features.rewards = torch.tensor(session.reward(posts, texts, seeds))
     features.logprobs = torch.tensor([[sum(p) for p in group] for group in samples.logprobs])
     features.lengths = torch.tensor([[len(ids) for ids in group] for group in samples.tokens])
+    if session.domain.styles:
+        features.valid = torch.tensor(session.domain.valid(posts, texts))
+    if session.gate is not None:
+        features.quality = session.gate(features, posts, samples)
+    if session.embedder is not None:
+        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
     if args.overlong:
         features.rewards += overlong_penalty(features.lengths, args.max_new_tokens, args.overlong)
     if objective.observe is not None:
         objective.observe(session, visits, features, samples, step)
-    features.quality = session.gate(visits, samples, texts, seeds)
-    if session.embedder is not None:
-        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
-    if session.domain.styles:
-        features.valid = valid_in_any_style(session.domain, posts, texts)
-    features.add(objective.needs, session, posts, texts, seeds)
-    features.add(DIVERSITIES[args.diversity].needs, session, posts, texts, seeds)
-    return features
+    needs = (*objective.needs, *DIVERSITIES[args.diversity].needs)
+    add_features(features, needs, session, posts, texts, seeds)
+    return Rollout(visits, prompts, samples, features)
 
 
-def prepare_batch(session, rows, logprobs, tally):
-    """A Batch without advantages: the log-probabilities that the loss compares with."""
+@torch.no_grad()
+def add_older_logprobs(session, batch, tally):
+    """Set what the loss compares a batch's log-probabilities with, where it does: `old`, by the
+    policy that sampled, and `reference`, by the starting adapter."""
     args = session.args
-    batch = Batch(rows, rows.by_token(logprobs), old=None, reference=None)
-    with torch.no_grad():
-        if args.updates > 1:
-            batch.old, _ = token_logprobs(session.model, rows, args.temperature)
-            add_mismatch(tally, batch.old, batch.sampled)
-        if args.beta:
-            with adapter(session.model, session.start):
-                batch.reference, _ = token_logprobs(session.model, rows, args.temperature)
-    return batch
+    if args.updates > 1:
+        batch.old, _ = token_logprobs(session.model, batch.rows, args.temperature)
+        add_mismatch(tally, batch.old, batch.sampled)
+    if args.beta:
+        with adapter(session.model, session.start):
+            batch.reference, _ = token_logprobs(session.model, batch.rows, args.temperature)
 
 
 def reference_sums(batches, features):
@@ -315,32 +307,39 @@ def reference_sums(batches, features):
     return total.view_as(features.rewards)
 
 
-def choose_tokens(session, advantages, logprobs, step):
-    """By --tokens, for this rank's completions: P k lists of bool; None: tokens are all equal."""
-    rule = TOKENS[session.args.tokens]
-    return rule.chosen(session, advantages, logprobs, step) if rule.chosen else None
-
-
-def weigh(session, features, tokens, step, tally):
-    """Advantages (P, k) of the step, and its token count over all ranks:
+def weigh(session, features, step, tally):
+    """Advantages (P, k) of the step:
     objective + diversity weight * D's + entropy weight * the entropy's."""
     args = session.args
-    objective = OBJECTIVES[args.advantage]
-    own = objective.advantages(features)
-    scale = objective.gradient_scale(features)
-    measured = measure_if_known(session, features, tally)
-    weighs_D = args.diversity_weight or args.diversity_share
-    squares = [0.0, 0.0]                      # of the objective's advantages and of D's
-    if weighs_D:
-        squares = [float(part.double().square().sum())
-                   for part in (own, scale * measured.advantages)]
-    count, own_square, D_square, total_D, prompts = session.ranks.sum(
-        [tokens, *squares, *tally.sums.get("D", (0.0, 0.0))])
-    schedule = SCHEDULES[args.diversity_schedule].function
-    factor = schedule(session, step, total_D / max(prompts, 1))
-    weight = diversity_weight(args, own_square, D_square, factor, tally)
-    of_D = measured.advantages if weighs_D else None
-    return combine(own, scale, features, weight, of_D, args.entropy_weight), count
+    own = of_D = features.rewards
+    scale = 1.0
+    if len(features.rewards):  # see `rollout`
+        objective = OBJECTIVES[args.advantage]
+        own = objective.advantages(features)
+        scale = objective.gradient_scale(features)
+        needs = DIVERSITIES[args.diversity].needs
+        if args.k > 1 and all(getattr(features, name) is not None for name in needs):
+            of_D = log_diversity(args.diversity, features, tally)
+    weight = 0.0
+    if args.diversity_weight or args.diversity_share:
+        squares = [float(part.double().square().sum()) for part in (own, scale * of_D)]
+        sums = [*squares, *tally.sums.get("D", (0.0, 0.0))]
+        own_square, D_square, total_D, prompts = session.ranks.sum(sums)
+        schedule = SCHEDULES[args.diversity_schedule].function
+        factor = schedule(session, step, total_D / max(prompts, 1)) if schedule else 1.0
+        weight = diversity_weight(args, own_square, D_square, factor, tally)
+    if not weight and not args.entropy_weight:
+        return own
+    return combine(own, scale, features, weight, of_D, args.entropy_weight)
+
+
+def log_diversity(name, features, tally):
+    """The advantages (P, k) of D, by a name in DIVERSITIES; D is logged."""
+    measured = measure_diversity(name, features)
+    tally.add("D", measured.plain.sum(), len(features.rewards))
+    if features.quality is not None:
+        tally.add("gated_D", measured.value.sum(), len(features.rewards))
+    return measured.advantages
 
 
 def combine(own, scale, features, weight=0.0, of_D=None, entropy_weight=0.0):
@@ -356,20 +355,8 @@ def combine(own, scale, features, weight=0.0, of_D=None, entropy_weight=0.0):
         advantages = advantages + weight * scale * of_D
     if entropy_weight:
         surprise = group_advantages(-features.logprobs, normalise=False)
-        advantages = advantages + entropy_weight * scale * surprise / (features.k - 1)
+        advantages = advantages + entropy_weight * scale * surprise / (own.shape[1] - 1)
     return advantages
-
-
-def measure_if_known(session, features, tally):
-    """D of the rollout, Measured and logged; None where completions are alone, or not embedded."""
-    row = DIVERSITIES[session.args.diversity]
-    if features.k < 2 or "embeddings" in row.needs and features.embeddings is None:
-        return None
-    measured = measure_diversity(session.args.diversity, features)
-    tally.add("D", measured.plain.sum(), len(features.rewards))
-    if features.quality is not None:
-        tally.add("gated_D", measured.value.sum(), len(features.rewards))
-    return measured
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -400,7 +387,7 @@ def run_grpo(args):
     if "embeddings" in (*of_D, *objective.needs):
         load_embedder(session)
     session.reward = make_reward(args.reward, session)
-    session.gate = Gate(session, args.gate)
+    session.gate = make_gate(session, args.gate)
     rollouts = math.ceil(len(session.posts) * args.epochs / args.batch)
     args.steps = args.steps or rollouts * args.updates
     args.save_every = math.ceil(args.save_every / args.updates) * args.updates  # between rollouts
@@ -436,11 +423,7 @@ def main(argv=None):
     return command(parser(), argv)
 
 
-@SCHEDULES.add("constant", "1")
-def constant_schedule(session, step, diversity):
-    return 1.0
-
-
+SCHEDULES.add("constant", "1")(None)
 TOKENS.add("all", "all alike")(None)
 
 

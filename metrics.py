@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from support.posts import normalise
+from support.posts import different_share
 from support.registry import METRICS
 from support.words import words
 
@@ -68,10 +68,9 @@ def expectation_adjusted_distinct(texts, vocabulary):
 
 
 def duplicate_rate(texts):
-    """The share of texts that repeat an earlier one, letter case, punctuation and spacing aside (of
-    texts without a letter, spacing alone); in [0, 1 - 1/n]. Empty texts are equal."""
-    different = {normalise(text) or "".join(text.split()) for text in texts}
-    return 1 - len(different) / len(texts)
+    """The share of texts that repeat an earlier one (see support.posts.different_share), in
+    [0, 1 - 1/n]. Empty texts are equal."""
+    return 1 - different_share(texts)
 
 
 def self_bleu(texts, max_n=4):
@@ -151,9 +150,9 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     number of completions right in style s: the exact mean over users drawn by popularity and over k
     of the n completions, so no user is simulated; coverage@k is the same with equal popularity.
     `valid` is the share of right completions, `stances` the number of styles among them.
-    Without styles c is the number of passed completions, and recall@k, where a post has several
-    people's replies, the share of them that some of k completions agrees with.
-    longest@k, and pick_X@k of methods/metrics.py (k >= 2): how often the completion passes that is
+    Without styles c is the number of passed completions, and recall@k of methods/metrics.py, where
+    a post has several people's replies, the share of them that some of k completions agrees with.
+    longest@k and pick_X@k of methods/metrics.py (k >= 2): how often the completion passes that is
     picked from k by length or by X: reward, likelihood, random, the record's own "scores"; an
     oracle's pick is pass@k. `words` is the mean length, `truncated` the share cut off.
     distinct-n, ead and self-bleu are absent where no completion is long enough. Completions that
@@ -165,9 +164,6 @@ def post_metrics(record, ks=KS, vocabulary=10_000):
     else:
         passed = list(map(float, record["passed"]))
         out = passing(passed, ks)
-    if "agrees" in record:
-        out |= recalled(record, ks)
-    out |= longest(completions, passed, ks)
     out |= text_metrics(completions)
     out |= {"duplicates": duplicate_rate(completions), "semantic": record["semantic"],
             "vendi": record["vendi"], "reward": math.fsum(record["rewards"]) / len(completions),
@@ -238,31 +234,6 @@ def text_metrics(completions):
         out["self-bleu"] = self_bleu(completions)
     if max(lengths) >= 2:
         out["distinct-2"] = distinct_n(completions, 2)
-    return out
-
-
-def longest(completions, passed, ks):
-    """{longest@k}, k >= 2: what the longest of k is worth, on average over k-subsets."""
-    n = len(completions)
-    order = sorted(range(n), key=lambda i: (-len(completions[i]), i))
-    out = {}
-    for k in ks:
-        if k > 1:  # the completion at rank i is the longest of C(n-1-i, k-1) subsets
-            terms = [math.comb(n - 1 - rank, k - 1) * passed[i] for rank, i in enumerate(order)]
-            out[f"longest@{k}"] = math.fsum(terms) / math.comb(n, k)
-    return out
-
-
-def recalled(record, ks):
-    """{recall@k}: the share of people's replies that some of k completions agrees with."""
-    n = len(record["drafts"])
-    counts = Counter()
-    for replies in record["agrees"]:
-        counts.update(set(replies))
-    out = {}
-    for k in ks:
-        chances = [pass_at_k(n, counts[reply], k) for reply in range(record["people"])]
-        out[f"recall@{k}"] = math.fsum(chances) / len(chances)
     return out
 
 

@@ -24,15 +24,17 @@ from lora import add_adapter, base, load_adapter, trained
 from model import token_logprobs
 from support import registry
 from support.checks import check_loaded_start, check_replies, check_sft
+from support.draws import with_label_noise
 from support.files import InputError, command, seed_of, short
 from support.flags import (adapter_flags, common_flags, diversity_flags, flag_groups, lambda_flags,
                            name_flag, rival_sft_flags, sft_start_flags)
 from support.plan import announce
 from support.ranks import set_gradient
-from support.registry import D_GRADIENTS, DIVERSITIES, FEATURES, SFT_LOSSES, add_commands
+from support.registry import (D_GRADIENTS, DIVERSITIES, SFT_LOSSES, add_commands,
+                              add_features)
 from support.shaping import shaping_of
-from support.steplog import SFT_LOGGED, tally_completions
-from trainer import (Session, Tally, add_cross_entropy, batch_visits, finish_adapter, load_embedder,
+from support.steplog import SFT_LOGGED, Tally, tally_completions
+from trainer import (Session, add_cross_entropy, batch_visits, finish_adapter, load_embedder,
                      train)
 
 
@@ -159,16 +161,6 @@ class Features:
     floor: float = 0.0                        # --gate-floor
     beta: float = 0.0
 
-    @property
-    def k(self):
-        return self.rewards.shape[1] if self.texts is None else len(self.texts[0])
-
-    def add(self, names, session, posts, texts, seeds):
-        """Compute those of the named fields that FEATURES knows, each once."""
-        for name in names:
-            if name in FEATURES and getattr(self, name) is None:
-                setattr(self, name, FEATURES[name].function(session, posts, texts, seeds))
-
 
 # ---- Quality, which gates D ----------------------------------------------------------------------
 
@@ -180,18 +172,6 @@ def held_out(post):
                          "gate that needs none (--gate none)")
     rest = replace(post, replies=post.replies[1:] or post.replies, styles=())
     return rest, post.replies[0]
-
-
-def with_label_noise(verdicts, rate, seeds, purpose):
-    """Verdicts of 0 and 1 (P, k, ..), a fraction `rate` of them inverted by the prompts' seeds:
-    what a study of a noisy verifier lets training see."""
-    if not rate:
-        return verdicts
-    odds = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed_of(seed, purpose))
-        odds.append(torch.rand(verdicts.shape[1:], generator=generator))
-    return torch.where(torch.stack(odds) < rate, 1 - verdicts, verdicts)
 
 
 class Gate:
@@ -241,38 +221,36 @@ class Gate:
         self.session.say(f"gate by {self.name}: 0 at {self.low:.3g} (replies to another post), 1 "
                          f"at {self.high:.3g} (people's own), over {len(posts)} posts")
 
-    def score(self, posts, texts, ids=None, seeds=None):
-        """The raw score (P, k) of P lists of k texts, or of their token ids where given."""
+    def score(self, posts, replies):
+        """The raw score (P, k) of people's replies, P lists of k."""
         session = self.session
         if self.name == "reward":
-            seeds = range(len(posts)) if seeds is None else seeds
-            return torch.tensor(session.reward(posts, texts, seeds))
-        if ids is None:
-            ids = [[session.encode_reply(text) for text in group] for group in texts]
-        prompts = [session.prompt_of(post) for post in posts]
-        return mean_logprobs(session, list(zip(prompts, ids)))
+            return torch.tensor(session.reward(posts, replies, range(len(posts))))
+        ids = [[session.encode_reply(text) for text in group] for group in replies]
+        return mean_logprobs(session, posts, ids)
 
-    def __call__(self, visits, samples, texts, seeds=None):
-        """q (P, k) on the CPU; None for --gate none."""
-        if self.name == "none":
-            return None
-        session = self.session
-        posts = [session.posts[visit.index] for visit in visits]
+    def __call__(self, features, posts, samples):
+        """q (P, k) on the CPU, of the completions whose Features (valid, or rewards) these are."""
         if self.name == "verifier":
-            right = [[bool(session.domain.styles_of(post, text)) for text in group]
-                     for post, group in zip(posts, texts)]
-            rate = getattr(session.args, "flip", 0.0)
-            return with_label_noise(torch.tensor(right).float(), rate, seeds, "gate")
-        ids = samples.tokens if self.name == "likelihood" else None
-        score = self.score(posts, texts, ids, seeds)
+            rate = getattr(self.session.args, "flip", 0.0)
+            return with_label_noise(features.valid, rate, features.seeds.tolist(), "gate")
+        score = features.rewards
+        if self.name == "likelihood":
+            score = mean_logprobs(self.session, posts, samples.tokens)
         return ((score - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
+def make_gate(session, name):
+    """The Gate that --gate names; None for "none"."""
+    return None if name == "none" else Gate(session, name)
+
+
 @torch.no_grad()
-def mean_logprobs(session, pairs):
-    """Mean log-probability per token (P, k) under the base, for P pairs (prompt ids, k lists of
-    ids)."""
-    count = sum(len(completions) for _, completions in pairs)
+def mean_logprobs(session, posts, completions):
+    """Mean log-probability per token (P, k) under the base; completions: P lists of k lists of
+    ids."""
+    pairs = [(session.prompt_of(post), group) for post, group in zip(posts, completions)]
+    count = sum(map(len, completions))
     total = torch.zeros(count)
     tokens = torch.zeros(count)
     with base(session.model):
@@ -280,7 +258,7 @@ def mean_logprobs(session, pairs):
             logp, _ = token_logprobs(session.model, rows, session.args.temperature)
             total.index_add_(0, rows.completion.cpu(), logp.cpu())
             tokens.index_add_(0, rows.completion.cpu(), torch.ones(len(logp)))
-    return (total / tokens).view(len(pairs), -1)
+    return (total / tokens).view(len(posts), -1)
 
 
 # ---- The step ------------------------------------------------------------------------------------
@@ -290,16 +268,17 @@ def sft_step(session, step):
     gradients are kept apart, so that the ratio of their norms can be logged, or held
     (--lambda-share)."""
     args = session.args
-    visits = batch_visits(len(session.posts), args.batch, step, args.seed)
-    tally = Tally(visits)
+    tally = Tally()
+    visits = session.visits = batch_visits(len(session.posts), args.batch, step, args.seed)
     loss = SFT_LOSSES[args.loss]
     session.model.train()
     if loss.replies:
-        add_cross_entropy(session, visits, reply_of(session, step), tally, loss.losses)
+        replies = [draw_reply(session, step, visit) for visit in visits]
+        add_cross_entropy(session, visits, replies, tally, loss.losses)
     session.model.eval()  # completions are sampled and scored without dropout
     if loss.completions:
         options = {} if args.loss_value is None else {loss.knob: args.loss_value}
-        loss.completions(session, session.share(visits), step, tally, **options)
+        loss.completions(session, session.ranks.share(visits), step, tally, **options)
     if not (args.lam or args.lambda_share) or step % args.draft_every:
         session.ranks.sum_gradients(session.params)
         return tally
@@ -319,14 +298,11 @@ def sft_step(session, step):
     return tally
 
 
-def reply_of(session, step):
-    """visit -> the reply that it learns from in this step: a reply of an author drawn by the
-    domain."""
-    def reply(visit):
-        post = session.posts[visit.index]
-        rng = random.Random(session.seed_for("reply", step, visit))
-        return session.domain.reply(post, session.domain.author(post, rng), rng)
-    return reply
+def draw_reply(session, step, visit):
+    """The reply that is learnt from in this step, of an author drawn by the domain."""
+    post = session.posts[visit.index]
+    rng = random.Random(session.seed_for("reply", step, visit))
+    return session.domain.reply(post, session.domain.author(post, rng), rng)
 
 
 def add_diversity(session, visits, step, tally):
@@ -336,7 +312,16 @@ def add_diversity(session, visits, step, tally):
     if not mine:
         return
     prompts, samples, texts = session.sample_completions(mine, step, args.k)
-    features = sft_features(session, mine, samples, texts, step)
+    posts = [session.posts[visit.index] for visit in mine]
+    seeds = [session.seed_for("gate", step, visit) for visit in mine]
+    features = Features(texts=texts, seeds=torch.tensor(seeds), floor=args.gate_floor)
+    if session.domain.styles:
+        features.valid = torch.tensor(session.domain.valid(posts, texts))
+    if session.gate is not None:
+        features.quality = session.gate(features, posts, samples)
+    if session.embedder is not None:
+        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
+    add_features(features, DIVERSITIES[args.diversity].needs, session, posts, texts, seeds)
     measured = measure_diversity(args.diversity, features)
     pairs = list(zip(prompts, samples.tokens))
     other_gradient = D_GRADIENTS[args.d_gradient].function
@@ -354,19 +339,6 @@ def add_diversity(session, visits, step, tally):
         tally.add("gated_D", measured.value.sum(), len(mine))
         tally.add("quality", features.quality.sum(), features.quality.numel())
     tally_completions(tally, samples.finished, texts)
-
-
-def sft_features(session, visits, samples, texts, step):
-    """The Features that a diversity looks at."""
-    args = session.args
-    seeds = [session.seed_for("gate", step, visit) for visit in visits]
-    features = Features(texts=texts, floor=args.gate_floor)
-    features.quality = session.gate(visits, samples, texts, seeds)
-    if session.embedder is not None:
-        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
-    posts = [session.posts[visit.index] for visit in visits]
-    features.add(DIVERSITIES[args.diversity].needs, session, posts, texts, seeds)
-    return features
 
 
 def diversity_loss(logp, completion, advantages, posts):
@@ -415,7 +387,7 @@ def prepare_diversity(session):
                          "--draft-posts and --batch")
     if "embeddings" in DIVERSITIES[args.diversity].needs:
         load_embedder(session)
-    session.gate = Gate(session, args.gate)
+    session.gate = make_gate(session, args.gate)
 
 
 def parser():

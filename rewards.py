@@ -13,8 +13,6 @@ import math
 import random
 import sys
 
-import torch
-
 from support import registry
 from support.files import InputError, command, short
 from support.registry import REWARDS, add_commands
@@ -43,21 +41,17 @@ class VerifierReward:
     def __call__(self, posts, completions, seeds):
         rewards = []
         for post, texts, seed in zip(posts, completions, seeds):
-            rewards.append(self.of_post(post, texts, seed))
-        return rewards
-
-    def of_post(self, post, texts, seed):
-        rng = random.Random(seed)
-        user = self.domain.user(post, rng)
-        rewards = []
-        for text in texts:
-            styles = self.domain.styles_of(post, text)
-            valid = bool(styles)
-            right = valid if self.any_style else user in styles
-            # Noise inverts the two verdicts independently.
-            right = right != (rng.random() < self.flip)
-            valid = valid != (rng.random() < self.flip)
-            rewards.append(float(right) + self.valid_weight * valid)
+            rng = random.Random(seed)
+            user = self.domain.user(post, rng)
+            rewards.append([])
+            for text in texts:
+                styles = self.domain.styles_of(post, text)
+                valid = bool(styles)
+                right = valid if self.any_style else user in styles
+                # Noise inverts the two verdicts independently.
+                right = right != (rng.random() < self.flip)
+                valid = valid != (rng.random() < self.flip)
+                rewards[-1].append(float(right) + self.valid_weight * valid)
         return rewards
 
 
@@ -74,14 +68,6 @@ def valid_reward(session):
 def verifier_options(args):
     """The flags of the verifier's rewards, which only grpo.py has."""
     return {name: getattr(args, name) for name in ("valid_weight", "flip") if hasattr(args, name)}
-
-
-def valid_in_any_style(domain, posts, texts):
-    """(P, k) in 0, 1: is the completion right in any style?"""
-    rows = []
-    for post, group in zip(posts, texts):
-        rows.append([float(bool(domain.styles_of(post, text))) for text in group])
-    return torch.tensor(rows)
 
 
 # ---- Agreement with people's replies -------------------------------------------------------------

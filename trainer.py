@@ -58,31 +58,6 @@ def batch_visits(count, size, step, seed):
     return visits
 
 
-class Tally:
-    """Sums and counts of named numbers over micro-batches; `means` adds up all ranks' and divides
-    once. `visits`: the step's, over all ranks, for a message that names them."""
-
-    def __init__(self, visits=()):
-        self.sums = {}
-        self.visits = list(visits)
-
-    def add(self, name, total, count=1):
-        old_total, old_count = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (old_total + float(total), old_count + float(count))
-
-    def means(self, ranks, names):
-        """The means over all ranks; a name that no rank added to is left out."""
-        flat = []
-        for name in names:
-            flat.extend(self.sums.get(name, (0.0, 0.0)))
-        flat = ranks.sum(flat)
-        means = {}
-        for name, total, count in zip(names, flat[::2], flat[1::2]):
-            if count:
-                means[name] = total / count
-        return means
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 def learning_rate(step, steps, peak, warmup, schedule):
@@ -166,7 +141,7 @@ class Loop:
                  "peak_bytes": peak_bytes(ranks.device)}
         self.log(line)
         if self.in_a_row == 5:
-            raise InputError(self.not_finite(step, tally))
+            raise InputError(self.not_finite(step))
 
     def log(self, line):
         run = self.session.run
@@ -176,8 +151,8 @@ class Loop:
         shown = {name: f"{line[name]:.3f}" for name in self.names[:4] if name in line}
         self.bar.set_postfix(shown, refresh=False)
 
-    def not_finite(self, step, tally):
-        ids = [self.session.posts[visit.index].id[:40] for visit in tally.visits[:20]]
+    def not_finite(self, step):
+        ids = [self.session.posts[visit.index].id[:40] for visit in self.session.visits[:20]]
         posts = ", ".join(map(printable, ids))
         return (f"step {step + 1} of {self.session.run.folder}: gradient or loss not finite five "
                 f"times in a row (posts {posts}): lower --lr, or use --dtype float32")
@@ -231,6 +206,7 @@ class Session:
     gate = None                   # completions -> quality in [0, 1], which D is multiplied with
     reward = None                 # (posts, texts, seeds) -> rewards
     params = None                 # the tensors that train
+    visits = ()                   # the step's, over all ranks
     start = None                  # phase two: the starting adapter, frozen
     batches = None                # phase two: the micro-batches of the rollout in use
     token_count = None            # phase two: their completion tokens, over all ranks
@@ -310,14 +286,6 @@ class Session:
         rows = pack(pairs, self.args.micro_tokens, self.ranks.device, self.model.members)
         return self.passes(rows)
 
-    def share(self, items):
-        """This rank's part of a list. All ranks take part in every step: each needs one item."""
-        ranks = self.ranks
-        if len(items) < ranks.world:
-            raise InputError(f"{len(items)} posts are too few for {ranks.world} ranks: start fewer "
-                             "ranks, or give more posts (in training by --batch)")
-        return items[ranks.rank::ranks.world]
-
     def prompt(self, index):
         return self.prompt_of(self.posts[index])
 
@@ -369,17 +337,17 @@ def load_chat(path, revision=None):
 
 # ---- Shared by the phases ------------------------------------------------------------------------
 
-def add_cross_entropy(session, visits, reply, tally, losses=None):
-    """Add the gradient of the mean token cross-entropy of the step's replies, or of another loss,
-    losses(session, rows) -> (N,); `reply(visit)` gives the text.
+def add_cross_entropy(session, visits, replies, tally, losses=None):
+    """Add the gradient of the mean token cross-entropy of the step's replies, one text a visit, or
+    of another loss, losses(session, rows) -> (N,).
 
     Every rank counts the whole batch's tokens: the one denominator of all ranks' and micro-batches'
     sums."""
     members = session.model.members           # all members of an ensemble learn from every reply
     pairs = []
     count = 0
-    for visit in visits:
-        ids = data.encode_reply(session.tokenizer, reply(visit))
+    for visit, reply in zip(visits, replies):
+        ids = data.encode_reply(session.tokenizer, reply)
         pairs.append((session.prompt(visit.index), [ids] * members))
         count += members * len(ids)
     for rows in session.micro_batches(pairs[session.ranks.rank::session.ranks.world]):

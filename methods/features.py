@@ -3,7 +3,7 @@ popularity of the styles, equal answers."""
 
 import torch
 
-from polylora import with_label_noise
+from support.draws import with_label_noise
 from support.posts import normalise
 from support.registry import FEATURES
 

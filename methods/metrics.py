@@ -3,10 +3,11 @@ its record."""
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 
-from metrics import expectation_adjusted_distinct
+from metrics import expectation_adjusted_distinct, pass_at_k
 from polylora import pair_distances
 from rewards import AgreementReward
 from support.pass_bar import bar
@@ -55,6 +56,18 @@ def pick_at_k(passed, scores, k):
     return total
 
 
+def longest(completions, passed, ks):
+    """{longest@k}, k >= 2: what the longest of k is worth, on average over k-subsets."""
+    n = len(completions)
+    order = sorted(range(n), key=lambda i: (-len(completions[i]), i))
+    out = {}
+    for k in ks:
+        if k > 1:  # the completion at rank i is the longest of C(n-1-i, k-1) subsets
+            terms = [math.comb(n - 1 - rank, k - 1) * passed[i] for rank, i in enumerate(order)]
+            out[f"longest@{k}"] = math.fsum(terms) / math.comb(n, k)
+    return out
+
+
 def picked(record, passed, ks):
     """{pick_X@k} for the selectors X whose scores the record has."""
     scores = {"reward": record["rewards"], "random": [0.0] * len(passed)}
@@ -101,6 +114,11 @@ def point(chance):
     if chance == 0.5:
         return 0.5
     return 1 if chance > 0.5 else 0
+
+
+@METRICS.add("longest", "what the longest of k is worth")
+def pick_longest(record, passed, ks, vocabulary):
+    return longest(record["drafts"], passed, ks)
 
 
 @METRICS.add("picks", "what is picked of k by a selector's scores")
@@ -206,3 +224,21 @@ def add_agreement(session, records, scored):
 
 MEASURES.add("agreement", "which of several people's replies a completion agrees with",
              load=load_agreement)(add_agreement)
+
+
+def recalled(record, ks):
+    """{recall@k}: the share of people's replies that some of k completions agrees with."""
+    n = len(record["drafts"])
+    counts = Counter()
+    for replies in record["agrees"]:
+        counts.update(set(replies))
+    out = {}
+    for k in ks:
+        chances = [pass_at_k(n, counts[reply], k) for reply in range(record["people"])]
+        out[f"recall@{k}"] = math.fsum(chances) / len(chances)
+    return out
+
+
+@METRICS.add("recall", "the share of people's replies that some of k agrees with")
+def recall(record, passed, ks, vocabulary):
+    return recalled(record, ks) if "agrees" in record else {}

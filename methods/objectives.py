@@ -21,22 +21,22 @@ from support.registry import OBJECTIVES, group_scale, set_scale
 
 def sample_scale(features):
     """The gradient_scale of objectives whose baseline leaves the completion itself out: k."""
-    return features.k
+    return features.rewards.shape[1]
 
 
 def full_scale(features):
     """The gradient_scale of passk-full, which has floor(k / n) groups."""
-    return features.k // features.set_size - 1
+    return features.rewards.shape[1] // features.set_size - 1
 
 
 def bootstrap_scale(features):
     """The gradient_scale of passk-bootstrap."""
-    return (features.k - 1) * (1 - features.set_size / features.k)
+    return (features.rewards.shape[1] - 1) * (1 - features.set_size / features.rewards.shape[1])
 
 
 def wreinforce_scale(features):
     """The gradient_scale of W-REINFORCE: right completions weigh 0.1, wrong ones 1."""
-    return 1.1 * features.k
+    return 1.1 * features.rewards.shape[1]
 
 
 def mixed_scale(features):

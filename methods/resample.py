@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from grpo import sample_and_collect
+from grpo import collect
 from support.files import seed_of
 from support.registry import ROLLOUTS
 from support.steplog import equal_rewards
@@ -44,14 +44,14 @@ def joined(parts):
     return mapped(concatenate, *parts)
 
 
-def sample_attempt(session, step, tally, attempt):
+def sample_attempt(session, step, attempt):
     """The Rollout of this rank's prompts in one attempt of the step, each of other prompts."""
     args = session.args
     seed = seed_of(args.seed, "resample", attempt) if attempt else args.seed
     visits = batch_visits(len(session.posts), args.batch, step // args.updates, seed)
     visits = [visit._replace(attempt=attempt) for visit in visits]
-    tally.visits.extend(visits)
-    return sample_and_collect(session, session.share(visits), step)
+    session.visits.extend(visits)
+    return collect(session, session.ranks.share(visits), step)
 
 
 def wants_resampling(args):
@@ -74,10 +74,11 @@ def resampled(session, step, tally):
     sampling, arXiv 2503.14476). Which prompts are kept does not depend on the number of ranks."""
     args = session.args
     ranks = session.ranks
+    session.visits = []
     parts = []
     missing = args.batch
     for attempt in range(1 + args.resample):
-        drawn = sample_attempt(session, step, tally, attempt)
+        drawn = sample_attempt(session, step, attempt)
         equal = equal_rewards(drawn.features.rewards)
         tally.add("zero_variance", equal.sum(), len(equal))
         useful = ranks.gather((~equal).tolist())                   # in the order of the prompts

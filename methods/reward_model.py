@@ -32,7 +32,8 @@ from support.peft_files import LINEARS, PREFIX
 from support.plan import announce
 from support.posts import Post, bad_line, cannot_be_read, normalise, post_of, read_line
 from support.registry import COMMANDS, DOMAINS, REWARDS
-from trainer import Session, Tally, batch_visits, load_chat, load_model, train
+from support.steplog import Tally
+from trainer import Session, batch_visits, load_chat, load_model, train
 
 
 # ---- Preferences ---------------------------------------------------------------------------------
@@ -276,8 +277,9 @@ def preference_step(session, step):
     args = session.args
     ranks = session.ranks
     heads = session.heads
-    tally = Tally(batch_visits(len(session.posts), args.batch, step, args.seed))
-    chats = pairs_of_chats(session, step, tally.visits)
+    tally = Tally()
+    session.visits = batch_visits(len(session.posts), args.batch, step, args.seed)
+    chats = pairs_of_chats(session, step, session.visits)
     session.model.train()                                                      # for its dropout
     longest = max(map(len, chats[-1]))
     size = max(1, args.micro_tokens // (2 * longest))                          # pairs in one pass
@@ -308,7 +310,7 @@ def preference_step(session, step):
 def pairs_of_chats(session, step, visits):
     """This rank's pairs of a step as token ids, [better, worse] each, shortest first."""
     pairs = []
-    for visit in session.share(visits):
+    for visit in session.ranks.share(visits):
         rng = random.Random(session.seed_for("pair", step, visit))
         texts = draw_pair(session.preferences, visit, session.args.pairs, rng)
         post = session.posts[visit.index]

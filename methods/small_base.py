@@ -15,7 +15,8 @@ from support.files import InputError, seed_of
 from support.flags import common_flags, flag_groups
 from support.plan import announce
 from support.registry import COMMANDS
-from trainer import Session, Tally, add_cross_entropy, batch_visits, train
+from support.steplog import Tally
+from trainer import Session, add_cross_entropy, batch_visits, train
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
@@ -61,14 +62,14 @@ def base_step(session, step):
     """One step of pretraining: cross-entropy on replies of all styles equally, of which a fraction
     --noise belongs to other posts; all parameters train."""
     args = session.args
-    visits = batch_visits(len(session.posts), args.batch, step, args.seed)
-    tally = Tally(visits)
-
-    def reply(visit):
+    tally = Tally()
+    visits = session.visits = batch_visits(len(session.posts), args.batch, step, args.seed)
+    replies = []
+    for visit in visits:
         rng = random.Random(session.seed_for("noisy", step, visit))
         post = session.posts[visit.index]
-        return noisy_reply(session.domain, post, session.posts, rng, args.noise)
-    add_cross_entropy(session, visits, reply, tally)
+        replies.append(noisy_reply(session.domain, post, session.posts, rng, args.noise))
+    add_cross_entropy(session, visits, replies, tally)
     session.ranks.sum_gradients(session.params)
     return tally
 

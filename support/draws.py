@@ -4,6 +4,8 @@ sampled by them."""
 import numpy as np
 import torch
 
+from support.files import seed_of
+
 
 def mix_bits(z):
     """SplitMix64's finaliser (Steele, Lea and Flood 2014) of uint64 numbers."""
@@ -68,3 +70,15 @@ def block_sums(p, size):
     blocks = p[:, :whole].unflatten(-1, (-1, size)).sum(-1)
     rest = p[:, whole:].sum(-1, keepdim=True)
     return torch.cat((blocks, rest), -1)
+
+
+def with_label_noise(verdicts, rate, seeds, purpose):
+    """Verdicts of 0 and 1 (P, k, ..), a fraction `rate` of them inverted by the prompts' seeds:
+    what a study of a noisy verifier lets training see."""
+    if not rate:
+        return verdicts
+    odds = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed_of(seed, purpose))
+        odds.append(torch.rand(verdicts.shape[1:], generator=generator))
+    return torch.where(torch.stack(odds) < rate, 1 - verdicts, verdicts)

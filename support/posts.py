@@ -61,6 +61,15 @@ def normalise(text):
     return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN")
 
 
+def different_share(texts):
+    """The share of texts that repeat no earlier one, letter case, punctuation and spacing aside (of
+    texts without a letter, spacing alone)."""
+    different = set()
+    for text in texts:
+        different.add(normalise(text) or "".join(text.split()))    # the latter: punctuation alone
+    return len(different) / len(texts)
+
+
 class PostFile(Sequence):
     """The posts of a file. Only the offsets of its lines are kept, some thirty bytes a line, so a
     million posts fit anywhere; a post is read again when it is asked for."""

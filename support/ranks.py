@@ -150,6 +150,13 @@ class Ranks:
                     merged.append(part[i])
         return merged
 
+    def share(self, items):
+        """This rank's part of a list. All ranks take part in every step: each needs one item."""
+        if len(items) < self.world:
+            raise InputError(f"{len(items)} posts are too few for {self.world} ranks: start fewer "
+                             "ranks, or give more posts (in training by --batch)")
+        return items[self.rank::self.world]
+
     def barrier(self):
         """Wait until every rank has come here."""
         if self.world > 1:

@@ -113,6 +113,13 @@ def add_flags(registry, parser):
             row.flags(parser)
 
 
+def add_features(features, names, session, posts, texts, seeds):
+    """Compute those of the named fields of a polylora.Features that FEATURES knows, each once."""
+    for name in names:
+        if name in FEATURES and getattr(features, name) is None:
+            setattr(features, name, FEATURES[name].function(session, posts, texts, seeds))
+
+
 def add_commands(program, sub):
     """Add the commands that files in methods/ or report/ register for a program."""
     for row in COMMANDS.values():
@@ -124,12 +131,12 @@ def add_commands(program, sub):
 
 def group_scale(features):
     """The gradient_scale of objectives that subtract the group's mean: k - 1."""
-    return features.k - 1
+    return features.rewards.shape[1] - 1
 
 
 def set_scale(features):
-    """The gradient_scale of set_advantages: N/n - 1."""
-    return features.k / features.set_size - 1
+    """The gradient_scale of set_advantages: N/k - 1 for sets of k of N completions."""
+    return features.rewards.shape[1] / features.set_size - 1
 
 
 class Objective(NamedTuple):
@@ -246,8 +253,8 @@ class World(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """--diversity-schedule. function(session, step, mean D of the step) -> factor."""
-    function: Callable
+    """--diversity-schedule. function(session, step, mean D of the step) -> factor; None: 1."""
+    function: Callable | None
     about: str
 
 

@@ -1,12 +1,36 @@
 """What a step logs in metrics.jsonl: the names, and how each is counted."""
 
-from support.posts import normalise
+from support.posts import different_share, normalise
 
 SFT_LOGGED = ["ce", "loss", "unlikely", "reward", "D", "gated_D", "quality", "D_share", "lambda",
               "truncated", "empty", "identical"]
 GRPO_LOGGED = ["reward", "valid", "D", "different", "entropy", "gated_D", "quality", "D_share",
                "D_weight", "reward_std", "advantage", "zero_variance", "clipped", "kl", "k1", "k2",
                "mismatch", "far_off", "length", "truncated", "empty", "identical"]
+
+
+class Tally:
+    """Sums and counts of named numbers over micro-batches; `means` adds up all ranks' and divides
+    once."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, name, total, count=1):
+        old_total, old_count = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (old_total + float(total), old_count + float(count))
+
+    def means(self, ranks, names):
+        """The means over all ranks; a name that no rank added to is left out."""
+        flat = []
+        for name in names:
+            flat.extend(self.sums.get(name, (0.0, 0.0)))
+        flat = ranks.sum(flat)
+        means = {}
+        for name, total, count in zip(names, flat[::2], flat[1::2]):
+            if count:
+                means[name] = total / count
+        return means
 
 
 def equal_rewards(rewards):
@@ -27,7 +51,7 @@ def log_rollout(tally, features, samples, advantages):
         tally.add("valid", features.valid.sum(), count)
     if features.quality is not None:
         tally.add("quality", features.quality.sum(), count)
-    if features.k > 1:
+    if features.rewards.shape[1] > 1:
         if "zero_variance" not in tally.sums:  # --resample has counted every prompt it sampled
             equal = equal_rewards(features.rewards)
             tally.add("zero_variance", equal.sum(), posts)
@@ -47,14 +71,6 @@ def log_update(tally, batch, logp, entropy, clipped, kl):
         tally.add("k1", k1.sum(), len(logp))
         tally.add("k2", (k1 ** 2).sum() / 2, len(logp))
         tally.add("kl", kl, len(logp))
-
-
-def different_share(texts):
-    """The fraction of texts that repeat no earlier one: 1 - metrics.duplicate_rate."""
-    different = set()
-    for text in texts:
-        different.add(normalise(text) or "".join(text.split()))    # the latter: punctuation alone
-    return len(different) / len(texts)
 
 
 def add_mismatch(tally, scored, sampled):

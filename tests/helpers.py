@@ -31,13 +31,14 @@ from grpo import grpo_step
 from lora import adapter_state, add_adapter, add_lora, lora_layers
 from methods.small_base import train_tokenizer
 from model import Config, Qwen3, pack
-from polylora import Features, Gate
+from polylora import Features, make_gate
 from support.checkpoint import RunFolder
 from support.files import InputError
 from support import ranks
 from support.ranks import Ranks
 from support.registry import ADAPTERS
-from trainer import Session, Tally, Visit, load_embedder, train
+from support.steplog import Tally
+from trainer import Session, Visit, load_embedder, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -359,7 +360,8 @@ def diversity_advantages(embeddings, quality=None, floor=0.0):
 def scheduled(session, step, diversity):
     """The factor of the session's --diversity-schedule."""
     from support.registry import SCHEDULES
-    return SCHEDULES[session.args.diversity_schedule].function(session, step, diversity)
+    schedule = SCHEDULES[session.args.diversity_schedule].function
+    return 1.0 if schedule is None else schedule(session, step, diversity)
 
 
 PROMPTS = [[3, 9, 4], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [12, 11], [5, 5, 5, 5], [20, 1, 19, 2, 18],
@@ -581,17 +583,17 @@ def expected_estimate(theta, drawn, advantages):
 # ---- The SFT step, on a real session around a tiny model -----------------------------------------
 
 class Share:
-    """Rank `rank` of `world`, simulated: a sum over ranks is `total` where that is given, else
-    this rank's own."""
+    """Rank `rank` of `world`, simulated: the sums over ranks are `totals`, in their order, where
+    they are given, else this rank's own."""
 
-    def __init__(self, rank=0, world=1, total=None):
-        self.rank, self.world, self.total, self.summed = rank, world, total, []
+    def __init__(self, rank=0, world=1, totals=()):
+        self.rank, self.world, self.totals, self.summed = rank, world, list(totals), []
         self.main, self.device = rank == 0, torch.device("cpu")
         self.restarts = 0
 
     def sum(self, values):
         self.summed.append(list(values))
-        return list(values) if self.total is None else list(self.total)
+        return list(self.totals.pop(0)) if self.totals else list(values)
 
     def sum_gradients(self, params):
         """Nothing: the gradient stays this rank's share."""
@@ -600,6 +602,7 @@ class Share:
         return items
 
     take_gradient = Ranks.take_gradient
+    share = Ranks.share
 
 
 def session(parts, parser, flags, stage="sft", ranks=None):
@@ -613,7 +616,7 @@ def session(parts, parser, flags, stage="sft", ranks=None):
     s.model.vocab, s.stops = s.tokenizer.get_vocab_size(), data.stop_ids(s.tokenizer)
     s.chat, s.params, s.reward = data.ChatFormat(), list(adapter_state(s.model).values()), None
     load_embedder(s)
-    s.gate = Gate(s, s.args.gate)
+    s.gate = make_gate(s, s.args.gate)
     return s
 
 
@@ -802,7 +805,7 @@ def grpo_session(parts, *flags):
     flags = ["--start", "-", "--reward", "valid", "--batch", "3", "--k", "4", "--set-size", "2",
              *flags]
     s = session(parts, grpo.parser(), flags, stage="grpo", ranks=Ranks("methods", "cpu"))
-    s.reward, s.gate = rewards.make_reward("valid", s), polylora.Gate(s, s.args.gate)
+    s.reward, s.gate = rewards.make_reward("valid", s), polylora.make_gate(s, s.args.gate)
     s.start = lora.frozen_copy(s.model)
     s.params = list(lora.adapter_state(s.model).values())
     return s
@@ -1001,7 +1004,7 @@ def toy_run(args, stop_at=None):
     """A session whose step fits two tensors to targets of their own, with noise from the loop's
     generator."""
     s = SimpleNamespace(args=args, ranks=Ranks("toy", "cpu"), stage="toy", say=print,
-                        posts=[SimpleNamespace(id=f"post-{i}") for i in range(3)])
+                        posts=[SimpleNamespace(id=f"post-{i}") for i in range(3)], visits=())
     s.run = RunFolder(args, s.ranks)
     params = [torch.nn.Parameter(torch.tensor([2.0, -1.0])),
               torch.nn.Parameter(torch.full((3, 2), 0.5))]

@@ -45,7 +45,7 @@ import tqdm  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 REGISTRIES = {
     "grpo.py": """group_advantages passk_advantages subsets set_advantages maxk_advantages coverage_advantages
-        completion_means policy_loss combine choose_tokens""",
+        completion_means policy_loss combine""",
     "support/checks.py": """check_size check_binary check_decoder""",
     "methods/objectives.py": """polychromic_advantages passk_full_advantages random_sets passk_bootstrap_advantages
         passk_mixed_advantages bon_advantages polyepo_advantages darling_advantages dra_advantages
@@ -73,8 +73,8 @@ REGISTRIES = {
         in_one_prompt""",
     "methods/likelihoods.py": """completion_scores add_likelihoods"""}
 CORE = {
-    "grpo.py": """group_advantages passk_advantages completion_means policy_loss Rollout Batch sample_batch sample_and_collect
-        collect prepare_batch weigh combine choose_tokens measure_if_known rollout grpo_step run_grpo""",
+    "grpo.py": """group_advantages passk_advantages completion_means policy_loss Rollout Batch
+        collect add_older_logprobs weigh combine log_diversity rollout grpo_step run_grpo""",
     "methods/objectives.py": """polychromic_advantages""",
     "methods/tokens.py": """chosen_tokens""",
     "methods/resample.py": """mapped joined""",
@@ -86,11 +86,11 @@ CORE = {
     "generate.py": """over_members DecodingState Embedder plain_loop generate_plain sample""",
     "support/draws.py": """inverse draw uniforms""",
     "engine.py": """linear joined decoding_parts_of FusedLinear FusedBlock FusedBlocks DecodeBatch Scheduler batch_for generate""",
-    "trainer.py": """sampling_of epoch_order batch_visits Tally learning_rate train Session add_cross_entropy""",
+    "trainer.py": """sampling_of epoch_order batch_visits learning_rate train Session add_cross_entropy""",
     "model.py": """rms_norm RMSNorm rotary rotate Attention MLP Block full_attention Backbone Qwen3 Rows pack
         rows_tensors chunk_size chunks SelectedLogprobs selected_logprobs predicting_states token_logprobs""",
     "support/packing.py": """plan_batches split_group""",
-    "support/steplog.py": """add_mismatch""",
+    "support/steplog.py": """Tally add_mismatch""",
     "lora.py": """kaiming LoRALinear lora_layers add_adapter add_lora trained base frozen_copy adapter drop_lora
         merge_lora""",
     "methods/adapters.py": """RsLoRALinear""",

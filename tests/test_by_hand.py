@@ -13,13 +13,13 @@ import engine
 import evaluate
 import generate
 import grpo
-import metrics
 import model as model_py
 import polylora
 import rewards
 import trainer
 from lora import add_lora, base, lora_layers
 from methods import losses
+from methods import metrics
 from polylora import Features
 from support import student_t
 from rewards import AgreementReward
@@ -28,7 +28,8 @@ from support.posts import Post
 from support.registry import DIVERSITIES
 from helpers import build, sft, visits
 from helpers import toy_args, toy_run
-from trainer import Tally, train
+from support.steplog import Tally
+from trainer import train
 
 
 def test_chunks_of_logits_fill_the_documented_memory():
@@ -111,7 +112,7 @@ def test_checkpoints_of_several_updates_lie_between_rollouts(monkeypatch):
     """--save-every is raised to the next multiple of --updates."""
     seen = []
     for name in ("check_grpo", "same_domain", "same_base", "add_lora", "load_embedder",
-                 "make_reward", "Gate", "announce", "finish_adapter", "shaping_of", "trained"):
+                 "make_reward", "make_gate", "announce", "finish_adapter", "shaping_of", "trained"):
         monkeypatch.setattr(grpo, name, nothing)
     monkeypatch.setattr(grpo, "frozen_copy", lambda model: {})
     monkeypatch.setattr(grpo, "train", lambda session, *rest: seen.append(session.args.save_every))
@@ -139,7 +140,7 @@ def test_the_announced_pace_is_that_of_the_run(tmp_path):
 
 def test_grpo_loads_an_embedder_only_where_a_weight_of_d_asks_for_one(monkeypatch):
     asked = []
-    for name in ("check_grpo", "same_domain", "same_base", "add_lora", "make_reward", "Gate",
+    for name in ("check_grpo", "same_domain", "same_base", "add_lora", "make_reward", "make_gate",
                  "announce", "finish_adapter", "shaping_of", "trained", "train"):
         monkeypatch.setattr(grpo, name, nothing)
     monkeypatch.setattr(grpo, "frozen_copy", lambda model: {})

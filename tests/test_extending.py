@@ -198,7 +198,7 @@ def check_objective(bag):
     got, = torch.autograd.grad(surrogate, logit, retain_graph=True)
     p = logp[1].exp()
     of_p, = torch.autograd.grad(p, logit)
-    scale = raft_scale(SimpleNamespace(k=k))
+    scale = raft_scale(SimpleNamespace(rewards=torch.zeros(1, k)))
     assert torch.isclose(got, scale * (1 - (1 - p.detach()) ** (k - 1)) * of_p, rtol=1e-5)
     assert OBJECTIVES["raft"].gradient_scale is raft_scale
 

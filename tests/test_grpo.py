@@ -43,7 +43,8 @@ from support import posts as support_posts
 from support import registry
 from support.registry import OBJECTIVES, SCHEDULES
 from support import steplog
-from trainer import Tally, batch_visits
+from support.steplog import Tally
+from trainer import batch_visits
 
 
 # ---- Group advantages ----------------------------------------------------------------------------
@@ -314,8 +315,8 @@ def test_the_gradients_of_two_ranks_add_up_to_the_whole(parts):
     depend on the rank."""
     whole = rl(parts)
     want, _ = step_gradient(whole)
-    total, *squares = whole.ranks.summed[0]
-    ranks = [Share(r, 2, total=[total, *squares]) for r in (0, 1)]
+    total, = whole.ranks.summed[0]
+    ranks = [Share(r, 2, totals=whole.ranks.summed) for r in (0, 1)]
     one, two = (step_gradient(rl(parts, ranks=r))[0] for r in ranks)
     nearly({n: one[n] + two[n] for n in want}, want)
     counts = [r.summed[0][0] for r in ranks]
@@ -391,6 +392,8 @@ def test_several_updates_reuse_the_completions_and_their_first_log_probs(parts):
     s.sample_completions = lambda *a: (completions.append(a), write(*a))[1]
     first, tally = step_gradient(s, 0)
     same, _ = step_gradient(s, 1)
+    # an error names the posts of a step that reuses completions, too
+    assert s.visits == batch_visits(len(s.posts), s.args.batch, 0, s.args.seed)
     # nothing has moved yet
     nearly(same, first)
     assert tally.sums["clipped"][0] == 0 and "mismatch" in tally.sums
@@ -408,9 +411,10 @@ def test_a_batch_is_kept_until_its_updates_are_done(parts):
     """Posts advance once a rollout: advancing at every update would leave out the posts between
     two rollouts."""
     for updates, step, number in ((1, 3, 3), (2, 0, 0), (2, 2, 1), (3, 6, 2)):
-        s, tally = rl(parts, "--updates", str(updates), "--batch", "4"), Tally()
-        drawn = grpo.sample_batch(s, step, tally)
-        assert drawn.visits == batch_visits(12, 4, number, s.args.seed) == tally.visits
+        s = rl(parts, "--updates", str(updates), "--batch", "4")
+        grpo.rollout(s, step, Tally())
+        drawn = s.visits
+        assert drawn == batch_visits(12, 4, number, s.args.seed)
 
 
 def test_the_log_has_d_of_two_completions_and_the_tokens_of_a_step(parts):
@@ -418,7 +422,7 @@ def test_the_log_has_d_of_two_completions_and_the_tokens_of_a_step(parts):
     be another number."""
     s = rl(parts, "--k", "2")
     _, tally = step_gradient(s)
-    group = grpo.sample_and_collect(s, tally.visits, 0).features
+    group = grpo.collect(s, s.visits, 0).features
     assert tally.sums["D"] == pytest.approx((float(diversity(group.embeddings).sum()), 6))
     want = sum(batch.rows.tokens.numel() + len(batch.advantages) for batch in s.batches)
     assert tally.sums["tokens"][0] == want
@@ -431,7 +435,7 @@ def test_a_completion_near_the_length_limit_loses_reward(parts):
     """The penalty is at most 0: with its sign turned the longest drafts would earn the most."""
     s = rl(parts, "--overlong", "5")
     visits = batch_visits(12, 6, 0, 4)
-    group = grpo.sample_and_collect(s, visits, 0).features
+    group = grpo.collect(s, visits, 0).features
     earned = torch.tensor(s.reward(None, group.texts, None))
     want = [[min(0.0, (7 - 5 - length) / 5) for length in lengths]
             for lengths in group.lengths.tolist()]
@@ -542,7 +546,7 @@ def test_kl_estimates_are_k1_k2_k3(parts):
 
 def test_the_overlong_punishment_reaches_the_reward(parts):
     s, plain = (grpo_session(parts, "--overlong", tokens) for tokens in ("4", "0"))
-    with_it, without = (grpo.sample_and_collect(x, trainer.batch_visits(len(x.posts), 3, 0, 1), 0)
+    with_it, without = (grpo.collect(x, trainer.batch_visits(len(x.posts), 3, 0, 1), 0)
                         for x in (s, plain))
     lengths = torch.tensor([list(map(len, completions)) for completions in with_it.samples.tokens])
     assert gap(with_it.features.rewards - without.features.rewards,
@@ -552,7 +556,7 @@ def test_the_overlong_punishment_reaches_the_reward(parts):
 
 def test_the_entropy_weight_reaches_the_advantages(parts):
     s, plain = (grpo_session(parts, "--entropy-weight", weight) for weight in ("0.3", "0"))
-    batches = [grpo.rollout(x, 0, trainer.Tally())[0] for x in (s, plain)]
+    batches = [grpo.rollout(x, 0, Tally())[0] for x in (s, plain)]
     one, other = (torch.cat([b.advantages for b in some]) for some in batches)
     assert (torch.equal(batches[0][0].rows.tokens, batches[1][0].rows.tokens)
             and gap(one, other) > 0.01)
@@ -560,7 +564,7 @@ def test_the_entropy_weight_reaches_the_advantages(parts):
 
 def test_the_features_of_a_group(parts):
     s = grpo_session(parts, "--advantage", "darling")
-    drawn = grpo.sample_and_collect(s, trainer.batch_visits(len(s.posts), 3, 0, 1), 0)
+    drawn = grpo.collect(s, trainer.batch_visits(len(s.posts), 3, 0, 1), 0)
     group, logprobs = drawn.features, drawn.samples.logprobs
     assert (len(group.texts) == 3 and group.classes.shape == (3, 4)
             and len(set(group.seeds.tolist())) == 3)
@@ -678,7 +682,7 @@ def test_phase_two_starts_from_the_given_adapter_without_dropout(world, tmp_path
 
 
 def batches(s):
-    tally = trainer.Tally()
+    tally = Tally()
     made, _ = grpo.rollout(s, 0, tally)
     return made, tally
 
@@ -721,7 +725,7 @@ def test_the_logged_entropy_and_reward_deviation_are_those_of_the_step(parts):  
         logp, entropy = token_logprobs(s.model, batch.rows, 1.0)
         entropies += entropy.tolist()
         off += (logp - batch.sampled).abs().tolist()
-    rewards = grpo.sample_and_collect(s, tally.visits, 0).features.rewards
+    rewards = grpo.collect(s, s.visits, 0).features.rewards
     means = tally.means(Share(), ["entropy", "mismatch", "reward_std", "reward"])
     assert (means["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
             and means["entropy"] > 0.5)

@@ -18,7 +18,8 @@ from helpers import (
 )
 from lora import base, lora_layers
 from methods import features
-from polylora import Gate, add_diversity, diversity, measure_diversity, pair_distances, sft_step
+from polylora import (Features, Gate, add_diversity, diversity, measure_diversity, pair_distances,
+                      sft_step)
 from support import files as support_files
 from support.files import InputError
 from support import posts
@@ -112,8 +113,8 @@ def test_a_detached_d_has_no_gradient_and_ours_does():
 # ---- The SFT step, on a real session around a tiny model -----------------------------------------
 
 def ce_work(s, indices):
-    reply = lambda v: s.posts[v.index].replies[v.index % len(s.posts[v.index].replies)]
-    return lambda tally: add_cross_entropy(s, visits(indices), reply, tally)
+    replies = [s.posts[i].replies[i % len(s.posts[i].replies)] for i in indices]
+    return lambda tally: add_cross_entropy(s, visits(indices), replies, tally)
 
 
 def d_work(s, indices):
@@ -162,8 +163,9 @@ def test_lambda_moves_the_adapter_where_the_formula_says(parts, gate):
     mine = batch_visits(len(s.posts), 6, 0, 4)[:4]
     prompts, samples, texts = s.sample_completions(mine, 0, 3)
     e = s.embedder(texts)
-    q = with_d.gate(mine, samples, texts)
-    q = torch.ones(4, 3) if q is None else q
+    q = torch.ones(4, 3)
+    if gate != "none":
+        q = with_d.gate(Features(texts=texts), [s.posts[v.index] for v in mine], samples)
 
     def term(_):
         for p in range(4):
@@ -239,14 +241,25 @@ def test_the_likelihood_gate_is_the_base_s_mean_log_probability_on_people_s_scal
     prompts, samples, texts = s.sample_completions(visits([0, 5]), 0, 3)
     gate = Gate.__new__(Gate)
     gate.session, gate.name, gate.low, gate.high = s, "likelihood", -6.0, 1.0
-    got = gate(visits([0, 5]), samples, texts)
+    got = gate(Features(texts=texts), [s.posts[0], s.posts[5]], samples)
     with torch.no_grad(), base(s.model):
         want = [[(float(logprob_sum(s, p, d, 0.8)) / len(d) + 6) / 7 for d in completions]
                 for p, completions in zip(prompts, samples.tokens)]
     assert gap(got, torch.tensor(want).clamp(0, 1)) < 1e-5 and 0 < float(got.min()) < 1
-    assert Gate(s, "none")(visits([0]), samples, texts) is None
+    assert polylora.make_gate(s, "none") is None
     right = [[s.posts[0].replies[0], "nonsense"], ["?", s.posts[5].replies[2].upper()]]
-    assert Gate(s, "verifier")(visits([0, 5]), samples, right).tolist() == [[1, 0], [0, 1]]
+    assert quality(s, "verifier", [0, 5], right).tolist() == [[1, 0], [0, 1]]
+
+
+def quality(s, name, indices, texts):
+    """q of texts by a gate, with the features that a step gives it."""
+    posts = [s.posts[i] for i in indices]
+    features = Features(texts=texts, seeds=torch.arange(1, len(posts) + 1))
+    if s.domain.styles:
+        features.valid = torch.tensor(s.domain.valid(posts, texts))
+    if s.reward is not None:
+        features.rewards = torch.tensor(s.reward(posts, texts, features.seeds.tolist()))
+    return Gate(s, name)(features, posts, None)
 
 
 def test_the_gate_s_scale_is_people_s(parts):
@@ -259,11 +272,12 @@ def test_the_gate_s_scale_is_people_s(parts):
     gate = Gate(s, "reward")
     assert (gate.low, gate.high) == (pytest.approx(0.001), pytest.approx(0.003))
     own = [[s.posts[i].replies[1], s.posts[(i + 5) % 12].replies[1]] for i in range(12)]
-    q = gate(visits(range(12)), None, own)
+    q = quality(s, "reward", range(12), own)
     assert gap(q, torch.tensor([[1.0, 0.0]] * 12)) < 1e-4
     e = s.embedder(own)
     right = s.embedder([[p.replies[0], p.replies[1], p.replies[2]] for p in s.posts])
-    gated = diversity(right, gate(visits(range(12)), None, [list(p.replies[:3]) for p in s.posts]))
+    replies = [list(p.replies[:3]) for p in s.posts]
+    gated = diversity(right, quality(s, "reward", range(12), replies))
     assert gap(gated, diversity(right)) < 1e-3 and float(diversity(e, q).max()) < 1e-3
     s.reward = lambda posts, completions, seeds: [[0.5] * len(ts) for ts in completions]
     with pytest.raises(InputError, match="cannot tell people's replies"):
@@ -281,10 +295,10 @@ def test_a_verifier_s_reward_is_on_people_s_scale_already(parts):
     s.reward = rewards.VerifierReward(s.domain, any_style=True)
     own = [[s.posts[i].replies[0], "nonsense"] for i in (0, 5)]
     for name in ("reward", "verifier", "auto"):
-        assert Gate(s, name)(visits([0, 5]), None, own, [1, 2]).tolist() == [[1, 0], [1, 0]]
+        assert quality(s, name, [0, 5], own).tolist() == [[1, 0], [1, 0]]
     assert Gate(s, "auto").name == "verifier"
     s.reward = rewards.VerifierReward(s.domain, any_style=True, valid_weight=0.5)
-    assert Gate(s, "reward")(visits([0, 5]), None, own, [1, 2]).tolist() == [[1, 0], [1, 0]]
+    assert quality(s, "reward", [0, 5], own).tolist() == [[1, 0], [1, 0]]
     s.domain, s.stage = data.Replies([]), "grpo"
     s.reward = lambda posts, completions, seeds: [[float(t == p.replies[0]) for t in ts]
                                                for p, ts in zip(posts, completions)]

@@ -17,6 +17,7 @@ from helpers import grpo_args, grpo_session, places, refusal, rl, session, sft_a
 from methods import metrics
 from methods import pocket
 from rewards import AgreementReward, VerifierReward
+from support import draws
 from support import files
 from support.files import InputError
 from support import posts as support_posts
@@ -75,7 +76,7 @@ def test_rewards_are_computed_for_the_users_of_the_step(parts):
                                                plain(posts, completions, seeds))[1]
     visits = [trainer.Visit(3, 0), trainer.Visit(3, 1), trainer.Visit(1, 0)]
     for step in (0, 5):
-        group = grpo.sample_and_collect(s, visits, step).features
+        group = grpo.collect(s, visits, step).features
         posts, seeds = asked.pop()
         assert posts == [s.posts[v.index] for v in visits] and group.seeds.tolist() == seeds
         assert seeds == [files.seed_of(4, "reader", step, s.posts[v.index].key, v.epoch)
@@ -83,7 +84,19 @@ def test_rewards_are_computed_for_the_users_of_the_step(parts):
         assert not set(seeds) & {s.seed_for(s.stage, step, v) for v in visits}
 
 
-# ---- Every line of the registers takes steps -----------------------------------------------------
+def test_a_gate_by_reward_does_not_ask_the_reward_again(parts):
+    """A judge or a reward model would be paid twice, and noise be drawn anew."""
+    s, asked = rl(parts, "--gate", "none"), []
+    plain = s.reward
+    s.reward = lambda *a: (asked.append(a), plain(*a))[1]
+    s.gate = polylora.Gate.__new__(polylora.Gate)
+    s.gate.session, s.gate.name, s.gate.low, s.gate.high = s, "reward", 0.0, 0.5
+    features = grpo.collect(s, [trainer.Visit(3, 0)], 0).features
+    assert len(asked) == 1
+    assert torch.equal(features.quality, (features.rewards / 0.5).clamp(0, 1))
+
+
+# ---- Every entry of the registries takes steps ---------------------------------------------------
 
 def test_label_noise_is_the_same_for_every_caller(parts):
     """Of 15% of verdicts turned round, D's gate and the coverage objective saw none: in a study
@@ -95,15 +108,15 @@ def test_label_noise_is_the_same_for_every_caller(parts):
     for x in (s, clean):
         x.domain.styles_of = lambda post, text: x.domain.styles[len(text) % 2:1]
         x.gate = polylora.Gate(x, "verifier")
-    got, want, again = (grpo.sample_and_collect(x, visits, 0).features for x in (s, clean, s))
+    got, want, again = (grpo.collect(x, visits, 0).features for x in (s, clean, s))
     assert torch.equal(got.quality, again.quality) and torch.equal(got.right, again.right)
     assert torch.equal(got.valid, want.valid) and torch.equal(want.right.amax(-1), want.valid)
     assert (torch.equal(want.quality, want.valid)
             and 0 < (got.quality != want.quality).float().mean() < 0.7)
     assert 0.15 < (got.right != want.right).float().mean() < 0.45
-    many = polylora.with_label_noise(torch.ones(50, 40), 0.15, range(50), "x")
+    many = draws.with_label_noise(torch.ones(50, 40), 0.15, range(50), "x")
     assert many.mean() == pytest.approx(0.85, abs=0.03)
-    assert not torch.equal(many, polylora.with_label_noise(torch.ones(50, 40), 0.15, range(50),
+    assert not torch.equal(many, draws.with_label_noise(torch.ones(50, 40), 0.15, range(50),
                                                            "y"))
     both = rewards.VerifierReward(data.make_domain("auto", s.posts), any_style=True,
                                   valid_weight=4.0, flip=0.3)
@@ -173,7 +186,7 @@ def test_training_and_evaluation_use_one_verifier(parts):
     s.domain.styles_of = strange
     s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
     visits = [Visit(i, 0) for i in range(3)]
-    drawn = grpo.sample_and_collect(s, visits, 0)
+    drawn = grpo.collect(s, visits, 0)
     records = evaluate.make_records(s, [0, 1, 2], drawn.samples, drawn.features.texts)
     assert [[float(bool(v)) for v in r["voices"]]
             for r in records] == drawn.features.rewards.tolist()

@@ -2,10 +2,11 @@
 
     python tests/test_trace.py            # prints it: a function a line, indented by who calls whom
 
-Three steps are traced on a tiny model: GRPO by default, GRPO with the diversity term, SFT with the
-diversity term. Sampling (Session.sample_completions and all below it) is one line, and so is the model
-(model.py and all below it). The tests bound how many functions a reader meets on the way, and check
-that D, the objective and the verifier are evaluated once."""
+Four steps are traced on a tiny model: GRPO and SFT, by default and with the diversity term. What
+stands behind one name is one line, whatever it calls: sampling (Session.sample_completions), the
+model (model.py), the embedder, and the data (data.py: chat format, tokens, the domain with its
+verifier). The tests bound how many functions a reader meets on the way, where the embedder and the
+data count as one each, and check that D, the objective and the verifier are evaluated once."""
 
 import json
 import sys
@@ -21,8 +22,10 @@ from helpers import ROOT
 FILES = ("grpo.py", "polylora.py", "rewards.py", "trainer.py", "data.py", "lora.py", "generate.py",
          "metrics.py")
 
-SAMPLING = ("sample_completions",)             # of trainer.py
-
+MODEL = "the model"
+SAMPLING = "sampling"
+DATA = "the data and the verifier"
+EMBEDDER = "the embedder"
 STEPS = {"grpo": "grpo_step", "polylora": "sft_step"}
 
 HIDDEN = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>", "<lambda>")  # of their function
@@ -35,12 +38,13 @@ DPP = ["--diversity", "dpp", "--gate", "verifier"]
 
 RUNS = {"GRPO": ("grpo", []),
         "GRPO with D": ("grpo", ["--diversity-weight", "1", *DPP]),
+        "SFT": ("polylora", []),
         "SFT with D": ("polylora", ["--lambda", "0.3", *DPP])}
 
 
 # The most functions, and files, that the path of each may have. Lower them when a step gets
-# shorter; the goal for GRPO is 12 functions in 5 files.
-MOST = {"GRPO": (31, 5), "GRPO with D": (44, 7), "SFT with D": (41, 5)}
+# shorter.
+MOST = {"GRPO": (12, 4), "GRPO with D": (21, 6), "SFT": (10, 3), "SFT with D": (18, 4)}
 
 
 # ---- The trace -----------------------------------------------------------------------------------
@@ -63,9 +67,9 @@ class Call:
 
 
 class Trace:
-    """The calls of a step, by sys.setprofile: a tree of the functions of FILES, and of the two
-    leaves, below which nothing is shown. `ran`: how often each function of `watched`, a mapping
-    from code objects to names, was called."""
+    """The calls of a step, by sys.setprofile: a tree of the functions of FILES, and of leaves,
+    below which nothing is shown. `ran`: how often each function of `watched`, a mapping from code
+    objects to names, was called."""
 
     def __init__(self, watched):
         self.root = Call("", "", 0)
@@ -89,14 +93,12 @@ class Trace:
             return
         call = self.stack[-1]
         file = file_of(code)
-        sampling = file == "trainer.py" and code.co_name in SAMPLING
-        if file == "model.py":
-            call = self.called(call, "model", Call(file, "the model", 0))
-        elif sampling:
-            call = self.called(call, "sampling", Call(file, "sampling", code.co_firstlineno))
+        leaf = leaf_of(file, code)
+        if leaf:
+            call = self.called(call, leaf, Call(file, leaf, 0))
         elif file in FILES:
             call = self.called(call, code, Call(file, name_of(frame), code.co_firstlineno))
-        self.below_leaf = int(sampling or file == "model.py")
+        self.below_leaf = int(leaf is not None)
         self.stack.append(call)
 
     def called(self, caller, key, call):
@@ -116,7 +118,7 @@ class Trace:
         the model are not among them."""
         found = set()
         for _, call in self.root.walk():
-            if call.name not in ("sampling", "the model"):
+            if call.name not in (SAMPLING, MODEL):
                 found.add((call.file, call.name))
         return found
 
@@ -138,6 +140,19 @@ def file_of(code):
     if path.parent != ROOT or code.co_name in HIDDEN:
         return ""
     return path.name
+
+
+def leaf_of(file, code):
+    """The leaf that a function opens, or None."""
+    if file == "model.py":
+        return MODEL
+    if file == "data.py":
+        return DATA
+    if file == "trainer.py" and code.co_name == "sample_completions":
+        return SAMPLING
+    if file == "generate.py" and code.co_qualname == "Embedder.__call__":
+        return EMBEDDER
+    return None
 
 
 def name_of(frame):
@@ -246,7 +261,7 @@ def test_the_trace_sees_the_step(traces):
         first, = trace.root.calls.values()
         assert (first.file, first.name) == (f"{program}.py", STEPS[program])
         shown = [call.name for _, call in trace.root.walk()]
-        assert "sampling" in shown and "the model" in shown
+        assert MODEL in shown and DATA in shown and (SAMPLING in shown) == (name != "SFT")
         assert trace.stack == [trace.root] and trace.below_leaf == 0
 
 
@@ -258,7 +273,7 @@ def test_the_objective_is_evaluated_once(traces):
     assert traces["GRPO"].ran["objective"] == traces["GRPO with D"].ran["objective"] == 1
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", ["GRPO", "GRPO with D", "SFT with D"])
 def test_the_verifier_is_asked_once_about_each_completion(traces, name):
     """Two posts with four completions each: reward, gate, log and classes share one verdict."""
     assert traces[name].ran["verifier"] == 8

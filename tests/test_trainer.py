@@ -20,7 +20,8 @@ from helpers import (
 from methods.bert import Bert, BertEmbedder
 from model import Qwen3
 from support.files import InputError
-from trainer import Session, Tally, Visit, batch_visits, learning_rate, load_embedder, train
+from support.steplog import Tally
+from trainer import Session, Visit, batch_visits, learning_rate, load_embedder, train
 
 
 # ---- The SFT step, on a real session around a tiny model -----------------------------------------
@@ -83,7 +84,7 @@ def test_means_are_of_sums_not_of_means():
     tally.add("loss", torch.tensor(2.0), 1)
     tally.add("loss", 0.6, 3)
     assert tally.means(Share(), ["loss", "never"]) == pytest.approx({"loss": 0.65})
-    assert tally.means(Share(total=[2.6 + 1.4, 4 + 4]), ["loss"]) == pytest.approx({"loss": 0.5})
+    assert tally.means(Share(totals=[[2.6 + 1.4, 4 + 4]]), ["loss"]) == pytest.approx({"loss": 0.5})
 
 
 # ---- The run folder and the loop -----------------------------------------------------------------
@@ -139,7 +140,8 @@ def test_the_gradient_is_clipped_and_broken_ones_are_skipped_and_stop_the_run(tm
 
     def broken(step):
         (params[0].sum() + params[1].sum() * math.nan).backward()
-        return Tally([Visit(1, 0), Visit(2, 0)])
+        s.visits = [Visit(1, 0), Visit(2, 0)]
+        return Tally()
     start = [p.detach().clone() for p in params]
     with pytest.raises(InputError, match="step 5 .*not finite five times .*post-1, post-2"):
         train(s, params, broken, [])

@@ -110,11 +110,11 @@ def test_every_diversity_pushes_both_phases(parts, name):
                 ["sft", "--model", "-", "--batch", "4", "--draft-posts", "4", "--k", "3",
                  "--lambda", "1", "--diversity", name])
     s.domain.styles_of = styles_by_length(s.domain)
-    s.gate = polylora.Gate(s, "none")
+    s.gate = None
     # which is the quality's alone
     if name == "floor":
-        s.gate = lambda mine, samples, texts, seeds: torch.tensor([[1 / (1 + len(t)) for t in ts]
-                                                                     for ts in texts])
+        s.gate = lambda features, *_: torch.tensor([[1 / (1 + len(t)) for t in ts]
+                                                    for ts in features.texts])
     # words need none
     s.embedder = s.embedder if "embeddings" in DIVERSITIES[name].needs else None
     assert ("embeddings" in DIVERSITIES[name].needs) == (name in ("cosine", "dpp", "vendi"))

@@ -13,7 +13,8 @@ from helpers import SHORT, THREE_PROMPTS, gap, places, refusal, sft_args, shake_
 from lora import adapter_state, lora_layers
 from model import pack, token_logprobs
 from support import registry
-from trainer import Tally, Visit, add_cross_entropy
+from support.steplog import Tally
+from trainer import Visit, add_cross_entropy
 
 
 # ---- Drafts --------------------------------------------------------------------------------------
@@ -44,15 +45,14 @@ def test_every_member_learns_from_every_reply():
     groups = [([1, 2, 3], [[4, 5, 6]]), ([7, 8], [[9, 10]])]
 
     def gradient(model):
-        replies = iter(completions[0] for _, completions in groups)
+        replies = [completions[0] for _, completions in groups]
         session = SimpleNamespace(
             model=model, ranks=SimpleNamespace(rank=0, world=1), tokenizer=None,
             prompt=lambda i: groups[i][0],
             micro_batches=lambda pairs: pack(pairs, 60, members=model.members))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(data, "encode_reply", lambda tokenizer, reply: reply)
-            add_cross_entropy(session, [Visit(0, 0), Visit(1, 0)], lambda visit: next(replies),
-                              tally := Tally())
+            add_cross_entropy(session, [Visit(0, 0), Visit(1, 0)], replies, tally := Tally())
         return {n: p.grad for n, p in adapter_state(model).items()}, tally
     ensemble = shake_all(with_adapter("ensemble"))
     grads, tally = gradient(ensemble)

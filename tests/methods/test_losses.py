@@ -25,6 +25,7 @@ from support import checks
 from support.files import InputError
 from support import registry
 from support import steplog
+from support.steplog import Tally
 from trainer import Visit
 
 
@@ -491,7 +492,7 @@ def test_bonbon_samples_from_the_base(parts):
     s = sft_session(parts, "--loss", "bonbon", "--k", "3")
     seen, write = [], s.sample_completions
     s.sample_completions = lambda *a: (seen.append((a, write(*a))), seen[-1][1])[1]
-    losses.add_bonbon(s, [Visit(1, 0), Visit(2, 0)], 0, trainer.Tally())
+    losses.add_bonbon(s, [Visit(1, 0), Visit(2, 0)], 0, Tally())
     (args, (prompts, samples, _)), = seen
     rows = packed(list(zip(prompts, samples.tokens)))
     with torch.no_grad(), lora.base(s.model):

@@ -559,7 +559,7 @@ def test_reference_log_probabilities_reach_the_objective(parts):
         grpo.grpo_step(s, 0)
     finally:
         registry.OBJECTIVES["soft-spo"] = objective
-    drawn = grpo.sample_and_collect(s, batch_visits(len(s.posts), 3, 0, s.args.seed), 0)
+    drawn = grpo.collect(s, batch_visits(len(s.posts), 3, 0, s.args.seed), 0)
     rows = packed(list(zip(drawn.prompts, drawn.samples.tokens)))
     with torch.no_grad(), lora.adapter(s.model, s.start):
         logp = model.token_logprobs(s.model, rows, s.args.temperature)[0]

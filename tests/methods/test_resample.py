@@ -4,7 +4,8 @@ import pytest
 
 import grpo
 from helpers import Share, both_take, grads_of, grpo_session, rl, step_gradient
-from trainer import Tally
+from methods.resample import resampled
+from support.steplog import Tally
 
 
 # ---- The step, on a real session around a tiny model ---------------------------------------------
@@ -19,13 +20,10 @@ def test_resampling_keeps_the_same_posts_on_any_number_of_ranks(parts):
             for p, ts in zip(posts, completions)]
         return s
     whole = phase(Share())
-    tally = Tally()
-    drawn = grpo.sample_batch(whole, 0, tally)
+    drawn = resampled(whole, 0, Tally())
     rewards = drawn.features.rewards
     assert bool((rewards.amax(1) > rewards.amin(1)).all()) and 0 < len(rewards) <= 6
-    assert len(set(drawn.visits)) == len(drawn.visits) and len(tally.visits) > 6
-    plain = grpo.sample_batch(rl(parts), 0, Tally())
-    assert len(plain.visits) == 6
+    assert len(set(drawn.visits)) == len(drawn.visits) and len(whole.visits) > 6
 
     class Pair(Share):
         """Rank r of two, which knows what the other one would say."""
@@ -38,12 +36,12 @@ def test_resampling_keeps_the_same_posts_on_any_number_of_ranks(parts):
     flags = []
     spy = phase(Share())
     spy.ranks.gather = lambda items: (flags.append(items), items)[1]
-    grpo.sample_batch(spy, 0, Tally())
+    resampled(spy, 0, Tally())
     kept = []
     for rank in (0, 1):
         ranks = Pair(rank, 2)
         ranks.other = [f[1 - rank::2] for f in flags]
-        kept.append(grpo.sample_batch(phase(ranks), 0, Tally()).visits)
+        kept.append(resampled(phase(ranks), 0, Tally()).visits)
     assert sorted(kept[0] + kept[1]) == sorted(drawn.visits)
     few = phase(Share())
     few.reward = lambda posts, completions, seeds: [[0.0] * len(ts) for ts in completions]

@@ -9,7 +9,7 @@ import grpo
 import rewards
 from helpers import on_two_ranks, rl, scheduled
 from support import registry
-from trainer import Tally
+from support.steplog import Tally
 
 
 # ---- The step, on a real session around a tiny model ---------------------------------------------

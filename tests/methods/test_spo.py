@@ -99,14 +99,14 @@ def test_a_prompt_s_value_excludes_its_own_rewards(parts):
     """A baseline that has seen the rewards is not independent of the drafts that it is a
     baseline of."""
     s, visits = spo_session(parts, "--k", "3"), [Visit(2, 0), Visit(5, 0)]
-    first = grpo.sample_and_collect(s, visits, 0).features
+    first = grpo.collect(s, visits, 0).features
     # of the first 8 drafts alone
     assert torch.equal(first.values, spo.Values(s, 0)(visits, 0))
     counts = [s.values.known[s.posts[v.index].key] for v in visits]
     before = [each["right"] / (each["right"] + each["wrong"]) for each in counts]
     # the visit has been learnt from by now
     assert gap(torch.tensor(before), first.values) > 1e-3
-    second = grpo.sample_and_collect(s, visits, 1).features
+    second = grpo.collect(s, visits, 1).features
     assert second.values.tolist() == pytest.approx(before)
     after = [s.values.known[s.posts[v.index].key]["right"] for v in visits]
     assert after == pytest.approx([spo.kept_share(0.0) * each["right"] + float(r.sum())

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import grpo
-import trainer
 from grpo import policy_loss
 from helpers import (
     Share, gradient, grads_of, grpo_session, nearly, on_two_ranks, rewards_by_length,
     styles_by_length,
 )
 from methods import tokens
+from support.steplog import Tally
 from trainer import batch_visits
 
 
@@ -76,7 +76,7 @@ def test_tokens_are_chosen_from_the_whole_step(parts, name):
     for budget in ("100000", "40"):
         s = grpo_session(parts, *flags, "--micro-tokens", budget)
         s.reward = rewards_by_length
-        batches, count = grpo.rollout(s, 0, trainer.Tally())
+        batches, count = grpo.rollout(s, 0, Tally())
         s.batches, s.token_count = batches, count
         logp, a, chosen, completion = (torch.cat([getattr(b, n) if n != "draft" else b.rows.completion
                                              for b in batches])
@@ -115,7 +115,7 @@ def test_ranks_with_unequal_posts_choose_their_own_tokens(parts, useful):
             good.clear()
             return rows
         s.reward = reward
-        batches, count = grpo.rollout(s, 0, trainer.Tally())
+        batches, count = grpo.rollout(s, 0, Tally())
         s.batches, s.token_count = batches, count
         grpo.grpo_step(s, 1)
         marked = [(int(t), bool(c)) for b in batches for t, c in zip(b.rows.target, b.chosen)]

@@ -34,7 +34,8 @@ from support import files
 from support.files import InputError
 from support.ranks import Ranks
 from support import steplog
-from trainer import Session, Tally, learning_rate, train
+from support.steplog import Tally
+from trainer import Session, learning_rate, train
 
 
 # ---- The run folder and the loop -----------------------------------------------------------------

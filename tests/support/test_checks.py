@@ -19,7 +19,7 @@ from model import Config, Qwen3
 from support import checks
 from support import files
 from support.files import InputError
-from trainer import Tally
+from support.steplog import Tally
 
 
 # ---- The command line ----------------------------------------------------------------------------

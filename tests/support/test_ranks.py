@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 import data
 import trainer
-from helpers import NAMES, ROOT, adapter_of
+from helpers import NAMES, ROOT, Share, adapter_of
 from support.files import InputError
 from support import ranks
 from support.ranks import Ranks
 from support import splits
-from trainer import Session
 
 
 # ---- What both phases share ----------------------------------------------------------------------
@@ -30,7 +29,7 @@ TWO_RANKS = """
 import json, sys
 import torch
 from support.ranks import Ranks
-from trainer import Tally
+from support.steplog import Tally
 ranks = Ranks(sys.argv[1], "cpu")
 a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
 a.grad = torch.tensor([1.0, 2.0]) * (ranks.rank + 1)
@@ -97,16 +96,13 @@ def test_a_device_without_an_index_is_this_rank_s(monkeypatch):
 # ---- What a run survives -------------------------------------------------------------------------
 
 def test_posts_are_shared_among_all_ranks():
-    session = Session.__new__(Session)
     for world in (1, 2, 3):
         shares = []
         for rank in range(world):
-            session.ranks = SimpleNamespace(rank=rank, world=world)
-            shares.append(session.share(["a", "b", "c"]))
+            shares.append(Share(rank, world).share(["a", "b", "c"]))
         assert all(shares) and sorted(sum(shares, [])) == ["a", "b", "c"]
-    session.ranks = SimpleNamespace(rank=0, world=4)
     with pytest.raises(InputError, match="3 posts are too few for 4 ranks"):
-        session.share(["a", "b", "c"])
+        Share(0, 4).share(["a", "b", "c"])
 
 
 TOY = """
@@ -117,7 +113,8 @@ torch.set_num_threads(1)
 from support.files import InputError
 from support.ranks import Ranks
 from support.checkpoint import RunFolder
-from trainer import Tally, train
+from support.steplog import Tally
+from trainer import train
 
 def toy(folder, dies="never", resume=False, pause=0.0):
     '''Six steps of one tensor, whatever the number of ranks; rank, step and restart of "1 3 0" end by SIGKILL.'''
