@@ -716,7 +716,7 @@ def rl(parts, *more, ranks=None):
                "--beta", "0.3"]
     s = session(parts, grpo.parser(), [*default, *more], stage="grpo", ranks=ranks)
     s.start = {n: p.detach() * 0.5 for n, p in adapter_state(s.model).items()}
-    s.reward = lambda posts, completions, seeds: [[len(t) * 7 % 5 / 4 for t in ts] for ts in completions]
+    s.reward = lambda posts, groups, seeds: [[len(t) * 7 % 5 / 4 for t in ts] for ts in groups]
     return s
 
 
@@ -838,7 +838,8 @@ def fixed_completions(s, tokens_of):
     def write(visits, step, k):
         prompts, completions = [s.prompt(v.index) for v in visits], [tokens_of(v) for v in visits]
         texts = [[" ".join(map(str, d)) for d in ds] for ds in completions]
-        return prompts, types.SimpleNamespace(tokens=completions, logprobs=None, finished=None), texts
+        samples = types.SimpleNamespace(tokens=completions, logprobs=None, finished=None)
+        return prompts, samples, texts
     s.sample_completions = write
 
 

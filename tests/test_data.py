@@ -82,13 +82,15 @@ CHAT = [
         [("user", "hi"), ("assistant", "yes")],
         False,
         False,
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nyes<|im_end|>\n",
+        "<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nyes<|im_end|>\n",
     ),
     (
         [("user", "a"), ("assistant", "b"), ("user", "c")],
         False,
         False,
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n",
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n",
     ),
 ]
 

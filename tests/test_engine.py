@@ -181,7 +181,8 @@ def test_the_stop_id_is_kept_and_unfinished_completions_are_flagged(drafts_of_12
     """The stop token is part of the draft, or its probability is never trained; a cut draft must
     be known as one."""
     _, got = drafts_of_12
-    for completion, logprob, finished in zip(flat(got.tokens), flat(got.logprobs), flat(got.finished)):
+    samples = zip(flat(got.tokens), flat(got.logprobs), flat(got.finished))
+    for completion, logprob, finished in samples:
         assert len(completion) == len(logprob) <= 6
         assert not set(completion[:-1]) & set(STOPS) and finished == (completion[-1] in STOPS)
         assert finished or len(completion) == 6

@@ -198,7 +198,8 @@ def test_logprobs_of_samples_are_those_of_a_full_forward(tmp_path, tied, tempera
                    seed=3)
     assert len({len(d) for completions in got.tokens for d in completions}) > 3
     elsewhere = []
-    for prompt, completions, logprobs, finished in zip(prompts, got.tokens, got.logprobs, got.finished):
+    groups = zip(prompts, got.tokens, got.logprobs, got.finished)
+    for prompt, completions, logprobs, finished in groups:
         assert len(set(map(tuple, completions))) > 1
         assert (finished == [d[-1] in stops for d in completions]
                 and all(d == cut(d, stops) for d in completions))
@@ -227,8 +228,8 @@ def test_live_logprobs_of_truncated_samples(tmp_path):
             scores = logits_of(model, prompt + completion)[len(prompt) - 1:-1]
             for step in steps:
                 scores = step(None, scores)
-            assert gap(scores.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)],
-                       logprob) < 1e-3
+            at = torch.arange(len(completion)), torch.tensor(completion)
+            assert gap(scores.log_softmax(-1)[at], logprob) < 1e-3
 
 
 # ---- Embeddings and scores -----------------------------------------------------------------------

@@ -277,8 +277,8 @@ def test_a_sequence_ratio_is_the_geometric_mean_of_its_tokens(monkeypatch):
     old, completion = torch.tensor([-1.0, -2.0, -1.5]), torch.tensor([0, 0, 1])
     logp = (old + torch.tensor([0.5, -0.1, -0.3])).requires_grad_()
     a = torch.tensor([1.0, 1.0, -1.0])
-    loss, clipped, _ = policy_loss(logp, old, a, denominator=3, completion=completion, sequence_ratio=True,
-                                   clip_low=0.3, clip_high=0.3)
+    loss, clipped, _ = policy_loss(logp, old, a, denominator=3, completion=completion,
+                                   sequence_ratio=True, clip_low=0.3, clip_high=0.3)
     loss.backward()
     one, two = math.exp(0.2), math.exp(-0.3)
     assert loss.item() == pytest.approx((-one - one + two) / 3, abs=1e-6) and clipped == 0

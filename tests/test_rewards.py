@@ -126,7 +126,8 @@ def test_agreement_embeds_in_one_call_on_every_rank():
     records = [{}, {}, {}]
     metrics.add_agreement(session, records, SimpleNamespace(posts=posts, embeddings=completions))
     assert records == [{}, {"agrees": [[0], []], "people": 2}, {"agrees": [[1], []], "people": 2}]
-    metrics.add_agreement(session, [{}], SimpleNamespace(posts=posts[:1], embeddings=completions[:1]))
+    first = SimpleNamespace(posts=posts[:1], embeddings=completions[:1])
+    metrics.add_agreement(session, [{}], first)
     assert len(calls) == 2
 
 

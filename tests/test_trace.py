@@ -3,9 +3,9 @@
     python tests/test_trace.py            # prints it: a function a line, indented by who calls whom
 
 Three steps are traced on a tiny model: GRPO by default, GRPO with the diversity term, SFT with the
-diversity term. Sampling (Session.sample_completions and all below it) is one line, and so is the model
-(model.py and all below it). The tests bound how many functions a reader meets on the way, and check
-that D, the objective and the verifier are evaluated once."""
+diversity term. Sampling (Session.sample_completions and all below it) is one line, and so is the
+model (model.py and all below it). The tests bound how many functions a reader meets on the way, and
+check that D, the objective and the verifier are evaluated once."""
 
 import json
 import sys

@@ -296,7 +296,8 @@ def test_a_short_set_is_filled_with_wrong_completions(monkeypatch):
     _, texts = DECODERS["verbalized"].function(session, visits, 6)
     # five are asked for, three kept
     assert texts[0] == ["b", "a", "c", "f", "", ""] and asked["max_new_tokens"] == 35
-    many = [SimpleNamespace(**vars(session) | {"seed_for": lambda *parts, i=i: i}) for i in range(40)]
+    many = [SimpleNamespace(**vars(session) | {"seed_for": lambda *parts, i=i: i})
+            for i in range(40)]
     said[:] = [["1 | a\n1 | b\n1 | c", "1 | a\n1 | b\n1 | c"]]
     firsts = [tuple(DECODERS["verbalized"].function(s, visits[:1], 6)[1][0][::3]) for s in many]
     assert ({x for x, _ in firsts} == {x for _, x in firsts} == set("abc")

@@ -186,7 +186,8 @@ ranks.time = SimpleNamespace(monotonic=lambda: now[0])
 s, params, step = t.toy_run(t.toy_args(sys.argv[1]))
 
 def interrupted(number):
-    for at, sent in ((0.0, signal.SIGINT), (0.9, signal.SIGTERM), (float(sys.argv[2]), signal.SIGINT)):
+    third = float(sys.argv[2])
+    for at, sent in ((0.0, signal.SIGINT), (0.9, signal.SIGTERM), (third, signal.SIGINT)):
         now[0] = at
         signal.raise_signal(sent)
         print("goes on at", at, flush=True)
@@ -945,9 +946,11 @@ def test_training_names_completions_that_are_all_cut_off(root, capsys, main, fla
 def writes(tokens_of):
     """A generate() that writes tokens_of(stops) for every completion of every prompt."""
     def write(model, prompts, *, k=1, stop_ids=(), progress=None, **settings):
-        completions = [[list(tokens_of(stop_ids, p, d)) for d in range(k)] for p in range(len(prompts))]
-        ended = [[ids[-1] in stop_ids for ids in row] for row in completions]
-        return Samples(completions, [[[-1.0] * len(ids) for ids in row] for row in completions], ended)
+        completions = [[list(tokens_of(stop_ids, p, d)) for d in range(k)]
+                       for p in range(len(prompts))]
+        logprobs = [[[-1.0] * len(ids) for ids in group] for group in completions]
+        ended = [[ids[-1] in stop_ids for ids in group] for group in completions]
+        return Samples(completions, logprobs, ended)
     return write
 
 
