@@ -474,8 +474,7 @@ def golden(tied):
 
 
 def load_tiny(folder, tied, *, change=None, shards=1, prefix="model.", head="lm_head",
-              dtype=torch.float32,
-          **settings):
+              dtype=torch.float32, **settings):
     """A Qwen3 from a fresh tiny checkpoint; change(config, weights) may break it first."""
     config = tiny_config(tied, **settings)
     weights = tiny_weights(config, SEED, prefix, head)
@@ -700,11 +699,10 @@ def set_features(drawn, n=2, quality=None, rewards=REWARDS):
     """Everything an objective may ask of drafts whose outcomes are `drawn` (tuples, k): two voices,
     outcomes 1 and 3 right in the first, 2 in the second."""
     styles = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 0]]).double()
-    return Features(rewards[drawn], OUTCOMES[drawn], quality, right=styles[drawn],
-                 shares=torch.tensor([[0.7, 0.3]]).double().expand(len(drawn), -1),
-                    classes=drawn % 3,
-                 logprobs=drawn + torch.rand(drawn.shape), lengths=drawn + 1, seeds=drawn[:, 0],
-                    set_size=n)
+    shares = torch.tensor([[0.7, 0.3]]).double().expand(len(drawn), -1)
+    return Features(rewards[drawn], OUTCOMES[drawn], quality, right=styles[drawn], shares=shares,
+                    classes=drawn % 3, logprobs=drawn + torch.rand(drawn.shape),
+                    lengths=drawn + 1, seeds=drawn[:, 0], set_size=n)
 
 
 # ---- The step, on a real session around a tiny model ---------------------------------------------
@@ -737,7 +735,7 @@ def features_of(drawn, rewards=RIGHT, quality=None, size=2):
     """The Group of tuples of outcomes (tuples, k)."""
     texts = [[TEXTS[i] for i in row] for row in drawn.tolist()]
     return Features(rewards[drawn], OUTCOMES[drawn], None if quality is None else quality[drawn],
-                 classes=CLASSES[drawn], texts=texts, set_size=size)
+                    classes=CLASSES[drawn], texts=texts, set_size=size)
 
 
 # ---- Expected gradients --------------------------------------------------------------------------

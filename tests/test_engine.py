@@ -55,8 +55,8 @@ def test_first_tokens_of_k_completions_follow_the_softmax(temperature):
     """One prefill serves k drafts, but each draws its own first token: sampled once and copied,
     all k would be equal."""
     model, k = build(), 4000
-    completions = flat(generate(model, PROMPTS[:1], k=k, max_new_tokens=1, temperature=temperature,
-                           seed=5).tokens)
+    samples = generate(model, PROMPTS[:1], k=k, max_new_tokens=1, temperature=temperature, seed=5)
+    completions = flat(samples.tokens)
     counts = torch.tensor(flat(completions)).bincount(minlength=model.vocab).double()
     logits = next_logits(model, PROMPTS[0], [0])[0].double()
     value, freedom = surprise(counts, (logits / temperature).softmax(-1))

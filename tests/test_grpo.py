@@ -377,10 +377,9 @@ def test_d_has_the_share_that_was_asked_for_on_any_number_of_ranks(parts, monkey
     tally = Tally()
     assert rewards.diversity_weight(s.args, 0.0, 1.0, 1.0, tally) == 0 and not tally.sums
     with pytest.raises(InputError, match="both"):
-        checks.check_grpo(grpo.parser().parse_args(["--start", "-", "--data", "-", "--out", "-",
-                                                    "--model", "-", "--dry-run",
-                                                  "--diversity-weight", "1",
-                                                    "--diversity-share", "1"]))
+        checks.check_grpo(grpo.parser().parse_args([
+            "--start", "-", "--data", "-", "--out", "-", "--model", "-", "--dry-run",
+            "--diversity-weight", "1", "--diversity-share", "1"]))
 
 
 def test_several_updates_reuse_the_completions_and_their_first_log_probs(parts):

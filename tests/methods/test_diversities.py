@@ -113,8 +113,8 @@ def test_every_diversity_pushes_both_phases(parts, name):
     s.gate = polylora.Gate(s, "none")
     # which is the quality's alone
     if name == "floor":
-        s.gate = lambda mine, samples, texts, seeds: torch.tensor([[1 / (1 + len(t)) for t in ts]
-                                                                     for ts in texts])
+        s.gate = lambda mine, samples, texts, seeds: torch.tensor(
+            [[1 / (1 + len(t)) for t in ts] for ts in texts])
     # words need none
     s.embedder = s.embedder if "embeddings" in DIVERSITIES[name].needs else None
     assert ("embeddings" in DIVERSITIES[name].needs) == (name in ("cosine", "dpp", "vendi"))

@@ -390,9 +390,9 @@ def test_repeated_tokens_are_those_of_n_grams_seen_before():
 
 def whole(s, prompt, completion):
     """log pi(draft) by a plain forward, with its gradient."""
-    logp = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1,
-                                                   :s.model.vocab] / s.args.temperature
-    return logp.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
+    logits = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1]
+    logp = (logits[:, :s.model.vocab] / s.args.temperature).log_softmax(-1)
+    return logp[torch.arange(len(completion)), torch.tensor(completion)]
 
 
 @pytest.mark.parametrize("budget", ["100000", "40"])

@@ -32,9 +32,9 @@ def straight_through_mean(theta, drawn, heat, draws=1500):
     chance = logp.detach()[drawn].sum(1).exp().repeat_interleave(drawn.shape[1])
     noise = torch.rand(draws, len(tokens), 4, generator=torch.Generator().manual_seed(5),
                        dtype=torch.float64)
-    loss = straight_through.straight_through_loss(logp.expand(draws * len(tokens), 4),
-                                                  tokens.repeat(draws),
-                                          noise.flatten(0, 1), slope.repeat(draws, 1), heat)
+    loss = straight_through.straight_through_loss(
+        logp.expand(draws * len(tokens), 4), tokens.repeat(draws), noise.flatten(0, 1),
+        slope.repeat(draws, 1), heat)
     return -torch.autograd.grad((loss * chance.repeat(draws)).sum() / draws, theta,
                                 retain_graph=True)[0]
 

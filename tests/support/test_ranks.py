@@ -319,14 +319,11 @@ def test_sharded_weights_give_the_same_results(world, tmp_path):
         whole, sharded = (adapter_of(tmp_path / f"{how}-{stage}") for how in ("whole", "sharded"))
         assert max(float((whole[n] - sharded[n]).abs().max()) for n in whole) < 2e-4
         assert max(float(t.abs().max()) for n, t in whole.items() if "lora_B" in n) > 0.01
-        completions = [[r["drafts"]
-                   for r in json.loads(
-                       (tmp_path / f"{how}-{stage}" / "evaluation.json").read_text())["records"]]
-                  for how in ("whole", "sharded")]
-        assert completions[0] == completions[1]
-
-
-ROOT = Path(ranks.__file__).parent.parent
+        texts = []
+        for how in ("whole", "sharded"):
+            written = json.loads((tmp_path / f"{how}-{stage}" / "evaluation.json").read_text())
+            texts.append([record["drafts"] for record in written["records"]])
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.multirank
