@@ -5,7 +5,7 @@ anyway, so pooling them would hide a model that always says the same thing. Pass
 of k completions pleases the user whom the reward draws. A number that cannot be computed is an
 error, or is left out and counted, never a zero.
 
-    python evaluate.py measure runs/lora-1 runs/poly-1 --data eval.jsonl --bare runs/base-1
+    python evaluate.py measure runs/lora-1 runs/poly-1 --data eval.jsonl --base-out runs/base-1
     python evaluate.py measure runs/lora-1 --data eval.jsonl --decoder beams  # runs/lora-1@beams
     python evaluate.py report runs/base-1 runs/lora-1 runs/poly-1 --out results --against lora
     python evaluate.py drafts runs/poly-1 "Just adopted a kitten!"
@@ -55,7 +55,7 @@ def measure(args):
     if runs:
         name_model(args, runs[0])
     if not args.model:
-        raise InputError("give runs to measure, or --model with --bare")
+        raise InputError("give runs to measure, or --model with --base-out")
     args.out = str(runs[0] if runs else args.bare)
     session = Session(args, "measure")
     session.load()

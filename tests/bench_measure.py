@@ -61,7 +61,7 @@ def one(completions, threads):
         Qwen3.from_pretrained(folder / "model")
         before, seconds, worked = peak(), [], time.process_time()
         run = str(folder / "run")
-        measure = ["measure", "--bare", run, "--model", str(folder / "model"), "--n", str(EACH),
+        measure = ["measure", "--base-out", run, "--model", str(folder / "model"), "--n", str(EACH),
                    "--data", str(folder / "eval.jsonl")]
         for command in (measure, ["report", run, "--out", str(folder / "report")]):
             began = time.perf_counter()
