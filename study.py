@@ -102,7 +102,7 @@ def measuring(study, seed, model, data, folders):
 
 def command_of(stage):
     """The words of a stage with its runs; the base is given by --base-out."""
-    return stage.words + [run for run in stage.runs if run not in stage.words]
+    return stage.words + [folder for folder in stage.runs if folder not in stage.words]
 
 
 def report_of(study, args):

@@ -380,20 +380,20 @@ def test_each_run_is_measured_with_its_own_seed(world, tmp_path, monkeypatch):
 
 
 def test_scores_do_not_depend_on_the_chunk_of_posts(world, tmp_path, monkeypatch):
-    """In rounds, so that memory does not grow with the posts: the same records, but for
-    rounding."""
+    """In rounds of at most SOME posts, so that memory does not grow with the posts: the same
+    records, but for rounding."""
     args = ["--data", world["eval"], "--model", world["model"], "--n", "10",
             "--max-new-tokens", "5"]
     made, some_records, sizes = [], evaluate.some_records, []
     monkeypatch.setattr(evaluate, "some_records", lambda s, mine, *rest: sizes.append(len(mine))
                         or some_records(s, mine, *rest))
-    for some in (32, 2):
+    for some in (32, 2, 4):
         monkeypatch.setattr(evaluate, "SOME", some)
         assert evaluate.main(["measure", "--base-out", str(tmp_path / str(some)), *args]) == 0
         made.append(json.loads((tmp_path / str(some) / "evaluation.json").read_text())["records"])
-    assert ([r["id"] for r in made[0]] == [r["id"] for r in made[1]] and len(made[0]) == 6
-            and sizes == [6, 2, 2, 2])
-    for a, b in zip(*made):
+    assert [r["id"] for r in made[0]] == [r["id"] for r in made[1]] == [r["id"] for r in made[2]]
+    assert len(made[0]) == 6 and sizes == [6, 2, 2, 2, 3, 3]
+    for a, b in [*zip(made[0], made[1]), *zip(made[0], made[2])]:
         assert (a["drafts"] == b["drafts"]
                 and a["semantic"] == pytest.approx(b["semantic"], abs=1e-5))
         assert a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)

@@ -232,6 +232,14 @@ def test_live_logprobs_of_truncated_samples(tmp_path):
             assert gap(scores.log_softmax(-1)[at], logprob) < 1e-3
 
 
+@pytest.mark.parametrize("write", [generate, generate_module.generate_plain])
+def test_a_list_of_seeds_has_one_seed_a_prompt(write):
+    """Of another length it would leave prompts without a seed, or seeds without a prompt."""
+    for seeds in ([5], [5, 6, 7]):
+        with pytest.raises(ValueError, match=f"{len(seeds)} seeds for 2 prompts"):
+            write(build(), [[1, 2], [3]], k=2, max_new_tokens=2, seed=seeds)
+
+
 # ---- Embeddings and scores -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("prefix", ["", "model."])
