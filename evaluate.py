@@ -5,7 +5,7 @@ anyway, so pooling them would hide a model that always says the same thing. Pass
 of k completions pleases the user whom the reward draws. A number that cannot be computed is an
 error, or is left out and counted, never a zero.
 
-    python evaluate.py measure runs/lora-1 runs/poly-1 --data eval.jsonl --bare runs/base-1
+    python evaluate.py measure runs/lora-1 runs/poly-1 --data eval.jsonl --base-out runs/base-1
     python evaluate.py measure runs/lora-1 --data eval.jsonl --decoder beams  # runs/lora-1@beams
     python evaluate.py report runs/base-1 runs/lora-1 runs/poly-1 --out results --against lora
     python evaluate.py drafts runs/poly-1 "Just adopted a kitten!"
@@ -55,7 +55,7 @@ def measure(args):
     if runs:
         name_model(args, runs[0])
     if not args.model:
-        raise InputError("give runs to measure, or --model with --bare")
+        raise InputError("give runs to measure, or --model with --base-out")
     args.out = str(runs[0] if runs else args.bare)
     session = Session(args, "measure")
     session.load()
@@ -135,7 +135,7 @@ def measure_run(session, run, settings, scale, config):
     with tqdm(total=len(mine), desc=f"measure {run.name}", unit="post", disable=not ranks.main,
               mininterval=0.5 if sys.stderr.isatty() else 15) as progress:
         samples, texts = decode(session, mine, progress.update)
-    rounds = max(1, len(session.posts) // ranks.world // SOME)
+    rounds = math.ceil(len(session.posts) / ranks.world / SOME)
     records = ranks.gather(make_records(session, mine, samples, texts, rounds))
     tokens = 0
     for completions in samples.tokens:
@@ -166,9 +166,9 @@ def shares_of(records):
     """{number that support/checkpoint.py warns about: its mean} over a run's completions: how many
     were cut off, are empty, are identical within their post, and are right or pass."""
     tally = Tally()
-    finished = [record.get("finished", []) for record in records]
+    ended = [record.get("finished", []) for record in records]
     texts = [record.get("drafts", []) for record in records]
-    tally_completions(tally, finished, texts)
+    tally_completions(tally, ended, texts)
     for record in records:
         right = record.get("voices", [])
         passed = record.get("passed", [])
@@ -198,7 +198,7 @@ def rehearse(session, some=8):
 
 # ---- Records -------------------------------------------------------------------------------------
 
-SOME = 32  # posts whose completions are embedded and scored together: a bound on memory
+SOME = 32  # posts whose completions are embedded and scored together, at most: bounds memory
 
 
 @dataclass
@@ -222,9 +222,9 @@ def make_records(session, mine, samples, texts, rounds=1):
     return records
 
 
-def some_records(session, mine, tokens, finished, texts):
-    """The records of the posts of indices `mine`, scored together; tokens, finished and texts are
-    their completions', P lists of n."""
+def some_records(session, mine, tokens, ended, texts):
+    """The records of the posts of indices `mine`, scored together; tokens, texts and whether they
+    ended by a stop token are their completions', P lists of n."""
     posts = []
     prompts = []
     records = []
@@ -233,7 +233,7 @@ def some_records(session, mine, tokens, finished, texts):
         posts.append(post)
         prompts.append(session.prompt(i))
         records.append({"id": post.id, "post": post.post, "intent": post.intent,
-                        "drafts": texts[place], "finished": finished[place]})
+                        "drafts": texts[place], "finished": ended[place]})
     embeddings = each_once(session.embedder, texts)
     add_diversity(session, records, embeddings)
     if session.domain.styles:

@@ -30,11 +30,14 @@ class Samples:
 
 def over_members(write):
     """`write` (generate or generate_plain), for ensembles of LoRAs too: completion d of each prompt
-    is sampled by member d mod M (methods/ensemble.py)."""
+    is sampled by member d mod M (methods/ensemble.py). `seed` is a number, or a list of one seed a
+    prompt; ValueError if that list has another length."""
     @wraps(write)
     def whole(model, prompts, *, k=1, seed=0, progress=None, **settings):
         one_seed = not hasattr(seed, "__len__")
         seeds = [(seed, p) for p in range(len(prompts))] if one_seed else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
         settings |= {"k": k, "seed": seeds, "progress": progress}
         if model.ensemble is None or k < 1:
             return write(model, prompts, **settings)

@@ -250,14 +250,15 @@ def adapter(model, state):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def save_adapter(model, folder, base="", revision=None):
+def save_adapter(model, folder, base_name="", revision=None):
     """Writes adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them for
     lora, rslora, dora, adalora, and for pissa as a plain LoRA of rank 2r; the others' are built
     the same way, under names of their own."""
     layers = lora_layers(model)
     if not adapter_state(model):
         raise InputError("save_adapter: the model has no LoRA layers")
-    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "revision": revision}
+    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
+              "revision": revision}
     if layers:
         config |= layer_config(next(iter(layers.values())))
         config["target_modules"] = target_names(list(layers), module_names(model))

@@ -90,7 +90,7 @@ def measuring(study, seed, model, data, folders):
     words = [*program("measure"), "--model", model, "--data", f"{data}/eval.jsonl", "--seed",
              str(seed), *words_of(flags)]
     runs = tuple(folders[name] for name in study.arms)
-    listed = [Stage("measure", [*words, "--bare", folders["base"]], (folders["base"], *runs))]
+    listed = [Stage("measure", [*words, "--base-out", folders["base"]], (folders["base"], *runs))]
     for t in study.temperatures:
         at = ["--temperature", f"{t:g}", "--name", f"{t:g}"]
         listed.append(Stage("measure", words + at, runs))
@@ -101,8 +101,8 @@ def measuring(study, seed, model, data, folders):
 
 
 def command_of(stage):
-    """The words of a stage with its runs; the base is given by --bare."""
-    return stage.words + [run for run in stage.runs if run not in stage.words]
+    """The words of a stage with its runs; the base is given by --base-out."""
+    return stage.words + [folder for folder in stage.runs if folder not in stage.words]
 
 
 def report_of(study, args):
@@ -150,8 +150,8 @@ def plan(args):
             if stage.phase == "data":
                 subprocess.run([sys.executable, *stage.words], check=True)
             elif stage.phase == "measure":       # its time is that of one run
-                bare = [] if "--bare" in stage.words else ["--bare", folders["base"]]
-                total += len(stage.runs) * dry_run(stage.words + bare)
+                base = [] if "--base-out" in stage.words else ["--base-out", folders["base"]]
+                total += len(stage.runs) * dry_run(stage.words + base)
             elif stage.phase != "interpolate":
                 total += dry_run(stage.words)
             if stage.phase == "base":            # later stages need some base: one of a single step

@@ -100,7 +100,7 @@ one_seed() {
 
   [[ -n "$dry" ]] || for arm in "${arms[@]}"; do measured+=("$R/$arm"); done
   run evaluate.py measure --data "$dir/eval.jsonl" "${common[@]}" --n "$samples" "${judge[@]}" \
-    --bare "$R/base" ${measured[@]+"${measured[@]}"}
+    --base-out "$R/base" ${measured[@]+"${measured[@]}"}
 }
 
 if [[ -n "$dry" ]]; then plan one_seed $seeds; exit; fi

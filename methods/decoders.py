@@ -168,9 +168,10 @@ def contrastive_completions(model, amateur, prompt, noise, *, plausible, max_new
 def write_contrastive(session, visit, prompt, k, helper):
     args = session.args
     noise, = uniforms([session.seed_for(session.stage, 0, visit)], k, args.max_new_tokens)
-    return contrastive_completions(session.model, helper, prompt, noise, plausible=args.plausible,
-                              max_new_tokens=args.max_new_tokens, stop_ids=session.stops,
-                              **{"temperature": 1.0} | sampling_of(args))
+    settings = {"temperature": 1.0} | sampling_of(args)
+    return contrastive_completions(
+        session.model, helper, prompt, noise, plausible=args.plausible,
+        max_new_tokens=args.max_new_tokens, stop_ids=session.stops, **settings)
 
 
 def majority(session, visits, prompts, tokens, texts, helper):

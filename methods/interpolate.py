@@ -1,4 +1,4 @@
-"""The adapter between two adapters (WiSE-FT, arXiv 2109.01903): `polylora.py wise`."""
+"""The adapter between two adapters (WiSE-FT, arXiv 2109.01903): `polylora.py interpolate`."""
 
 import math
 from pathlib import Path
@@ -61,19 +61,19 @@ def scale_of(config):
 # ---- The command ---------------------------------------------------------------------------------
 
 def interpolate_command(sub):
-    """`wise`: what lies between two adapters (WiSE-FT)."""
-    w = sub.add_parser("wise", help="an adapter between two others, as a run to measure")
-    add = w.add_argument
+    """`interpolate`: what lies between two adapters (WiSE-FT)."""
+    i = sub.add_parser("interpolate", help="an adapter between two others, as a run to measure")
+    add = i.add_argument
     add("folders", nargs=2, metavar="RUN", help="two finished runs, or adapter folders: A, then B")
     add("--weight", type=float, default=0.5, help="of B's update; A's has 1 - weight")
     add("--scale", type=float, default=1.0, help="of the sum: 0.5 halves the adapter's alpha")
     add("--out", required=True, help="folder to make: a run's if B is a run")
-    w.set_defaults(run=run_interpolate)
+    i.set_defaults(run=run_interpolate)
 
 
 def run_interpolate(args):
     run_a, run_b = map(Path, args.folders)
-    check_wise(args, run_a, run_b)
+    check_interpolate(args, run_a, run_b)
     out = Path(args.out)
     nested = (run_b / "adapter").is_dir()
     is_run = (run_b / "done.json").exists()
@@ -96,7 +96,7 @@ def adapter_folder(run):
     return run / "adapter" if (run / "adapter").is_dir() else run
 
 
-def check_wise(args, run_a, run_b):
+def check_interpolate(args, run_a, run_b):
     # Of the bases' contents: one name may have been two models.
     hashes = {base_hash(run_a), base_hash(run_b)} - {None}
     if len(hashes) > 1:
@@ -115,4 +115,5 @@ def check_free(out, last, nested):
         raise InputError(f"{out} exists: choose another --out")
 
 
-COMMANDS.add("wise", "an adapter between two others", program="polylora")(interpolate_command)
+COMMANDS.add("interpolate", "an adapter between two others",
+             program="polylora")(interpolate_command)

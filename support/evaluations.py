@@ -66,8 +66,9 @@ def write_evaluation(folder, result, config, end):
 # ---- Jobs ----------------------------------------------------------------------------------------
 
 def jobs_of(session, runs):
-    """The jobs of `runs` and, first, of the base model (--bare). With another decoder, or --name, a
-    run is measured into a folder of its own, RUN@NAME, which a report takes as another method."""
+    """The jobs of `runs` and, first, of the base model (--base-out). With another decoder, or
+    --name, a run is measured into a folder of its own, RUN@NAME, which a report takes as another
+    method."""
     args = session.args
     name = args.name or ("" if args.decoder == "sampling" else args.decoder)
     if not re.fullmatch(r"[\w.+-]*", name):
@@ -94,7 +95,7 @@ def job_of(args, settings, run, is_base, suffix):
         there = config_of(folder)
         other = there and there.get("arm") != arm + suffix
         if other or (folder / "adapter").exists():
-            raise InputError(f"--bare {folder} holds a run or a model: give another folder")
+            raise InputError(f"--base-out {folder} holds a run or a model: give another folder")
     own = settings | {"seed": seed, "adapter": adapter_hash(run / "adapter")}
     about = {"seed": seed, "arm": arm + suffix, "model": args.model}
     if suffix:

@@ -51,11 +51,17 @@ def is_unsafe(character):
 
 # ---- Running a command ---------------------------------------------------------------------------
 
+# Former names of commands, which work for a release; no help shows them.
+OLD_COMMANDS = {"wise": "interpolate"}
+
+
 def command(parser, argv=None):
     """Run a program's command; its exit code: 0 when it worked; 2, with one sentence on stderr, for
     wrong input; 130 after Ctrl-C."""
     write_any_character()
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words[:1] = [OLD_COMMANDS.get(word, word) for word in words[:1]]
+    args = parser.parse_args(words)
     rank = os.environ.get("RANK") or "0"
     try:
         args.run(args)

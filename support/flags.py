@@ -1,7 +1,8 @@
-"""Flags that several commands share, in groups: method, data, sampling, run, rivals.
+"""Flags that several commands share, in groups: method, data, sampling, run, rivals, rare.
 
-The flags of rival methods (files in methods/ that are not part of the plain method) are shown by
---help-all only. A flag's name is its key in a run's config.json; its help says units and default.
+The flags of rival methods (files in methods/ that are not part of the plain method) and rarely
+needed ones are shown by --help-all only. A flag's name is its key in a run's config.json, or its
+`dest` where it was renamed; its help says units and default.
 """
 
 import argparse
@@ -27,6 +28,32 @@ class HiddenGroup:
         return self.group.add_argument(*names, **settings)
 
 
+class ShortHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Help on about two screens: a usage line of what must be given, N and X for numbers, no
+    defaults that say nothing."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=24)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        needed = [action for action in actions if action.required or not action.option_strings]
+        return super()._format_usage(usage, needed, [], prefix).rstrip() + " [flags]\n\n"
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, action.dest.split("_")[-1].upper())
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def keep_old_name(group, old, action):
+    """Take a flag by its former name, too, for a release; no help shows it."""
+    group.add_argument(old, dest=action.dest, type=action.type, default=action.default,
+                       help=argparse.SUPPRESS)
+
+
 @dataclass
 class Groups:
     """The argument groups of a command's flags."""
@@ -35,18 +62,20 @@ class Groups:
     sampling: object
     run: object
     rivals: HiddenGroup
+    rare: HiddenGroup
 
 
 def flag_groups(parser):
     """The Groups of a parser; adds --help-all to it."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = ShortHelp
     parser.add_argument("--help-all", action="help",
-                        help="show this message with the flags of every rival method")
+                        help="the same with flags of rivals and rarely needed ones")
     return Groups(method=parser.add_argument_group("method"),
                   data=parser.add_argument_group("data"),
                   sampling=parser.add_argument_group("sampling"),
                   run=parser.add_argument_group("run"),
-                  rivals=HiddenGroup(parser.add_argument_group("rivals")))
+                  rivals=HiddenGroup(parser.add_argument_group("rivals")),
+                  rare=HiddenGroup(parser.add_argument_group("rarely needed")))
 
 
 def name_flag(group, flag, registry, default, about, extra=()):
@@ -59,54 +88,61 @@ def common_flags(groups, *, lr, steps, batch, schedule="cosine"):
     """Flags that every training phase has."""
     add = groups.data.add_argument
     add("--data", required=True, help="posts of this phase, JSON lines (.gz too); make disjoint "
-                                      "ones with `python data.py split`")
-    add("--domain", default="auto",
-        help=f"how completions are asked for and scored: auto, {', '.join(DOMAINS)}")
-    add_flags(DOMAINS, groups.data)
-    add("--skip-bad-lines", action="store_true",
-        help="skip, count and report unreadable lines of --data instead of stopping")
+                                      "ones with data.py split")
+    domain_flags(groups)
     add = groups.run.add_argument
     add("--out", required=True, help="the run folder, which is made")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
     add("--dry-run", action="store_true",
-        help="time a few steps, print how long the run would take, and write nothing")
+        help="time a few steps, print the whole run's time, and write nothing")
     add("--seed", type=int, default=1, help="seed of everything random in this run")
     add("--steps", type=int, default=steps,
-        help="optimizer steps; 0: as many as --epochs passes over the posts take")
+        help="optimizer steps; 0: by --epochs")
     add("--epochs", type=float, default=1, help="passes over the posts when --steps is 0")
     add("--batch", type=int, default=batch, help="posts a step, over all ranks")
     add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
-    add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
-    add("--warmup", type=int, default=10, help="steps of linear warm-up; fewer never reach --lr")
-    add("--schedule", default=schedule, choices=("cosine", "constant"),
-        help="learning rate after the warm-up")
-    add("--clip", type=float, default=1.0,
-        help="largest gradient norm, over all trained parameters and ranks")
-    add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up")
+    add("--schedule", default=schedule, choices=("cosine", "constant"), metavar="NAME",
+        help="then the rate: cosine or constant")
+    add("--clip", type=float, default=1.0, help="largest gradient norm, over all ranks")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--micro-tokens", type=int, default=16384,
         help="tokens in one forward and backward pass: lower it to save memory")
     add("--checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time")
+        help="recompute activations: less memory, a third more time")
+    add = groups.rare.add_argument
+    add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
     add("--track", choices=list(Tracker.PACKAGES),
         help="send the log's numbers there too; the package must be installed")
-    model_flags(groups.run)
+    model_flags(groups)
 
 
-def model_flags(group):
-    """Flags of how the model is held and how it samples, in a parser or a group of one."""
-    add = group.add_argument
+def domain_flags(groups):
+    """Flags of what the posts of --data are."""
+    add = groups.data.add_argument
+    add("--domain", default="auto", metavar="NAME",
+        help=f"how completions are asked for and scored: auto, {', '.join(DOMAINS)}")
+    add_flags(DOMAINS, groups.data)
+    add("--skip-bad-lines", action="store_true",
+        help="skip and count unreadable lines of --data")
+
+
+def model_flags(groups):
+    """Flags of how the model is held and how it samples."""
+    add = groups.run.add_argument
     add("--device", default=None,
         help="cuda, cuda:1, cpu; default: this rank's GPU if there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of the frozen weights; auto: bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), metavar="NAME",
+        help="of the frozen weights: float32, bfloat16, or auto, bfloat16 on a GPU")
     add("--nf4", action="store_true",
-        help="the frozen base in 4 bits (QLoRA): a third of the memory, slower")
-    add("--shard", action="store_true", help="spread the frozen base over the ranks (FSDP2), for "
-                                             "models larger than a GPU: slower")
-    add("--revision", default=None, help="commit, tag or branch of the model on the hub")
+        help="frozen base in 4 bits (QLoRA): a third of the memory, slower")
+    add("--shard", action="store_true", help="spread the frozen base over the ranks (FSDP2): for "
+                                             "models larger than a GPU, slower")
     add("--max-rows", type=int, default=256,
         help="completions sampled at a time on each rank: lower it to save memory")
+    add = groups.rare.add_argument
+    add("--revision", default=None, help="commit, tag or branch of the model on the hub")
     add("--no-graphs", action="store_true",
         help="sample without CUDA graphs: slower; for drivers that fail on them")
 
@@ -135,59 +171,58 @@ def diversity_flags(groups, k):
     add("--temperature", type=float, default=1.0,
         help="of sampling, and of the distribution whose log-probabilities are trained")
     name_flag(groups.method, "--diversity", DIVERSITIES, "cosine",
-              "how the diversity D of k completions is measured")
+              "the diversity D of k completions")
     add = groups.method.add_argument
     add("--gate", default="none", choices=("none", "auto", "verifier", "likelihood", "reward"),
-        help="quality in [0, 1] by which D is multiplied, 1 for people's own replies: none (plain "
-             "D), the verifier, likelihood under the base, or reward (phase two); auto: verifier "
-             "where replies have styles, else reward, or likelihood in phase one")
-    add("--gate-floor", type=float, default=0.0,
+        metavar="NAME",
+        help="quality in [0, 1] by which D is multiplied: none, the verifier, likelihood under "
+             "the base, or reward (phase two); auto: verifier where replies have styles, else "
+             "reward, or likelihood in phase one")
+    add("--embedder", default="base",
+        help="what embeds completions: base (the frozen model), or the folder or hub name of a "
+             "BERT encoder or a Qwen3-Embedding")
+    groups.rivals.add_argument(
+        "--gate-floor", type=float, default=0.0,
         help="added to the distance of a gated pair of completions, so that equal ones count, too: "
              "more weight on quality, less on diversity")
-    add("--embedder", default="base",
-        help="what embeds completions: base (the frozen model itself, mean of its hidden states, "
-             "centred), or the folder or hub name of a BERT sentence encoder (all-MiniLM-L6-v2) or "
-             "of a Qwen3-Embedding")
-    groups.rivals.add_argument(
-        "--flip", type=float, default=0.0,
-        help="label noise: fraction of the verifier's verdicts that are inverted, in reward, gate "
-             "and coverage")
+    noise = groups.rivals.add_argument(
+        "--label-noise", dest="flip", type=float, default=0.0,
+        help="fraction of the verifier's verdicts that are inverted, in reward, gate and coverage")
+    keep_old_name(groups.rivals, "--flip", noise)
 
 
 def start_flags(groups):
     """Flags of what phase two starts from."""
     add = groups.method.add_argument
     add("--start", "--from", required=True,
-        help="finished SFT run, or an adapter folder in PEFT's layout, to start from (after "
-             "torchrun write --from: it takes --start for an option of its own)")
+        help="finished SFT run, or an adapter in PEFT's layout, to start from (after torchrun "
+             "write --from: --start is its own)")
     add("--model", default=None,
-        help="Qwen3 checkpoint under the adapter; default: the one its config names")
+        help="Qwen3 checkpoint; default: the one that the adapter names")
 
 
 def policy_flags(groups):
     """Flags of GRPO's advantages and loss."""
     add = groups.method.add_argument
     add("--set-size", type=int, default=4,
-        help="completions in a set, for objectives on sets: below --k")
+        help="completions in a set, for set objectives")
     add("--diversity-weight", type=float, default=0.0,
         help="weight of D, added to what --advantage maximises: in standard deviations of reward "
              "where that divides by them, else in units of reward")
     add("--diversity-share", type=float, default=0.0,
-        help="instead of --diversity-weight: the norm of D's part of each step's advantages, as a "
-             "fraction of the objective's norm")
+        help="instead: norm of D's part of each step's advantages over the objective's")
+    add("--beta", type=float, default=0.0,
+        help="weight of the KL to the start, per token")
+    add("--clip-low", type=float, default=0.2,
+        help="completions worse than their group get no gradient at ratios below 1 - this")
+    add("--clip-high", type=float, default=0.2,
+        help="better ones get none at ratios above 1 + this (DAPO: 0.28)")
+    add("--updates", type=int, default=1, help="optimizer steps on each rollout")
+    add = groups.rivals.add_argument
     add("--entropy-weight", type=float, default=0.0,
         help="weight of the entropy of whole completions, in nats, added to the reward")
-    add("--beta", type=float, default=0.0,
-        help="weight of the KL to the starting adapter, per token; 0 skips that pass")
-    add("--clip-low", type=float, default=0.2,
-        help="lower clip: of completions worse than their group, ratios below 1 - this get no "
-             "gradient")
-    add("--clip-high", type=float, default=0.2,
-        help="upper clip: of better completions, ratios above 1 + this get no gradient (DAPO: "
-             "0.28)")
     add("--ratio", default="token", choices=("token", "sequence"),
         help="what is clipped: each token's ratio, or the whole completion's (GSPO)")
-    add("--updates", type=int, default=1, help="optimizer steps on each rollout")
 
 
 def sft_start_flags(groups):
@@ -227,13 +262,12 @@ def reward_flags(groups):
     name_flag(groups.method, "--reward", REWARDS, "auto",
               "what a completion earns. auto: reader where replies have styles, agreement where "
               "posts have several replies, else relevance", extra=("auto",))
-    add = groups.method.add_argument
+    add = groups.rivals.add_argument
     add("--overlong", type=int, default=0,
         help="tokens before --max-new-tokens over which a completion loses up to 1 of its reward, "
              "DAPO's soft overlong punishment (arXiv 2503.14476)")
     add("--valid-weight", type=float, default=0.0,
         help="added to --reward reader for a completion that is right in any style")
-    add = groups.rivals.add_argument
     add("--reward-model", default=None,
         help="for --reward model a folder of rewards.py train, or a Qwen3 with a scalar head; for "
              "judge a chat model")
@@ -250,16 +284,13 @@ def measure_flags(parser, groups):
                         help="finished runs of polylora.py sft or grpo.py, all on one base model")
     add = groups.data.add_argument
     add("--data", required=True, help="held-out posts, JSON lines")
-    add("--domain", default="auto",
-        help=f"how completions are scored: auto, {', '.join(DOMAINS)}")
-    add_flags(DOMAINS, groups.data)
-    add("--skip-bad-lines", action="store_true",
-        help="skip, count and report unreadable lines of --data")
+    domain_flags(groups)
     add = groups.run.add_argument
-    add("--bare", metavar="FOLDER",
-        help="also measure the base model without adapter, as a run in this folder")
+    base = add("--base-out", dest="bare", metavar="FOLDER",
+               help="also measure the base model without adapter, as a run in this folder")
+    keep_old_name(groups.run, "--bare", base)
     add("--seed", type=int, default=1,
-        help="of --bare's completions; a run's are sampled with the run's own seed")
+        help="of the base model's completions; a run's are sampled with the run's own seed")
     add("--name", help="measure into RUN@NAME, a method of its own in a report; default: the "
                        "decoder's name, and RUN itself for sampling")
     add("--dry-run", action="store_true",
@@ -322,4 +353,4 @@ def decoding_flags(groups):
     groups.rivals.add_argument(
         "--spread-penalty", type=float, default=1.0,
         help="how many standard deviations of several reward models are taken off their mean")
-    model_flags(groups.run)
+    model_flags(groups)

@@ -22,7 +22,7 @@ PROGRAMS = {
     "base": ("polylora", "base", "--data - --out -"),
     "sft": ("polylora", "sft", "--model - --data - --out -"),
     "grpo": ("grpo", None, "--start - --data - --out -"),
-    "interpolate": ("polylora", "wise", "- - --out -"),
+    "interpolate": ("polylora", "interpolate", "- - --out -"),
     "measure": ("evaluate", "measure", "--data -"),
     "report": ("evaluate", "report", "- --out -"),
 }

@@ -1,11 +1,12 @@
-"""How long many drafts take to be measured, and how much memory: evaluate.py measure and report, whole, but for the
-writing of the drafts, which come from the pocket world's own grammar.
+"""How long many drafts take to be measured, and how much memory: evaluate.py measure and report,
+whole, but for the writing of the drafts, which come from the pocket world's own grammar.
 
-    python tests/bench_measure.py                          # 2,500, 10,000 and 40,000 drafts, each in a process of its own
+    python tests/bench_measure.py     # 2,500, 10,000 and 40,000 drafts, each in its own process
     python tests/bench_measure.py --drafts 10000 --threads 2
 
-A model of the pocket study's shape with random weights embeds the drafts and tells their likelihoods. Each line: drafts, seconds of
-measure and of report, of the processor in both, MB that their largest memory grew by, and the drafts' own MB: their evaluation.json."""
+A model of the pocket study's shape with random weights embeds the drafts and tells their
+likelihoods. Each line: drafts, seconds of measure and of report, of the processor in both, MB that
+their largest memory grew by, and the drafts' own MB: their evaluation.json."""
 
 import argparse
 import json
@@ -27,7 +28,8 @@ def from_grammar(session, visits, k, progress=None, helper=None):
     tokens, texts, rng = [], [], random.Random(session.args.seed)
     for visit in visits:
         post = session.posts[visit.index]
-        said = [session.domain.reply(post, rng.choice(session.domain.styles), rng) for _ in range(k)]
+        said = [session.domain.reply(post, rng.choice(session.domain.styles), rng)
+                for _ in range(k)]
         said = [text if rng.random() < 0.6 else text[:rng.randrange(len(text))] for text in said]
         texts.append(said)
         tokens.append([data.encode_reply(session.tokenizer, text) for text in said])
@@ -38,14 +40,16 @@ def prepare(folder, completions):
     """Held-out posts, and a model of the pocket study's shape."""
     posts = max(2, completions // EACH)
     data.main(["split", "--data", "pocket", "--sizes", f"eval={posts}", "--out", str(folder)])
-    tokenizer = train_tokenizer([r for p in data.load_posts(folder / "eval.jsonl")[:200] for r in (p.post, *p.replies)], 1024)
+    some = data.load_posts(folder / "eval.jsonl")[:200]
+    tokenizer = train_tokenizer([text for p in some for text in (p.post, *p.replies)], 1024)
     model = Qwen3(Config(1024, 192, 576, 2, 6, 3, 32, tie_word_embeddings=True))
     model.save_pretrained(folder / "model")
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
 
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def one(completions, threads):
@@ -56,36 +60,42 @@ def one(completions, threads):
         prepare(folder, completions)
         Qwen3.from_pretrained(folder / "model")
         before, seconds, worked = peak(), [], time.process_time()
-        for command in (["measure", "--bare", str(folder / "run"), "--model", str(folder / "model"), "--data",
-                         str(folder / "eval.jsonl"), "--n", str(EACH)],
-                        ["report", str(folder / "run"), "--out", str(folder / "report")]):
+        run = str(folder / "run")
+        measure = ["measure", "--base-out", run, "--model", str(folder / "model"), "--n", str(EACH),
+                   "--data", str(folder / "eval.jsonl")]
+        for command in (measure, ["report", run, "--out", str(folder / "report")]):
             began = time.perf_counter()
             if evaluate.main(command):
                 return 1
             seconds.append(time.perf_counter() - began)
         written = (folder / "run" / "evaluation.json").stat().st_size
-    print(json.dumps({"drafts": completions, "measure": seconds[0], "report": seconds[1], "growth": peak() - before,
-                      "written": written, "processor": time.process_time() - worked}))
+    print(json.dumps({"drafts": completions, "measure": seconds[0], "report": seconds[1],
+                      "growth": peak() - before, "written": written,
+                      "processor": time.process_time() - worked}))
     return 0
 
 
 def main(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--drafts", default="2500,10000,40000", help="how many, comma-separated")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.one:
         return one(args.one, args.threads)
-    print(f"{'drafts':>8} {'measure s':>10} {'report s':>10} {'CPU s':>10} {'growth MB':>10} {'written MB':>10}")
-    for completions in args.completions.split(","):
+    print(f"{'drafts':>8} {'measure s':>10} {'report s':>10} {'CPU s':>10} {'growth MB':>10} "
+          f"{'written MB':>10}")
+    env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    for completions in args.drafts.split(","):
         command = [sys.executable, __file__, "--one", completions, "--threads", str(args.threads)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
         if done.returncode:
             return 1
         row = json.loads(done.stdout.splitlines()[-1])
-        print(f"{row['drafts']:>8} {row['measure']:>10.1f} {row['report']:>10.1f} {row['processor']:>10.1f} "
-              f"{row['growth'] / 1e6:>10.1f} {row['written'] / 1e6:>10.1f}", flush=True)
+        print(f"{row['drafts']:>8} {row['measure']:>10.1f} {row['report']:>10.1f} "
+              f"{row['processor']:>10.1f} {row['growth'] / 1e6:>10.1f} "
+              f"{row['written'] / 1e6:>10.1f}", flush=True)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Files in HumanEval's or MBPP's format, every task of them: the known solution must pass, an empty one must not.
+"""Files in HumanEval's or MBPP's format, every task of them: the known solution must pass, an empty
+one must not.
 
     python tests/check_tasks.py HumanEval.jsonl.gz mbpp.jsonl.gz --allow-code-execution
 

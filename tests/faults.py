@@ -1,13 +1,13 @@
-"""Does a run survive being killed? SIGKILL at random instants of both phases of a small run, then --resume:
-the final adapter must be the undisturbed run's in every bit.
+"""Does a run survive being killed? SIGKILL at random instants of both phases of a small run, then
+--resume: the final adapter must be the undisturbed run's in every bit.
 
     python tests/faults.py                     # 50 instants, some minutes
     python tests/faults.py --trials 5 --seed 3
 
-Every second trial has a slow disk: a checkpoint is written in two halves with a pause between them, and files
-are moved after a pause, so that many of its kills fall into the writing of a checkpoint. A third of the
-trials are killed again while they go on. Linux and macOS: a trial is a forked child, which saves importing
-torch.
+Every second trial has a slow disk: a checkpoint is written in two halves with a pause between them,
+and files are moved after a pause, so that many of its kills fall into the writing of a checkpoint.
+A third of the trials are killed again while they go on. Linux and macOS: a trial is a forked child,
+which saves importing torch.
 """
 
 import argparse
@@ -31,9 +31,10 @@ import polylora
 from support import checkpoint
 from helpers import write_model, write_tweets
 
-SMALL = "--steps 4 --k 3 --max-new-tokens 4 --save-every 1 --resume --device cpu".split()
-PHASES = {"sft": [polylora.main, "sft", *SMALL, *"--batch 4 --lambda 0.3 --draft-posts 2 --rank 2 --dropout 0.1".split()],
-          "grpo": [grpo.main, *SMALL, *"--batch 2 --updates 2 --save-every 2 --diversity-weight 1".split()]}
+SMALL = "--steps 4 --k 3 --max-new-tokens 4 --save-every 1 --resume --device cpu"
+SFT = f"sft {SMALL} --batch 4 --lambda 0.3 --draft-posts 2 --rank 2 --dropout 0.1"
+GRPO = f"{SMALL} --batch 2 --updates 2 --save-every 2 --diversity-weight 1"
+PHASES = {"sft": (polylora.main, SFT.split()), "grpo": (grpo.main, GRPO.split())}
 
 
 def slow_disk(pause):
@@ -42,7 +43,7 @@ def slow_disk(pause):
 
     def slowly(tensors, path, metadata=None):
         content, half = save(tensors, metadata), Path(path).with_name(".tmpA1b2C3")
-        with open(half, "wb") as file:                                         # as safetensors does it
+        with open(half, "wb") as file:                     # as safetensors does it
             for part in (content[:len(content) // 2], content[len(content) // 2:]):
                 file.write(part)
                 file.flush()
@@ -76,8 +77,9 @@ def phase(root, name, out, slow):
         torch.set_num_threads(1)
         if slow:
             slow_disk(0.02)
-        main, *flags = PHASES[name]
-        files = ["--model", str(root / "model"), "--data", str(root / f"{name}.jsonl"), "--out", str(out)]
+        main, flags = PHASES[name]
+        files = ["--model", str(root / "model"), "--data", str(root / f"{name}.jsonl"),
+                 "--out", str(out)]
         files += ["--start", str(root / "whole-sft")] if name == "grpo" else []
         return main([*flags, *files])
     return work
@@ -108,7 +110,8 @@ def result(out):
     """All of a run that must not depend on what happened to it."""
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "peak_bytes", "tokens_per_second")
-    return ((out / "adapter" / "adapter_model.safetensors").read_bytes(), {p.name for p in out.rglob("*")},
+    return ((out / "adapter" / "adapter_model.safetensors").read_bytes(),
+            {p.name for p in out.rglob("*")},
             [{k: v for k, v in line.items() if k not in timed} for line in log[:-1]])
 
 
@@ -135,15 +138,16 @@ def trials(root, count, seed):
                 if killed(start(phase(root, name, out, slow)), after):
                     kills += 1
                     writing += any(map(checkpoint.left_over, out.glob("[.c]*[!k]")))
-                else:                                                          # it had ended: from the start
+                else:                                      # it had ended: from the start
                     shutil.rmtree(out)
         finished(start(phase(root, name, out, slow)))
         same = result(out) == result(whole[name])
         good += same
-        print(f"{number + 1}: {name}{', slow disk' if slow else ''}, killed {kills} times, last after {after:.2f} s: "
-              f"{'the same' if same else 'ANOTHER RESULT'}", flush=True)
+        print(f"{number + 1}: {name}{', slow disk' if slow else ''}, killed {kills} times, "
+              f"last after {after:.2f} s: {'the same' if same else 'ANOTHER RESULT'}", flush=True)
         shutil.rmtree(out)
-    print(f"{good} of {count} ended as the undisturbed run; {writing} kills fell into the writing of a file")
+    print(f"{good} of {count} ended as the undisturbed run; "
+          f"{writing} kills fell into the writing of a file")
     return good
 
 

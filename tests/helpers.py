@@ -476,8 +476,7 @@ def golden(tied):
 
 
 def load_tiny(folder, tied, *, change=None, shards=1, prefix="model.", head="lm_head",
-              dtype=torch.float32,
-          **settings):
+              dtype=torch.float32, **settings):
     """A Qwen3 from a fresh tiny checkpoint; change(config, weights) may break it first."""
     config = tiny_config(tied, **settings)
     weights = tiny_weights(config, SEED, prefix, head)
@@ -703,11 +702,10 @@ def set_features(drawn, n=2, quality=None, rewards=REWARDS):
     """Everything an objective may ask of drafts whose outcomes are `drawn` (tuples, k): two voices,
     outcomes 1 and 3 right in the first, 2 in the second."""
     styles = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 0]]).double()
-    return Features(rewards[drawn], OUTCOMES[drawn], quality, right=styles[drawn],
-                 shares=torch.tensor([[0.7, 0.3]]).double().expand(len(drawn), -1),
-                    classes=drawn % 3,
-                 logprobs=drawn + torch.rand(drawn.shape), lengths=drawn + 1, seeds=drawn[:, 0],
-                    set_size=n)
+    shares = torch.tensor([[0.7, 0.3]]).double().expand(len(drawn), -1)
+    return Features(rewards[drawn], OUTCOMES[drawn], quality, right=styles[drawn], shares=shares,
+                    classes=drawn % 3, logprobs=drawn + torch.rand(drawn.shape),
+                    lengths=drawn + 1, seeds=drawn[:, 0], set_size=n)
 
 
 # ---- The step, on a real session around a tiny model ---------------------------------------------
@@ -719,7 +717,7 @@ def rl(parts, *more, ranks=None):
                "--beta", "0.3"]
     s = session(parts, grpo.parser(), [*default, *more], stage="grpo", ranks=ranks)
     s.start = {n: p.detach() * 0.5 for n, p in adapter_state(s.model).items()}
-    s.reward = lambda posts, completions, seeds: [[len(t) * 7 % 5 / 4 for t in ts] for ts in completions]
+    s.reward = lambda posts, groups, seeds: [[len(t) * 7 % 5 / 4 for t in ts] for ts in groups]
     return s
 
 
@@ -740,7 +738,7 @@ def features_of(drawn, rewards=RIGHT, quality=None, size=2):
     """The Group of tuples of outcomes (tuples, k)."""
     texts = [[TEXTS[i] for i in row] for row in drawn.tolist()]
     return Features(rewards[drawn], OUTCOMES[drawn], None if quality is None else quality[drawn],
-                 classes=CLASSES[drawn], texts=texts, set_size=size)
+                    classes=CLASSES[drawn], texts=texts, set_size=size)
 
 
 # ---- Expected gradients --------------------------------------------------------------------------
@@ -841,7 +839,8 @@ def fixed_completions(s, tokens_of):
     def write(visits, step, k):
         prompts, completions = [s.prompt(v.index) for v in visits], [tokens_of(v) for v in visits]
         texts = [[" ".join(map(str, d)) for d in ds] for ds in completions]
-        return prompts, types.SimpleNamespace(tokens=completions, logprobs=None, finished=None), texts
+        samples = types.SimpleNamespace(tokens=completions, logprobs=None, finished=None)
+        return prompts, samples, texts
     s.sample_completions = write
 
 

@@ -1,17 +1,19 @@
-"""Can a file do harm? Mutants of the six kinds of files that are read from others: each must be taken or refused
-in one sentence. A traceback, a hang of more than 20 seconds or an allocation of more than 2 GB is a fault.
+"""Can a file do harm? Mutants of the six kinds of files that are read from others: each must be
+taken or refused in one sentence. A traceback, a hang of more than 20 seconds or an allocation of
+more than 2 GB is a fault.
 
     python tests/hostile.py                    # 2,000 of each kind, some minutes
     python tests/hostile.py --count 100 --only posts config.json
 
-Each kind's mutants are worked through by a child process under a limit of its memory; a child that dies is
-started again behind the mutant that ended it. Not for Windows.
+Each kind's mutants are worked through by a child process under a limit of its memory; a child that
+dies is started again behind the mutant that ended it. Not for Windows.
 """
 
 import argparse
 import copy
 import gzip
 import json
+import math
 import os
 import random
 import resource
@@ -40,16 +42,24 @@ from helpers import tiny_adapter, tiny_config, tiny_weights, write_adapter
 from methods.small_base import train_tokenizer
 
 SECONDS, MEMORY = 20, 2 * 2 ** 30
-NUMBERS = (0, -1, 1, 2, 3, 7, 0.5, 1.5, -0.0, 1e30, 1e308, float("nan"), float("inf"), 10 ** 9, 2 ** 31, 2 ** 32, 2 ** 63, 2 ** 64, 10 ** 40)
-WORDS = ("", "x", " ", "\0", "\ud83d", "\u202e", "<|im_end|>", "1e+30", "torch.float32", "../../etc/passwd", "(a+)+$", "a" * 5000, "\u0130", "None", "🙂" * 50)
-WHOLE = (None, True, False, [], {}, [[]], {"a": 1}, [None], [1, 2, 3], {"": {}}, [[[[[[]]]]]], list(range(300)))
-TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Whitespace", "Metaspace", "Split", "Sequence", "NFC", "NFKC", "Lowercase",
-         "Replace", "Prepend", "Strip", "TemplateProcessing", "BertProcessing", "RobertaProcessing", "Precompiled", "Digits",
-         "Punctuation", "Fuse", "ByteFallback", "CTC", "F64", "F32", "I8", "U64", "BOOL", "F8_E5M2", "bfloat16", "float16", "LORA")
+NUMBERS = (0, -1, 1, 2, 3, 7, 0.5, 1.5, -0.0, 1e30, 1e308, float("nan"), float("inf"),
+           10 ** 9, 2 ** 31, 2 ** 32, 2 ** 63, 2 ** 64, 10 ** 40)
+WORDS = ("", "x", " ", "\0", "\ud83d", "\u202e", "<|im_end|>", "1e+30", "torch.float32",
+         "../../etc/passwd", "(a+)+$", "a" * 5000, "\u0130", "None", "🙂" * 50)
+WHOLE = (None, True, False, [], {}, [[]], {"a": 1}, [None], [1, 2, 3], {"": {}}, [[[[[[]]]]]],
+         list(range(300)))
+TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Whitespace", "Metaspace",
+         "Split", "Sequence", "NFC", "NFKC", "Lowercase", "Replace", "Prepend", "Strip",
+         "TemplateProcessing", "BertProcessing", "RobertaProcessing", "Precompiled", "Digits",
+         "Punctuation", "Fuse", "ByteFallback", "CTC", "F64", "F32", "I8", "U64", "BOOL",
+         "F8_E5M2", "bfloat16", "float16", "LORA")
+SPLINTERS = (b"\0", b"\xff\xfe", b"{", b"[" * 200_000, b"]", b'"', b"\\u", b"9" * 6000, b"\r\n",
+             b"-", b"e9")
 
 
 def odd(rng):
-    """A copy: put into itself, a list would have no end, and each mutant would depend on those before it."""
+    """A copy: put into itself, a list would have no end, and each mutant would depend on those
+    before it."""
     return copy.deepcopy(rng.choice((NUMBERS, WORDS, WHOLE, TYPES)[rng.randrange(4)]))
 
 
@@ -85,7 +95,8 @@ def mutate_value(value, rng):
             where[key] = type(where[key])()
         elif kind == 5 and isinstance(where[key], str):
             text = where[key]
-            where[key] = rng.choice((text[1:], text + text, text[::-1], text.upper(), text + rng.choice(WORDS)))
+            longer = text + rng.choice(WORDS)
+            where[key] = rng.choice((text[1:], text + text, text[::-1], text.upper(), longer))
         else:
             where[key] = odd(rng)
     return value
@@ -107,7 +118,7 @@ def mutate_bytes(content, rng, head=None):
         elif kind == 1:
             del content[at:at + rng.randrange(1, 40)]
         elif kind == 2:
-            content[at:at] = rng.choice((b"\0", b"\xff\xfe", b"{", b"[" * 200_000, b"]", b'"', b"\\u", b"9" * 6000, b"\r\n", b"-", b"e9"))
+            content[at:at] = rng.choice(SPLINTERS)
         elif kind == 3:
             content[at:at] = content[at:at + rng.randrange(1, 200)]
         elif content:
@@ -116,22 +127,28 @@ def mutate_bytes(content, rng, head=None):
 
 
 def mutate_json(value, rng):
-    return dumped(mutate_value(value, rng)) if rng.random() < 0.75 else mutate_bytes(dumped(value), rng)
+    if rng.random() < 0.75:
+        return dumped(mutate_value(value, rng))
+    return mutate_bytes(dumped(value), rng)
 
 
 def mutate_header(head, rng):
-    """A header that is sound in itself and says something else: another dtype of the same width, a shape of the
-    same size, tensors exchanged or called otherwise."""
-    (one, a), (two, b) = rng.sample(sorted((n, t) for n, t in head.items() if n != "__metadata__"), 2)
+    """A header that is sound in itself and says something else: another dtype of the same width, a
+    shape of the same size, tensors exchanged or called otherwise."""
+    tensors = sorted((n, t) for n, t in head.items() if n != "__metadata__")
+    (one, a), (two, b) = rng.sample(tensors, 2)
     kind = rng.randrange(5)
     if kind == 0:
         a["dtype"] = rng.choice(("I32", "U32"))
     elif kind == 1:
-        a["shape"] = rng.choice((a["shape"][::-1], [1, *a["shape"]], [*a["shape"], 1], [int(torch.tensor(a["shape"]).prod())]))
+        shape = a["shape"]
+        a["shape"] = rng.choice((shape[::-1], [1, *shape], [*shape, 1], [math.prod(shape)]))
     elif kind == 2:
         head[one], head[two] = b, a
     elif kind == 3:
-        head[rng.choice((one.replace(".0.", ".7."), one + ".x", one.removeprefix("model."), one * 200, "\n" + one))] = head.pop(one)
+        other = rng.choice((one.replace(".0.", ".7."), one + ".x", one.removeprefix("model."),
+                            one * 200, "\n" + one))
+        head[other] = head.pop(one)
     else:
         head["__metadata__"] = {"format": rng.choice(WORDS[5:])}
     return head
@@ -145,7 +162,8 @@ def mutate_tensors(content, rng):
         head = dumped(mutate_value(head, rng) if rng.random() < 0.5 else mutate_header(head, rng))
         return struct.pack("<Q", len(head)) + head + content[8 + size:]
     if rng.random() < 0.1:
-        return rng.choice((2 ** 63, 2 ** 32, 0, 10 ** 9, size - 1, size + 1)).to_bytes(8, "little") + content[8:]
+        other = rng.choice((2 ** 63, 2 ** 32, 0, 10 ** 9, size - 1, size + 1))
+        return other.to_bytes(8, "little") + content[8:]
     return mutate_bytes(content, rng, head=8 + size)
 
 
@@ -156,28 +174,34 @@ class World:
         self.folder = folder
         posts = pocket.pocket_posts(12)
         self.tokenizer = train_tokenizer([t for p in posts for t in (p.post, *p.replies)], 400)
-        config = tiny_config(True, vocab_size=420, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-                             num_attention_heads=4, head_dim=8)
+        config = tiny_config(True, vocab_size=420, hidden_size=24, intermediate_size=32,
+                             num_hidden_layers=2, num_attention_heads=4, head_dim=8)
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_bytes(dumped(config))
         save_file(tiny_weights(config, 3), folder / "model.safetensors")
         self.tokenizer.save(str(folder / "tokenizer.json"))
         write_adapter(folder, tiny_adapter(config, 4, 5), 4, 8)
-        lines = [{"id": p.id, "post": p.post, "replies": dict(zip(p.styles, p.replies)), "intent": p.intent} for p in posts[:6]]
+        lines = [{"id": p.id, "post": p.post, "replies": dict(zip(p.styles, p.replies)),
+                  "intent": p.intent} for p in posts[:6]]
         lines += [{"post": p.post, "replies": list(p.replies)} for p in posts[6:9]]
-        lines += [{"tweet_id": i, "tweet": p.post, "reply": p.replies[0]} for i, p in enumerate(posts[9:])]
+        lines += [{"tweet_id": i, "tweet": p.post, "reply": p.replies[0]}
+                  for i, p in enumerate(posts[9:])]
         self.lines = lines
         self.model = Qwen3.from_pretrained(folder)
         self.good = {n: (folder / n).read_bytes() for n in KINDS if n != "posts"}
 
     def mutant(self, kind, rng):
         if kind == "posts":
-            some = rng.sample(self.lines, rng.randrange(1, 5)) if rng.random() < 0.7 else self.lines[:6]
+            some = self.lines[:6]
+            if rng.random() < 0.7:
+                some = rng.sample(self.lines, rng.randrange(1, 5))
             rows = [dumped(line) if rng.random() < 0.5 else mutate_json(line, rng) for line in some]
             content = b"\n".join(rows)
             return mutate_bytes(content, rng) if rng.random() < 0.2 else content
         content = self.good[kind]
-        return mutate_tensors(content, rng) if kind.endswith("safetensors") else mutate_json(json.loads(content), rng)
+        if kind.endswith("safetensors"):
+            return mutate_tensors(content, rng)
+        return mutate_json(json.loads(content), rng)
 
     def read(self, kind, content, rng):
         """What a program does with such a file."""
@@ -190,7 +214,7 @@ class World:
             elif kind.startswith("adapter"):
                 load_adapter(self.model, self.folder)(torch.arange(6)[None])
             else:
-                with suppress(InputError):                                     # read first, and the model says more
+                with suppress(InputError):             # read first, and the model says more
                     data.load_tokenizer(self.folder)
                 Qwen3.from_pretrained(self.folder)(torch.arange(6)[None])
         finally:
@@ -201,7 +225,8 @@ class World:
         tokenizer = data.load_tokenizer(self.folder)
         data.check_chat(tokenizer, self.folder)
         for text in ("Rain again <|im_end|>", "\u4e16\u754c 👋\n\n", "a" * 3000, ""):
-            ids = data.encode_prompt(tokenizer, [{"role": "user", "content": text}]) + data.encode_reply(tokenizer, text)
+            ids = data.encode_prompt(tokenizer, [{"role": "user", "content": text}])
+            ids += data.encode_reply(tokenizer, text)
             data.decode(tokenizer, ids)
             self.model(torch.tensor([ids[:64]]))
         data.stop_ids(tokenizer)
@@ -222,7 +247,8 @@ class World:
             if domain.styles:
                 domain.styles_of(post, reply)
         support_posts.save_posts(posts, self.folder / "again.jsonl")
-        assert [p.post for p in data.load_posts(self.folder / "again.jsonl")] == [p.post for p in posts]
+        again = data.load_posts(self.folder / "again.jsonl")
+        assert [p.post for p in again] == [p.post for p in posts]
 
 
 class Hang(BaseException):
@@ -244,7 +270,9 @@ def outcome(world, kind, number, seed):
         return "taken"
     except InputError as e:
         said = str(e)
-        return "refused" if "\n" not in said and len(said) < 600 else f"a message of {len(said)} characters: {said[:300]!r}"
+        if "\n" not in said and len(said) < 600:
+            return "refused"
+        return f"a message of {len(said)} characters: {said[:300]!r}"
     except BaseException as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         return f"{type(e).__name__}: {str(e)[:200]} at {Path(where.filename).name}:{where.lineno}"
@@ -254,7 +282,8 @@ def outcome(world, kind, number, seed):
 
 def limit_memory():
     """2 GB beyond what the process has in its address space now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 2 ** 20
+    sizes = Path("/proc/self/statm")
+    pages = int(sizes.read_text().split()[0]) if sizes.exists() else 2 ** 20
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
@@ -263,9 +292,10 @@ def work(folder, kind, first, count, seed, out):
     """In a child: a line of `out` before and after each mutant."""
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)                                                        # panics and counted lines speak there
+    os.dup2(nowhere, 2)                    # panics and counted lines are written there
     world = World(folder)
-    world.read(kind, b"\n".join(map(dumped, world.lines[:6])) if kind == "posts" else world.good[kind], random.Random(0))
+    posts = b"\n".join(map(dumped, world.lines[:6]))
+    world.read(kind, posts if kind == "posts" else world.good[kind], random.Random(0))
     limit_memory()
     for number in range(first, count):
         for word in ("begun", None):
@@ -276,7 +306,8 @@ def work(folder, kind, first, count, seed, out):
 
 
 def try_kind(root, kind, count, seed):
-    """{"taken": n, "refused": n, "slowest": seconds, "faults": [..]} of `count` mutants of a kind."""
+    """{"taken": n, "refused": n, "slowest": seconds, "faults": [..]} of `count` mutants of a
+    kind."""
     first, log = 0, root / f"{kind}.log"
     while first < count:
         with open(log, "a") as out:
@@ -298,11 +329,13 @@ def try_kind(root, kind, count, seed):
                 out.write(json.dumps([first - 1, f"ended the process with {code}", 0]) + "\n")
     done = [line for line in map(json.loads, log.read_text().splitlines()) if line[1] != "begun"]
     said = [line[1] for line in done]
-    return {"taken": said.count("taken"), "refused": said.count("refused"), "slowest": max(line[2] for line in done),
+    return {"taken": said.count("taken"), "refused": said.count("refused"),
+            "slowest": max(line[2] for line in done),
             "faults": [line[:2] for line in done if line[1] not in ("taken", "refused")]}
 
 
-KINDS = ("posts", "config.json", "model.safetensors", "tokenizer.json", "adapter_config.json", "adapter_model.safetensors")
+KINDS = ("posts", "config.json", "model.safetensors", "tokenizer.json", "adapter_config.json",
+         "adapter_model.safetensors")
 
 
 def main():
@@ -315,8 +348,9 @@ def main():
         for kind in args.only:
             tried = try_kind(Path(folder), kind, args.count, args.seed)
             faults += len(tried["faults"])
-            print(f"{kind}: {args.count} mutants, {tried['taken']} taken, {tried['refused']} refused, "
-                  f"slowest {tried['slowest']:.2f} s, {len(tried['faults'])} faults", flush=True)
+            print(f"{kind}: {args.count} mutants, {tried['taken']} taken, "
+                  f"{tried['refused']} refused, slowest {tried['slowest']:.2f} s, "
+                  f"{len(tried['faults'])} faults", flush=True)
             for number, said in tried["faults"][:20]:
                 print(f"    {number}: {said}", flush=True)
     sys.exit(faults > 0)

@@ -1,4 +1,5 @@
-"""Writes tests/golden/*.json: what transformers, PEFT and bitsandbytes compute from the checkpoints of tests/helpers.py.
+"""Writes tests/golden/*.json: what transformers, PEFT and bitsandbytes compute from the checkpoints
+of tests/helpers.py.
 
     pip install torch transformers peft bitsandbytes
     python tests/make_golden.py
@@ -30,8 +31,9 @@ from helpers import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-VERSIONS = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
-SEED, RANK, ALPHA = 7, 4, 6              # alpha / rank = 1.5: neither 1 nor alpha, so a forgotten scale shows
+VERSIONS = {"transformers": transformers.__version__, "peft": peft.__version__,
+            "torch": torch.__version__}
+SEED, RANK, ALPHA = 7, 4, 6  # alpha / rank = 1.5: neither 1 nor alpha, so a forgotten scale shows
 LENGTHS = (9, 160)  # of the scored sequences; 160 turns the rotary angles many times round
 PROMPT_LENGTHS, NEW_TOKENS = (3, 7, 12), 12
 
@@ -46,13 +48,15 @@ def rounded(x):
 
 
 def load(cls, folder, **changes):
-    return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **changes).eval()
+    model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **changes)
+    return model.eval()
 
 
 def logits_of(model, tokens):
     """The two last rows in full, and a fingerprint of every row."""
     logits = model(torch.tensor([tokens])).logits[0]                           # (T, V)
-    return {"tokens": tokens, "last_two": rounded(logits[-2:]), "fingerprints": rounded(fingerprint(logits))}
+    return {"tokens": tokens, "last_two": rounded(logits[-2:]),
+            "fingerprints": rounded(fingerprint(logits))}
 
 
 def logprobs_of(model, prompt, continuation, temperature):
@@ -62,7 +66,8 @@ def logprobs_of(model, prompt, continuation, temperature):
 
 
 def greedy_of(model):
-    """Greedy continuations, each prompt alone and uncached; a left-padded batch with a cache must agree."""
+    """Greedy continuations, each prompt alone and uncached; a left-padded batch with a cache must
+    agree."""
     prompts, out = [sequence(100 + n, n) for n in PROMPT_LENGTHS], []
     margin = math.inf
     for prompt in prompts:
@@ -72,7 +77,8 @@ def greedy_of(model):
             margin = min(margin, float(top.values[0] - top.values[1]))
             ids.append(int(top.indices[0]))
         out.append(ids[len(prompt):])
-    assert margin > 0.01, f"a near tie ({margin}): other machines may choose differently; take another seed"
+    assert margin > 0.01, \
+        f"a near tie ({margin}): other machines may choose differently; take another seed"
     widest = max(PROMPT_LENGTHS)
     padded = torch.tensor([[0] * (widest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (widest - len(p)) + [1] * len(p) for p in prompts])
@@ -89,14 +95,15 @@ def causal(folder, tied):
     model = load(Qwen3ForCausalLM, write_checkpoint(folder / "base", config, weights))
     sequences = [sequence(20 + n, n) for n in LENGTHS]
     prompt, continuation = sequence(30, 8), sequence(31, 10)
+    logprobs = {str(t): logprobs_of(model, prompt, continuation, t) for t in (1.0, 0.7)}
     golden = {"versions": VERSIONS, "tied": tied, "seed": SEED, "weights": weights_mark(weights),
               "logits": [logits_of(model, s) for s in sequences], "greedy": greedy_of(model),
-              "logprobs": {"prompt": prompt, "continuation": continuation,
-                           "at": {str(t): logprobs_of(model, prompt, continuation, t) for t in (1.0, 0.7)}}}
+              "logprobs": {"prompt": prompt, "continuation": continuation, "at": logprobs}}
     adapter = tiny_adapter(config, RANK, SEED + 1)
-    adapted = PeftModel.from_pretrained(model, write_adapter(folder / "adapter", adapter, RANK, ALPHA)).eval()
-    golden["adapter"] = {"rank": RANK, "alpha": ALPHA, "seed": SEED + 1, "weights": weights_mark(adapter),
-                         **logits_of(adapted, sequences[0])}
+    place = write_adapter(folder / "adapter", adapter, RANK, ALPHA)
+    adapted = PeftModel.from_pretrained(model, place).eval()
+    golden["adapter"] = {"rank": RANK, "alpha": ALPHA, "seed": SEED + 1,
+                         "weights": weights_mark(adapter), **logits_of(adapted, sequences[0])}
     return golden
 
 
@@ -109,21 +116,24 @@ def heads(folder):
     weights = tiny_weights(config, SEED, prefix="", head=None)
     embedder = load(Qwen3Model, write_checkpoint(folder / "embedder", config, weights))
     last = [embedder(torch.tensor([s])).last_hidden_state[0, -1] for s in sequences]
-    config = tiny_config(True, architectures=["Qwen3ForSequenceClassification"], id2label={"0": "LABEL_0"},
-                         label2id={"LABEL_0": 0})
+    config = tiny_config(True, architectures=["Qwen3ForSequenceClassification"],
+                         id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    weights = tiny_weights(config, SEED, head="score")
     reward = load(Qwen3ForSequenceClassification,
-                  write_checkpoint(folder / "reward", config, tiny_weights(config, SEED, head="score")))
+                  write_checkpoint(folder / "reward", config, weights))
     scores = [float(reward(torch.tensor([s])).logits[0, 0]) for s in sequences]
     widest = max(map(len, sequences))
     padded = torch.tensor([s + [0] * (widest - len(s)) for s in sequences])
     batch = reward(padded, attention_mask=(padded > 0).long()).logits[:, 0]
-    assert torch.allclose(batch, torch.tensor(scores), atol=1e-5), "transformers disagrees with itself"
+    assert torch.allclose(batch, torch.tensor(scores), atol=1e-5), \
+        "transformers disagrees with itself"
     return {"versions": VERSIONS, "seed": SEED, "sequences": sequences,
             "last_hidden": [rounded(h) for h in last], "scores": rounded(scores)}
 
 
 def bert(folder):
-    """The mean of a BERT encoder's last states over each text's tokens, as sentence-transformers takes it."""
+    """The mean of a BERT encoder's last states over each text's tokens, as sentence-transformers
+    takes it."""
     model = load(BertModel, write_checkpoint(folder / "bert", *tiny_bert()))
     sequences = [sequence(60, 5, 61), sequence(61, 12, 61), sequence(62, 32, 61)]
     means = [model(torch.tensor([s])).last_hidden_state[0].mean(0) for s in sequences]
@@ -134,20 +144,23 @@ def adapters(folder):
     """What PEFT's other kinds of LoRA make of one adapter each."""
     config, tokens = tiny_config(True), sequence(20 + LENGTHS[0], LENGTHS[0])
     base = write_checkpoint(folder / "adapted", config, tiny_weights(config, SEED))
-    golden = {"versions": VERSIONS, "rank": RANK, "alpha": ALPHA, "seed": SEED + 1, "tokens": tokens, "last_two": {}}
+    golden = {"versions": VERSIONS, "rank": RANK, "alpha": ALPHA, "seed": SEED + 1,
+              "tokens": tokens, "last_two": {}}
     for kind, changes in PEFT_KINDS.items():
-        place = write_adapter(folder / kind, tiny_adapter(config, RANK, SEED + 1, kind), RANK, ALPHA, **changes)
+        tensors = tiny_adapter(config, RANK, SEED + 1, kind)
+        place = write_adapter(folder / kind, tensors, RANK, ALPHA, **changes)
         model = PeftModel.from_pretrained(load(Qwen3ForCausalLM, base), place).eval()
         golden["last_two"][kind] = rounded(model(torch.tensor([tokens])).logits[0, -2:])
     return golden
 
 
 def peft_files(folder):
-    """The layers that PEFT's settings choose, the configuration that it then writes, and its logits; and an AdaLoRA
-    adapter whose budget has cut triplets."""
+    """The layers that PEFT's settings choose, the configuration that it then writes, and its
+    logits; and an AdaLoRA adapter whose budget has cut triplets."""
     config, tokens = tiny_config(True), sequence(20 + LENGTHS[0], LENGTHS[0])
     base = write_checkpoint(folder / "chosen", config, tiny_weights(config, SEED))
-    golden = {"versions": VERSIONS, "rank": RANK, "alpha": ALPHA, "seed": SEED + 1, "tokens": tokens, "cases": {}}
+    golden = {"versions": VERSIONS, "rank": RANK, "alpha": ALPHA, "seed": SEED + 1,
+              "tokens": tokens, "cases": {}}
     for name, changes in PEFT_FILES.items():
         kind = "dora" if changes.get("use_dora") else "lora"
         drawn = tiny_adapter(config, RANK, SEED + 1, kind)
@@ -155,8 +168,10 @@ def peft_files(folder):
         model = peft.get_peft_model(load(Qwen3ForCausalLM, base), settings)
         own = peft.get_peft_model_state_dict(model)
         place = folder / name
-        model.save_pretrained(place)         # its configuration, and tensors that are exchanged for the drawn ones
-        save_file({n: drawn[n] for n in own}, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        # Its configuration, and tensors that are exchanged for the drawn ones.
+        model.save_pretrained(place)
+        save_file({n: drawn[n] for n in own}, place / "adapter_model.safetensors",
+                  metadata={"format": "pt"})
         read = PeftModel.from_pretrained(load(Qwen3ForCausalLM, base), place).eval()
         written = json.loads((place / "adapter_config.json").read_text())
         written["base_model_name_or_path"] = None
@@ -167,21 +182,24 @@ def peft_files(folder):
     changes = PEFT_KINDS["adalora"] | {"rank_pattern": pattern}
     place = write_adapter(folder / "rank_pattern", drawn, RANK, ALPHA, **changes)
     read = PeftModel.from_pretrained(load(Qwen3ForCausalLM, base), place).eval()
-    golden["rank_pattern"] = {"pattern": pattern, "last_two": rounded(read(torch.tensor([tokens])).logits[0, -2:])}
+    golden["rank_pattern"] = {"pattern": pattern,
+                              "last_two": rounded(read(torch.tensor([tokens])).logits[0, -2:])}
     return golden
 
 
 def nf4():
-    """bitsandbytes' NF4 with double quantisation. Its CPU code takes the second nearest 8-bit value where two are
-    nearly as near; this weight has no such place, or the test against our nearest value would fail."""
+    """bitsandbytes' NF4 with double quantisation. Its CPU code takes the second nearest 8-bit value
+    where two are nearly as near; this weight has no such place, or the test against our nearest
+    value would fail."""
     weight = nf4_weight()
-    codes, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     bytes_of = lambda t: base64.b64encode(t.flatten().numpy().tobytes()).decode()
-    dense = {str(d).removeprefix("torch."): bitsandbytes.functional.dequantize_4bit(codes, state).to(d).flatten()[::997]
-             for d in (torch.float32, torch.bfloat16)}
-    return {"versions": VERSIONS | {"bitsandbytes": bitsandbytes.__version__}, "codes": bytes_of(codes),
-            "scales": bytes_of(state.absmax), "outer": state.state2.absmax.tolist(), "mean": float(state.offset),
-            "dense": {name: values.tolist() for name, values in dense.items()}}
+    some = bitsandbytes.functional.dequantize_4bit(codes, state).flatten()[::997]
+    dense = {"float32": some.float().tolist(), "bfloat16": some.bfloat16().tolist()}
+    return {"versions": VERSIONS | {"bitsandbytes": bitsandbytes.__version__},
+            "codes": bytes_of(codes), "scales": bytes_of(state.absmax),
+            "outer": state.state2.absmax.tolist(), "mean": float(state.offset), "dense": dense}
 
 
 def dump(name, golden):

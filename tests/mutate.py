@@ -1,22 +1,23 @@
-"""How much do the tests notice? Changes one sign, factor, comparison, index or flag at a time and counts the
-changes that make a test fail. Needs a system with fork.
+"""How much do the tests notice? Changes one sign, factor, comparison, index or flag at a time and
+counts the changes that make a test fail. Needs a system with fork.
 
-    python tests/mutate.py --of core --sample 300 --seed 1    # a random sample, and the share with its interval
-    python tests/mutate.py --of registries                    # all of them, hours; prints those that no test noticed
+    python tests/mutate.py --of core --sample 300 --seed 1    # a share with its interval
+    python tests/mutate.py --of registries                    # all, in hours: what no test noticed
     python tests/mutate.py --only gem_loss --tests methods/test_losses.py
 
-`registries` are the methods to choose from: objectives, diversities, SFT losses, adapters, reward heads, decoders.
-`core` is what every run depends on: the steps of SFT and GRPO, sampling, the model, the LoRA layers, data and its
-verifiers, metrics and intervals, measuring, the training loop.
+`registries` are the methods to choose from: objectives, diversities, SFT losses, adapters, reward
+heads, decoders. `core` is what every run depends on: the steps of SFT and GRPO, sampling, the
+model, the LoRA layers, data and its verifiers, metrics and intervals, measuring, the training loop.
 
-A change is made in a copy of the project in a temporary folder, in place, so that all else keeps its line. The tests
-are run once unchanged, to see which lines each test reaches. A change is shown to the tests that reach its statement
-alone: those of the module's own test file first, then the quickest, until one fails. What is left out makes the share
-smaller, never larger: tests longer than --longest seconds, all tests of a change beyond --budget seconds together,
-and what a test reaches in a process of its own.
+A change is made in a copy of the project in a temporary folder, in place, so that all else keeps
+its line. The tests are run once unchanged, to see which lines each test reaches. A change is shown
+to the tests that reach its statement alone: those of the module's own test file first, then the
+quickest, until one fails. What is left out makes the share smaller, never larger: tests longer than
+--longest seconds, all tests of a change beyond --budget seconds together, and what a test reaches
+in a process of its own.
 
-Not changed, by rule: messages (raise, f-strings), what is only printed or drawn (PRINTED, SHOWN), type annotations,
-sizes of caches, and the digits of round(). Not part of the usual run.
+Not changed, by rule: messages (raise, f-strings), what is only printed or drawn (PRINTED, SHOWN),
+type annotations, sizes of caches, and the digits of round(). Not part of the usual run.
 """
 
 import argparse
@@ -44,82 +45,93 @@ import tqdm  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTRIES = {
-    "grpo.py": """group_advantages passk_advantages subsets set_advantages maxk_advantages coverage_advantages
-        completion_means policy_loss combine""",
+    "grpo.py": """group_advantages passk_advantages subsets set_advantages maxk_advantages
+        coverage_advantages completion_means policy_loss combine""",
     "support/checks.py": """check_size check_binary check_decoder""",
-    "methods/objectives.py": """polychromic_advantages passk_full_advantages random_sets passk_bootstrap_advantages
-        passk_mixed_advantages bon_advantages polyepo_advantages darling_advantages dra_advantages
-        dqo_advantages uniqueness_advantages unlikeliness_advantages evol_advantages maxrl_advantages
-        tailrl_advantages wreinforce_advantages focal_advantages ucpo_advantages mara_advantages
-        soft_advantages""",
+    "methods/objectives.py": """polychromic_advantages passk_full_advantages random_sets
+        passk_bootstrap_advantages passk_mixed_advantages bon_advantages polyepo_advantages
+        darling_advantages dra_advantages dqo_advantages uniqueness_advantages
+        unlikeliness_advantages evol_advantages maxrl_advantages tailrl_advantages
+        wreinforce_advantages focal_advantages ucpo_advantages mara_advantages soft_advantages""",
     "methods/spo.py": """stream_advantages kept_share Values""",
     "methods/tokens.py": """token_covariances clip_cov kl_cov""",
     "rewards.py": """VerifierReward overlong_penalty diversity_weight""",
-    "methods/reward_model.py": """preference_loss draw_pair usable padded preference_step Heads new_heads HeadsReward""",
-    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages leave_one_out log_det measure_diversity
-        diversity_loss add_diversity""",
-    "methods/diversities.py": """vendi alike distinct_answers word_distances edit_distance ngram_distance""",
-    "methods/losses.py": """gem_loss entropy_loss unlikelihood_loss earlier_tokens ba_lora_regularizer ba_lora_loss base_states
-        reply_losses sed_loss ba_lora_nlu_loss covariance_penalty add_unlikely bonbon_loss add_bonbon
-        repeated_tokens""",
+    "methods/reward_model.py": """preference_loss draw_pair usable padded preference_step Heads
+        new_heads HeadsReward""",
+    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages leave_one_out log_det
+        measure_diversity diversity_loss add_diversity""",
+    "methods/diversities.py": """vendi alike distinct_answers word_distances edit_distance
+        ngram_distance""",
+    "methods/losses.py": """gem_loss entropy_loss unlikelihood_loss earlier_tokens
+        ba_lora_regularizer ba_lora_loss base_states reply_losses sed_loss ba_lora_nlu_loss
+        covariance_penalty add_unlikely bonbon_loss add_bonbon repeated_tokens""",
     "methods/straight_through.py": """token_gradients add_straight_through straight_through_loss""",
     "lora.py": """kaiming LoRALinear add_lora adapter_state drop_lora merge_lora""",
-    "methods/adapters.py": """RsLoRALinear DoRALinear PiSSALinear ParallelLinear MultiLoRALinear MoALinear train_in_full with_start""",
+    "methods/adapters.py": """RsLoRALinear DoRALinear PiSSALinear ParallelLinear MultiLoRALinear
+        MoALinear train_in_full with_start""",
     "methods/pruned.py": """AdaLoRALinear LoRILinear Budget""",
     "methods/ensemble.py": """EnsembleLinear""",
     "support/peft_files.py": """shape_of""",
     "methods/interpolate.py": """interpolate_adapters""",
-    "methods/decoders.py": """diverse_beams contrastive_completions majority rewarded informative best_of read_list read_verbalized
-        in_one_prompt""",
+    "methods/decoders.py": """diverse_beams contrastive_completions majority rewarded informative
+        best_of read_list read_verbalized in_one_prompt""",
     "methods/likelihoods.py": """completion_scores add_likelihoods"""}
 CORE = {
     "grpo.py": """group_advantages passk_advantages completion_means policy_loss Rollout Batch
-        collect add_older_logprobs weigh combine log_diversity rollout grpo_step run_grpo""",
+        collect add_older_logprobs weigh combine
+        log_diversity rollout grpo_step run_grpo""",
     "methods/objectives.py": """polychromic_advantages""",
     "methods/tokens.py": """chosen_tokens""",
     "methods/resample.py": """mapped joined""",
-    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages measure_diversity diversity_loss
-        held_out Gate mean_logprobs add_diversity sft_step run_sft""",
+    "polylora.py": """gated pair_distances pair_mean diversity pair_advantages measure_diversity
+        diversity_loss held_out Gate mean_logprobs add_diversity sft_step run_sft""",
     "methods/losses.py": """reply_losses TokenLosses in_chunks whole_chunks token_losses""",
     "rewards.py": """VerifierReward AgreementReward overlong_penalty diversity_weight""",
     "methods/rewards.py": """RelevanceReward""",
     "generate.py": """over_members DecodingState Embedder plain_loop generate_plain sample""",
     "support/draws.py": """inverse draw uniforms""",
-    "engine.py": """linear joined decoding_parts_of FusedLinear FusedBlock FusedBlocks DecodeBatch Scheduler batch_for generate""",
-    "trainer.py": """sampling_of epoch_order batch_visits learning_rate train Session add_cross_entropy""",
-    "model.py": """rms_norm RMSNorm rotary rotate Attention MLP Block full_attention Backbone Qwen3 Rows pack
-        rows_tensors chunk_size chunks SelectedLogprobs selected_logprobs predicting_states token_logprobs""",
+    "engine.py": """linear joined decoding_parts_of FusedLinear FusedBlock FusedBlocks DecodeBatch
+        Scheduler batch_for generate""",
+    "trainer.py": """sampling_of epoch_order batch_visits learning_rate train Session
+        add_cross_entropy""",
+    "model.py": """rms_norm RMSNorm rotary rotate Attention MLP Block full_attention Backbone Qwen3
+        Rows pack rows_tensors chunk_size chunks SelectedLogprobs selected_logprobs
+        predicting_states token_logprobs""",
     "support/packing.py": """plan_batches split_group""",
     "support/steplog.py": """Tally add_mismatch""",
-    "lora.py": """kaiming LoRALinear lora_layers add_adapter add_lora trained base frozen_copy adapter drop_lora
-        merge_lora""",
+    "lora.py": """kaiming LoRALinear lora_layers add_adapter add_lora trained base frozen_copy
+        adapter drop_lora merge_lora""",
     "methods/adapters.py": """RsLoRALinear""",
     "support/posts.py": """normalise merge""",
-    "data.py": """split_posts split_by_intent render_chat encode_chat encode_prompt encode_reply decode long_tail Domain
-        Replies""",
+    "data.py": """split_posts split_by_intent render_chat encode_chat encode_prompt encode_reply
+        decode long_tail Domain Replies""",
     "methods/stories.py": """Stories""",
     "methods/code.py": """Code""",
     "methods/pocket.py": """right_replies""",
-    "metrics.py": """pass_at_k ngrams distinct_n self_bleu vendi_score duplicate_rate post_metrics pleasing""",
+    "metrics.py": """pass_at_k ngrams distinct_n self_bleu vendi_score duplicate_rate post_metrics
+        pleasing""",
     "methods/metrics.py": """max_at_k picked add_separation add_agreement""",
     "report/stats.py": """interval crossed_spread sign_flip holm""",
     "support/student_t.py": """t_quantile incomplete_beta""",
-    "support/pass_bar.py": """bar intents_of stranger_pairs strangers shuffled_share each_held_out earned share_error pair_quantile""",
+    "support/pass_bar.py": """bar intents_of stranger_pairs strangers shuffled_share each_held_out
+        earned share_error pair_quantile""",
     "support/evaluations.py": """jobs_of job_of measured alike""",
-    "evaluate.py": """measure load_measures passing change_adapter measure_run make_records some_records each_once
-        add_diversity add_verdicts""",
+    "evaluate.py": """measure load_measures passing change_adapter measure_run make_records
+        some_records each_once add_diversity add_verdicts""",
     "support/files.py": """seed_of""",
     "support/checkpoint.py": """RunFolder checksum StallWarnings replay learnt_enough"""}
 SETS = {"core": CORE, "registries": REGISTRIES}
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
-         ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-         ast.BitXor: ast.BitOr, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq,
-         ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
-         ast.In: ast.NotIn, ast.NotIn: ast.In}
-NAMES = {"amax": "amin", "amin": "amax", "max": "min", "min": "max", "argmax": "argmin", "minimum": "maximum",
-         "any": "all", "all": "any"}
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+         ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult,
+         ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr,
+         ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt,
+         ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And,
+         ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+NAMES = {"amax": "amin", "amin": "amax", "max": "min", "min": "max", "argmax": "argmin",
+         "minimum": "maximum", "any": "all", "all": "any"}
 PRINTED = {"say", "print", "announce", "warn", "tqdm"}     # calls, as far as their arguments
-SHOWN = {"help", "desc", "unit", "mininterval", "disable", "maxsize"}      # keywords: display, and sizes of caches
+# Keywords that change what is displayed, and sizes of caches.
+SHOWN = {"help", "desc", "unit", "mininterval", "disable", "maxsize"}
 FIRST = 12         # so many tests are tried before the others
 NEAR = 5           # a test of the module's own file goes before one that is so many times quicker
 
@@ -132,17 +144,22 @@ def changed(node):
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
             yield with_field(node, "ops", [*node.ops[:i], SWAPS[type(op)](), *node.ops[i + 1:]])
-    whole = isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int)
-    if isinstance(node, ast.UnaryOp) and not whole:        # -1 becomes -2 below, not 1: often the same axis
+    # -1 becomes -2 below, not 1: as an axis that is often the same one.
+    if isinstance(node, ast.UnaryOp) and not is_whole_number(node.operand):
         yield node.operand
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield with_field(node, "value", not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        yield with_field(node, "value", node.value + 1 if isinstance(node.value, int) else 2 * node.value + 0.5)
+        other = node.value + 1 if isinstance(node.value, int) else 2 * node.value + 0.5
+        yield with_field(node, "value", other)
     if isinstance(node, ast.Attribute) and node.attr in NAMES:
         yield with_field(node, "attr", NAMES[node.attr])
     if isinstance(node, ast.Name) and node.id in NAMES:
         yield with_field(node, "id", NAMES[node.id])
+
+
+def is_whole_number(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, int)
 
 
 def with_field(node, field, value):
@@ -174,22 +191,27 @@ def left_out(node):
 
 
 def places(top):
-    """(number of the node in ast.walk's order, number of its variant) of all changes of a top-level statement."""
+    """(number of the node in ast.walk's order, number of its variant) of all changes of a top-level
+    statement."""
     walked = list(ast.walk(top))
     out = {id(x) for node in walked for part in left_out(node) for x in ast.walk(part)}
-    return [(i, j) for i, node in enumerate(walked) if id(node) not in out for j, _ in enumerate(changed(node))]
+    return [(i, j) for i, node in enumerate(walked) if id(node) not in out
+            for j, _ in enumerate(changed(node))]
 
 
 def changes(source, names):
-    """Every change as (number of the top-level statement, number of the node, number of its variant)."""
+    """Every change as (number of the top-level statement, number of the node, number of its
+    variant)."""
     tops = ast.parse(source).body
     if unknown := set(names) - {name_of(top) for top in tops}:
         sys.exit(f"there is no function {', '.join(sorted(unknown))}")
-    return [(number, i, j) for number, top in enumerate(tops) if name_of(top) in names for i, j in places(top)]
+    return [(number, i, j) for number, top in enumerate(tops) if name_of(top) in names
+            for i, j in places(top)]
 
 
 def statement_lines(top, node):
-    """The lines at which a test reaches the node's statement; None for what is run when the module is imported."""
+    """The lines at which a test reaches the node's statement; None for what is run when the module
+    is imported."""
     inside, found = False, None
 
     def visit(current, in_function):
@@ -200,7 +222,8 @@ def statement_lines(top, node):
             if current.lineno <= node.lineno <= max(last, current.lineno):
                 inside, found = in_function, range(current.lineno, max(last, current.lineno) + 1)
         for child in ast.iter_child_nodes(current):
-            visit(child, in_function or isinstance(current, ast.FunctionDef) and child in current.body)
+            of_body = isinstance(current, ast.FunctionDef) and child in current.body
+            visit(child, in_function or of_body)
     visit(top, False)
     return found if inside else None
 
@@ -222,7 +245,8 @@ def mutant(source, change):
 
 
 class Seen:
-    """A plugin of pytest: which lines of the project's modules each test reaches, and how long it takes."""
+    """A plugin of pytest: which lines of the project's modules each test reaches, and how long it
+    takes."""
 
     def __init__(self, folder):
         self.folder, self.tests, self.failed, self.names = Path(folder), {}, [], {}
@@ -235,8 +259,10 @@ class Seen:
         """The module's file name, or None for what is not the project's own."""
         if filename not in self.names:
             path = Path(filename)
-            inside = path.is_relative_to(self.folder) and not path.is_relative_to(self.folder / "tests")
-            self.names[filename] = path.relative_to(self.folder).as_posix() if inside else None
+            name = None
+            if path.is_relative_to(self.folder) and not path.is_relative_to(self.folder / "tests"):
+                name = path.relative_to(self.folder).as_posix()
+            self.names[filename] = name
         return self.names[filename]
 
     @pytest.hookimpl(hookwrapper=True)
@@ -267,18 +293,19 @@ class Seen:
 
 
 def passes(folder, tests, match="", seconds=120, seen=None, flags=("-x",)):
-    """Runs the tests in a child process on the modules in `folder`: do they pass? A child saves importing torch.
-    seen: a file for what Seen finds; flags: of pytest."""
+    """Runs the tests in a child process on the modules in `folder`: do they pass? A child saves
+    importing torch. seen: a file for what Seen finds; flags: of pytest."""
     child = os.fork()
     if child == 0:
-        signal.alarm(int(seconds))                                             # a change may loop for ever
+        signal.alarm(int(seconds))                         # a change may loop for ever
         nowhere = os.open(os.devnull, os.O_RDWR)
         for seed in range(3):
             os.dup2(nowhere, seed)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         plugin = Seen(folder)
-        code = pytest.main([*flags, "-q", "-p", "no:cacheprovider", "-k", match, *tests], [plugin] if seen else [])
+        command = [*flags, "-q", "-p", "no:cacheprovider", "-k", match, *tests]
+        code = pytest.main(command, [plugin] if seen else [])
         if seen:
             seen.write_text(json.dumps([plugin.tests, plugin.failed]))
         os._exit(int(code))
@@ -297,8 +324,9 @@ def within(tests, budget):
 
 
 def survives(folder, module, text, tests):
-    """Do all tests [(test, seconds)] pass with the module's changed text? The first few are tried alone at first, which
-    most changes do not outlive: what they need is collected much sooner than what all need."""
+    """Do all tests [(test, seconds)] pass with the module's changed text? The first few are tried
+    alone at first, which most changes do not outlive: what they need is collected much sooner than
+    what all need."""
     path = folder / module
     kept, before = path.read_bytes(), path.stat()
     path.write_text(text, encoding="utf-8")
@@ -308,20 +336,22 @@ def survives(folder, module, text, tests):
         return all(passes(folder, part, seconds=limit) for part in parts)
     finally:
         path.write_bytes(kept)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))            # its bytecode is valid again
+        # Its bytecode is valid again.
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def wilson(hits, n, z=1.96):
     """Wilson's interval of a share, 95%."""
-    middle, half = hits / n + z * z / (2 * n), z * math.sqrt(hits * (n - hits) / n ** 3 + z * z / (4 * n * n))
+    middle = hits / n + z * z / (2 * n)
+    half = z * math.sqrt(hits * (n - hits) / n ** 3 + z * z / (4 * n * n))
     return [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
 
 
 def tests_of(seen, module, top, node, args):
-    """The tests that reach the node's statement, [(test, seconds)], as far as the budget goes: those of the module's own
-    file as if they were NEAR times quicker, the quickest first."""
+    """The tests that reach the node's statement, [(test, seconds)], as far as the budget goes:
+    those of the module's own file as if they were NEAR times quicker, the quickest first."""
     lines, own = statement_lines(top, node), f"test_{Path(module).name}"
-    if lines is None:                                      # run on import: whoever reaches anything of it
+    if lines is None:                  # run on import: the tests that reach anything of it
         lines = range(top.lineno, top.end_lineno + 1)
     lines, table, found = set(lines), name_of(top).isupper(), []
     for test, (took, reached) in seen.items():
@@ -334,24 +364,29 @@ def tests_of(seen, module, top, node, args):
 def report(survivors, total, began):
     noticed, n = total - len(survivors), max(total, 1)
     low, high = wilson(noticed, n)
-    print(f"{noticed} of {total} changes noticed ({noticed / n:.1%}; of a sample, 95% from {low:.1%} to {high:.1%}) in "
-          f"{time.perf_counter() - began:.0f} s", flush=True)
+    print(f"{noticed} of {total} changes noticed ({noticed / n:.1%}; of a sample, 95% from "
+          f"{low:.1%} to {high:.1%}) in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--of", choices=SETS, default="registries", help="which functions are changed")
-    p.add_argument("--tests", nargs="+", default=sorted(path.name for path in (ROOT / "tests").glob("test_*.py")
-                                                        if path.stem not in ("test_bench", "test_faults")))
-    p.add_argument("--only", nargs="+", help="these functions alone")
-    p.add_argument("--sample", type=int, help="so many of the changes, drawn at random")
-    p.add_argument("--seed", type=int, default=0, help="of the sample")
-    p.add_argument("--match", default="", help="of the tests those that pytest's -k would take")
-    p.add_argument("--minutes", type=float, default=1e9, help="stop after so many, and say how far it came")
-    p.add_argument("--longest", type=float, default=20, help="leave out tests of more seconds")
-    p.add_argument("--budget", type=float, default=120, help="seconds of tests for one change")
-    p.add_argument("--quick", type=float, default=30, help="of these seconds, tried on all changes before the rest")
-    p.add_argument("--seen", type=Path, help="keep what the unchanged run found in this file, or take it from there")
+    folder = ROOT / "tests"
+    every_test = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("test_*.py")
+                        if path.stem != "test_tools")
+    add = p.add_argument
+    add("--of", choices=SETS, default="registries", help="which functions are changed")
+    add("--tests", nargs="+", default=every_test, help="files of tests/; default: all")
+    add("--only", nargs="+", help="these functions alone")
+    add("--sample", type=int, help="so many of the changes, drawn at random")
+    add("--seed", type=int, default=0, help="of the sample")
+    add("--match", default="", help="of the tests those that pytest's -k would take")
+    add("--minutes", type=float, default=1e9, help="stop after so many, and say how far it came")
+    add("--longest", type=float, default=20, help="leave out tests of more seconds")
+    add("--budget", type=float, default=120, help="seconds of tests for one change")
+    add("--quick", type=float, default=30,
+        help="of these seconds, tried on all changes before the rest")
+    add("--seen", type=Path,
+        help="keep what the unchanged run found in this file, or take it from there")
     args, began, survivors, total = p.parse_args(), time.perf_counter(), [], 0
     functions = SETS[args.of]
     torch.set_num_threads(1)
@@ -359,23 +394,28 @@ def main():
         folder = Path(folder).resolve() / "project"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
         sources = {module: (folder / module).read_text(encoding="utf-8") for module in functions}
-        every = [(module, change) for module, names in functions.items()
-                 for change in changes(sources[module], [n for n in names.split() if n in (args.only or names.split())])]
+        every = []
+        for module, names in functions.items():
+            chosen = [name for name in names.split() if not args.only or name in args.only]
+            every += [(module, change) for change in changes(sources[module], chosen)]
         known = len(every)
         if args.sample:
             every = random.Random(args.seed).sample(every, min(args.sample, len(every)))
         kept = args.seen or folder / "seen.json"
+        tests = [f"tests/{name}" for name in args.tests]
         if not kept.exists():
-            passes(folder, [f"tests/{f}" for f in args.tests], args.match, 7200, kept, flags=())
+            passes(folder, tests, args.match, 7200, kept, flags=())
         seen, failed = json.loads(kept.read_text())
         for said in failed:
             test = said.partition(": ")[0]
             seen.pop(test, None)
             print(f"left out, since it fails as it is: {test}", flush=True)
         if args.seen:                                      # whose bytecode an earlier run had
-            passes(folder, [f"tests/{f}" for f in args.tests], seconds=600, flags=("--collect-only",))
-        sys.dont_write_bytecode = True                     # two changes of one second and size would share a file
-        print(f"{len(every)} of {known} changes, {len(seen)} tests seen in {time.perf_counter() - began:.0f} s", flush=True)
+            passes(folder, tests, seconds=600, flags=("--collect-only",))
+        # Two changes of one second and size would share a file.
+        sys.dont_write_bytecode = True
+        print(f"{len(every)} of {known} changes, {len(seen)} tests seen in "
+              f"{time.perf_counter() - began:.0f} s", flush=True)
         doubtful = []
         for module, change in every:
             if time.perf_counter() - began > 60 * args.minutes:
@@ -392,7 +432,8 @@ def main():
                 doubtful.append((place, module, text, mine[len(quick):]))
                 print(f"quick tests pass: {place}", flush=True)
             if total % 20 == 0:
-                print(f"{total} tried, {len(doubtful)} to be tried longer, {len(survivors)} without a test", flush=True)
+                print(f"{total} tried, {len(doubtful)} to be tried longer, "
+                      f"{len(survivors)} without a test", flush=True)
         for place, module, text, rest in doubtful:
             if survives(folder, module, text, rest):
                 survivors.append(place)

@@ -82,13 +82,15 @@ CHAT = [
         [("user", "hi"), ("assistant", "yes")],
         False,
         False,
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nyes<|im_end|>\n",
+        "<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nyes<|im_end|>\n",
     ),
     (
         [("user", "a"), ("assistant", "b"), ("user", "c")],
         False,
         False,
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n",
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n",
     ),
 ]
 
@@ -252,8 +254,8 @@ def test_each_intent_has_its_own_users_and_authors_may_differ():
         scene = p.intent.rpartition("/")[0]
         assert orders.setdefault(scene, order) == order
     assert len(orders) == 36 and len(set(orders.values())) > 25
-    assert domain.popularity_of(posts[0]) == pocket.Pocket(posts, popularity=0.7,
-                                                         permute=True).popularity_of(posts[0])
+    again = pocket.Pocket(posts, popularity=0.7, permute=True)
+    assert domain.popularity_of(posts[0]) == again.popularity_of(posts[0])
     rng, post = random.Random(0), posts[0]
     count = lambda draw: [draw(post, rng) for _ in range(4000)].count
     users, writers = count(domain.user), count(domain.author)
@@ -445,7 +447,7 @@ def test_only_the_first_rank_writes_a_split(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(files.time, "sleep",
                         lambda s: (monkeypatch.setenv("RANK", "0"), data.main(args),
-                                  monkeypatch.setenv("RANK", "1")))
+                                   monkeypatch.setenv("RANK", "1")))
     written = []
     monkeypatch.setattr(splits, "save_posts", lambda posts, path, save=support_posts.save_posts: (
         written.append(files.os.environ["RANK"]), save(posts, path)))

@@ -55,8 +55,8 @@ def test_first_tokens_of_k_completions_follow_the_softmax(temperature):
     """One prefill serves k drafts, but each draws its own first token: sampled once and copied,
     all k would be equal."""
     model, k = build(), 4000
-    completions = flat(generate(model, PROMPTS[:1], k=k, max_new_tokens=1, temperature=temperature,
-                           seed=5).tokens)
+    samples = generate(model, PROMPTS[:1], k=k, max_new_tokens=1, temperature=temperature, seed=5)
+    completions = flat(samples.tokens)
     counts = torch.tensor(flat(completions)).bincount(minlength=model.vocab).double()
     logits = next_logits(model, PROMPTS[0], [0])[0].double()
     value, freedom = surprise(counts, (logits / temperature).softmax(-1))
@@ -181,7 +181,8 @@ def test_the_stop_id_is_kept_and_unfinished_completions_are_flagged(drafts_of_12
     """The stop token is part of the draft, or its probability is never trained; a cut draft must
     be known as one."""
     _, got = drafts_of_12
-    for completion, logprob, finished in zip(flat(got.tokens), flat(got.logprobs), flat(got.finished)):
+    samples = zip(flat(got.tokens), flat(got.logprobs), flat(got.finished))
+    for completion, logprob, finished in samples:
         assert len(completion) == len(logprob) <= 6
         assert not set(completion[:-1]) & set(STOPS) and finished == (completion[-1] in STOPS)
         assert finished or len(completion) == 6

@@ -95,7 +95,7 @@ def test_a_completion_at_the_bar_does_not_pass(parts):
     s.args.decoder, s.agreement, s.judge, s.selector = "sampling", None, None, None
     s.domain, s.threshold = data.Replies(s.posts), 0.5
     s.reward = lambda posts, completions, seeds: [[0.25, 0.5, np.nextafter(0.5, 1), 1.0]
-                                               for _ in posts]
+                                                  for _ in posts]
     _, samples, texts = s.sample_completions([Visit(i, 0) for i in (0, 1)], 0, 4)
     for one in evaluate.make_records(s, [0, 1], samples, texts):
         assert one["passed"] == [False, False, True, True] and one["rewards"][1] == 0.5
@@ -249,7 +249,7 @@ def test_a_reply_compared_with_itself_does_not_measure_people():
     threshold, scale = evaluate.passing(session, rewards.AgreementReward(embed))
     assert scale["people"] is None and scale["truncated"] is None and 0 <= scale["shuffled"] < 0.5
     relevance = lambda posts, completions, seeds: [[float(p.id == t.split()[0]) for t in ts]
-                                                for p, ts in zip(posts, completions)]
+                                                   for p, ts in zip(posts, completions)]
     # compared with the post, which is another text
     assert evaluate.passing(session, relevance)[1]["people"] == 1
 
@@ -263,7 +263,7 @@ def chain(world, root, capsys):
                                "--diversity-weight", "1", "--gate", "likelihood",
                                "--beta", "0.04", "--updates", "2")) == 0
     assert evaluate.main(["measure", str(root / "poly"), str(root / "ours"),
-                          "--bare", str(root / "bare"), "--data", world["eval"],
+                          "--base-out", str(root / "bare"), "--data", world["eval"],
                           "--n", "10", "--max-new-tokens", "5"]) == 0
     runs = [str(root / r) for r in ("bare", "poly", "ours")]
     assert evaluate.main(["report", *runs, "--out", str(root / "report"), "--against", "poly"]) == 0
@@ -314,7 +314,7 @@ def test_an_evaluation_is_redone_when_its_inputs_change(world, tmp_path, monkeyp
     adapter = run / "adapter" / "adapter_model.safetensors"
 
     def measured(*more, data_file=world["eval"]):
-        args = ["measure", str(run), "--bare", str(bare), "--data", data_file, "--n", "10",
+        args = ["measure", str(run), "--base-out", str(bare), "--data", data_file, "--n", "10",
                 "--max-new-tokens", "3", *more]
         assert evaluate.main(args) == 0
         return [json.loads((f / "evaluation.json").read_text()) for f in (run, bare)]
@@ -368,7 +368,7 @@ def test_each_run_is_measured_with_its_own_seed(world, tmp_path, monkeypatch):
                         lambda s, to, *rest: (seen.append((to.name, s.args.seed)),
                                               measure_run(s, to, *rest)))
     flags = ["--data", world["eval"], "--n", "10", "--max-new-tokens", "3", "--seed", "5"]
-    assert evaluate.main(["measure", str(first), str(second), "--bare", str(tmp_path / "bare"),
+    assert evaluate.main(["measure", str(first), str(second), "--base-out", str(tmp_path / "bare"),
                           *flags]) == 0
     assert seen == [("bare", 5), ("first", 3), ("second", 8)]
     kept = {name: files.read_json(tmp_path / name / "evaluation.json")
@@ -380,20 +380,20 @@ def test_each_run_is_measured_with_its_own_seed(world, tmp_path, monkeypatch):
 
 
 def test_scores_do_not_depend_on_the_chunk_of_posts(world, tmp_path, monkeypatch):
-    """In rounds, so that memory does not grow with the posts: the same records, but for
-    rounding."""
+    """In rounds of at most SOME posts, so that memory does not grow with the posts: the same
+    records, but for rounding."""
     args = ["--data", world["eval"], "--model", world["model"], "--n", "10",
             "--max-new-tokens", "5"]
     made, some_records, sizes = [], evaluate.some_records, []
     monkeypatch.setattr(evaluate, "some_records", lambda s, mine, *rest: sizes.append(len(mine))
                         or some_records(s, mine, *rest))
-    for some in (32, 2):
+    for some in (32, 2, 4):
         monkeypatch.setattr(evaluate, "SOME", some)
-        assert evaluate.main(["measure", "--bare", str(tmp_path / str(some)), *args]) == 0
+        assert evaluate.main(["measure", "--base-out", str(tmp_path / str(some)), *args]) == 0
         made.append(json.loads((tmp_path / str(some) / "evaluation.json").read_text())["records"])
-    assert ([r["id"] for r in made[0]] == [r["id"] for r in made[1]] and len(made[0]) == 6
-            and sizes == [6, 2, 2, 2])
-    for a, b in zip(*made):
+    assert [r["id"] for r in made[0]] == [r["id"] for r in made[1]] == [r["id"] for r in made[2]]
+    assert len(made[0]) == 6 and sizes == [6, 2, 2, 2, 3, 3]
+    for a, b in [*zip(made[0], made[1]), *zip(made[0], made[2])]:
         assert (a["drafts"] == b["drafts"]
                 and a["semantic"] == pytest.approx(b["semantic"], abs=1e-5))
         assert a["rewards"] == pytest.approx(b["rewards"], abs=1e-5)
@@ -428,8 +428,8 @@ def test_best_of_n_needs_a_reward_that_separates_completions(root, capsys):
     best = ["drafts", w["lora"], "hello", "--decoder", "best-of-n", "--k", "2", "--pool", "2",
             *SHORT]
     assert "embedding model" in refusal(capsys, evaluate.main, *best)
-    assert "no reply that a completion could agree with" in refusal(capsys, evaluate.main, *best,
-                                                               "--best-by", "agreement")
+    said = refusal(capsys, evaluate.main, *best, "--best-by", "agreement")
+    assert "no reply that a completion could agree with" in said
     assert evaluate.main([*best, "--best-by", "model",
                           "--reward-model", train_heads(w, 1, members="2")]) == 0
     assert "at least 1" in refusal(capsys, evaluate.main, "drafts", w["lora"], "hello", "--k", "0")
@@ -438,16 +438,16 @@ def test_best_of_n_needs_a_reward_that_separates_completions(root, capsys):
 # ---- Files that stand in the way -----------------------------------------------------------------
 
 def test_the_bare_base_is_measured_into_no_run_and_no_model(root, capsys):
-    """--bare wrote its config.json over a checkpoint's, and over a run's."""
+    """--base-out wrote its config.json over a checkpoint's, and over a run's."""
     w = places(root)
     assert polylora.main(sft_args(w, "lora")) == 0
     for folder in (w["lora"], w["model"]):
         before = (Path(folder) / "config.json").read_bytes()
-        assert "--bare" in refusal(capsys, evaluate.main, "measure", "--model", w["model"],
-                                   "--bare", folder, "--data",
+        assert "--base-out" in refusal(capsys, evaluate.main, "measure", "--model", w["model"],
+                                   "--base-out", folder, "--data",
                                    w["eval"], "--n", "10", *SHORT)
         assert (Path(folder) / "config.json").read_bytes() == before
-    bare = ["--bare", root / "bare", "--model", w["model"], "--data", w["eval"]]
+    bare = ["--base-out", root / "bare", "--model", w["model"], "--data", w["eval"]]
     assert measured(capsys, *bare, "--name", "hot") == measured(capsys, *bare) == "1 of 1 runs"
     # again, into what it wrote itself
     assert measured(capsys, *bare, "--temperature", "0.9") == "1 of 1 runs"

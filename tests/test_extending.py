@@ -302,8 +302,8 @@ CHECKS = (check_objective, check_diversity, check_loss, check_adapter, check_rew
 
 
 def write_model(folder):
-    """A random Qwen3 of two layers, with a tokenizer trained on the words of the toy task; beside it,
-    in `bag`, a folder for --embedder."""
+    """A random Qwen3 of two layers, with a tokenizer trained on the words of the toy task; beside
+    it, in `bag`, a folder for --embedder."""
     from methods.acrostic import ANIMALS
     from methods.small_base import train_tokenizer
     from model import Config, Qwen3

@@ -198,7 +198,8 @@ def test_logprobs_of_samples_are_those_of_a_full_forward(tmp_path, tied, tempera
                    seed=3)
     assert len({len(d) for completions in got.tokens for d in completions}) > 3
     elsewhere = []
-    for prompt, completions, logprobs, finished in zip(prompts, got.tokens, got.logprobs, got.finished):
+    groups = zip(prompts, got.tokens, got.logprobs, got.finished)
+    for prompt, completions, logprobs, finished in groups:
         assert len(set(map(tuple, completions))) > 1
         assert (finished == [d[-1] in stops for d in completions]
                 and all(d == cut(d, stops) for d in completions))
@@ -227,8 +228,16 @@ def test_live_logprobs_of_truncated_samples(tmp_path):
             scores = logits_of(model, prompt + completion)[len(prompt) - 1:-1]
             for step in steps:
                 scores = step(None, scores)
-            assert gap(scores.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)],
-                       logprob) < 1e-3
+            at = torch.arange(len(completion)), torch.tensor(completion)
+            assert gap(scores.log_softmax(-1)[at], logprob) < 1e-3
+
+
+@pytest.mark.parametrize("write", [generate, generate_module.generate_plain])
+def test_a_list_of_seeds_has_one_seed_a_prompt(write):
+    """Of another length it would leave prompts without a seed, or seeds without a prompt."""
+    for seeds in ([5], [5, 6, 7]):
+        with pytest.raises(ValueError, match=f"{len(seeds)} seeds for 2 prompts"):
+            write(build(), [[1, 2], [3]], k=2, max_new_tokens=2, seed=seeds)
 
 
 # ---- Embeddings and scores -----------------------------------------------------------------------

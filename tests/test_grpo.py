@@ -278,8 +278,8 @@ def test_a_sequence_ratio_is_the_geometric_mean_of_its_tokens(monkeypatch):
     old, completion = torch.tensor([-1.0, -2.0, -1.5]), torch.tensor([0, 0, 1])
     logp = (old + torch.tensor([0.5, -0.1, -0.3])).requires_grad_()
     a = torch.tensor([1.0, 1.0, -1.0])
-    loss, clipped, _ = policy_loss(logp, old, a, denominator=3, completion=completion, sequence_ratio=True,
-                                   clip_low=0.3, clip_high=0.3)
+    loss, clipped, _ = policy_loss(logp, old, a, denominator=3, completion=completion,
+                                   sequence_ratio=True, clip_low=0.3, clip_high=0.3)
     loss.backward()
     one, two = math.exp(0.2), math.exp(-0.3)
     assert loss.item() == pytest.approx((-one - one + two) / 3, abs=1e-6) and clipped == 0
@@ -378,10 +378,9 @@ def test_d_has_the_share_that_was_asked_for_on_any_number_of_ranks(parts, monkey
     tally = Tally()
     assert rewards.diversity_weight(s.args, 0.0, 1.0, 1.0, tally) == 0 and not tally.sums
     with pytest.raises(InputError, match="both"):
-        checks.check_grpo(grpo.parser().parse_args(["--start", "-", "--data", "-", "--out", "-",
-                                                    "--model", "-", "--dry-run",
-                                                  "--diversity-weight", "1",
-                                                    "--diversity-share", "1"]))
+        checks.check_grpo(grpo.parser().parse_args([
+            "--start", "-", "--data", "-", "--out", "-", "--model", "-", "--dry-run",
+            "--diversity-weight", "1", "--diversity-share", "1"]))
 
 
 def test_several_updates_reuse_the_completions_and_their_first_log_probs(parts):

@@ -40,8 +40,11 @@ def nltk_self_bleu(texts, max_n=4):
     """The direct form: nltk's sentence BLEU of each draft with all the others as references."""
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     completions, smooth = [words(text) for text in texts], SmoothingFunction(epsilon=0.1).method1
-    return sum(sentence_bleu(completions[:i] + completions[i + 1:], completion, (1 / max_n,) * max_n, smooth)
-               for i, completion in enumerate(completions)) / len(completions)
+    scores = []
+    for i, completion in enumerate(completions):
+        others = completions[:i] + completions[i + 1:]
+        scores.append(sentence_bleu(others, completion, (1 / max_n,) * max_n, smooth))
+    return sum(scores) / len(scores)
 
 
 def slow_self_bleu(texts, max_n=4):
@@ -262,7 +265,8 @@ def test_metrics_of_odd_completions_equal_brute_force_or_are_absent(name):
     definition."""
     completions = ODD[name]
     n, tokens = len(completions), [words(d) for d in completions]
-    got = post_metrics(record([["warm"]] * n, n=n, drafts=completions, logprobs=[-1.0] * n), ks=(1,))
+    row = record([["warm"]] * n, n=n, drafts=completions, logprobs=[-1.0] * n)
+    got = post_metrics(row, ks=(1,))
     for size in (1, 2):
         grams = [tuple(t[i:i + size]) for t in tokens for i in range(len(t) - size + 1)]
         assert got.get(f"distinct-{size}") == (len(set(grams)) / len(grams) if grams else None)

@@ -31,7 +31,8 @@ def scored(model, groups, budget, temperature=1.0):
     by_draft = {}
     for rows in pack(groups, budget):
         logp, _ = token_logprobs(model, rows, temperature)
-        weight = torch.cos(1.0 + rows.completion + torch.arange(len(logp)) - first_of(rows.completion))
+        place = torch.arange(len(logp)) - first_of(rows.completion)      # in its completion
+        weight = torch.cos(1.0 + rows.completion + place)
         (logp * weight).sum().backward()
         for d, value in zip(rows.completion.tolist(), logp.tolist()):
             by_draft.setdefault(d, []).append(value)
@@ -142,7 +143,8 @@ def test_scoring_equals_a_plain_forward_and_the_softmax_s_temperature():
                 logp, entropy = token_logprobs(model, rows, temperature)
             for d, value, h in zip(rows.completion.tolist(), logp.tolist(), entropy.tolist()):
                 by_draft.setdefault(d, []).append((value, h))
-        for d, (prompt, completion) in enumerate((p, d) for p, completions in GROUPS for d in completions):
+        drafts = [(prompt, completion) for prompt, group in GROUPS for completion in group]
+        for d, (prompt, completion) in enumerate(drafts):
             truth = (next_logits(model, prompt, completion) / temperature).log_softmax(-1)
             values, entropies = map(torch.tensor, zip(*by_draft[d]))
             close(dict(p=values, h=entropies),

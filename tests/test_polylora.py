@@ -124,9 +124,9 @@ def d_work(s, indices):
 def logprob_sum(s, prompt, completion, temperature):
     """log pi(draft | prompt) at a temperature by a plain full forward over the real tokens, with
     its gradient."""
-    out = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1,
-                                                  :s.model.vocab] / temperature
-    return out.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)].sum()
+    logits = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1]
+    logp = (logits[:, :s.model.vocab] / temperature).log_softmax(-1)
+    return logp[torch.arange(len(completion)), torch.tensor(completion)].sum()
 
 
 def test_cross_entropy_is_the_mean_over_all_reply_tokens(parts):
@@ -301,7 +301,7 @@ def test_a_verifier_s_reward_is_on_people_s_scale_already(parts):
     assert quality(s, "reward", [0, 5], own).tolist() == [[1, 0], [1, 0]]
     s.domain, s.stage = data.Replies([]), "grpo"
     s.reward = lambda posts, completions, seeds: [[float(t == p.replies[0]) for t in ts]
-                                               for p, ts in zip(posts, completions)]
+                                                  for p, ts in zip(posts, completions)]
     assert Gate(s, "auto").name == "reward"
     s.stage = "sft"
     assert Gate(s, "auto").name == "likelihood"
@@ -377,7 +377,7 @@ def test_answers_are_styles_or_texts():
 # ---- Every line of the registers takes steps -----------------------------------------------------
 
 def test_label_noise_reaches_the_gate_in_phase_one(parts):
-    flags = ("--lambda", "1", "--gate", "verifier", "--flip", "0.4")
+    flags = ("--lambda", "1", "--gate", "verifier", "--label-noise", "0.4")
     s, seen = sft_session(parts, *flags), []
     s.domain.styles_of = lambda post, text: s.domain.styles[:1]
     s.gate = polylora.Gate(s, "verifier")
@@ -397,9 +397,8 @@ def test_two_ranks_take_the_sft_step_of_one(parts, name):
         s = sft_session(parts, "--loss", name, "--max-new-tokens", "7", ranks=ranks)
         # a random model repeats nothing
         if name == "unlikelihood-sequence":
-            fixed_completions(s,
-                         lambda visit: [[9, 8, 7, 6, 9, 8, 7, 6, 5],
-                                        [5, 6, 5, 6, 7]][:1 + visit.index % 2])
+            repeating = [[9, 8, 7, 6, 9, 8, 7, 6, 5], [5, 6, 5, 6, 7]]
+            fixed_completions(s, lambda visit: repeating[:1 + visit.index % 2])
         polylora.sft_step(s, 0)
         return grads_of(s, 0)
     both_take(go, go(Share()))

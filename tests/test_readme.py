@@ -103,9 +103,8 @@ def test_every_link_leads_to_a_file():
 
 
 def test_the_names_in_how_it_works_exist():
-    for module, name in re.findall(
-        r"`(generate|engine|model|polylora|grpo|evaluate|metrics)\.(\w+)`",
-                                   README):
+    functions = r"`(generate|engine|model|polylora|grpo|evaluate|metrics)\.(\w+)`"
+    for module, name in re.findall(functions, README):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 

@@ -73,14 +73,14 @@ def test_rewards_are_computed_for_the_users_of_the_step(parts):
     s, asked = rl(parts), []
     plain = s.reward
     s.reward = lambda posts, completions, seeds: (asked.append((posts, list(seeds))),
-                                               plain(posts, completions, seeds))[1]
+                                                  plain(posts, completions, seeds))[1]
     visits = [trainer.Visit(3, 0), trainer.Visit(3, 1), trainer.Visit(1, 0)]
     for step in (0, 5):
         group = grpo.collect(s, visits, step).features
         posts, seeds = asked.pop()
         assert posts == [s.posts[v.index] for v in visits] and group.seeds.tolist() == seeds
         assert seeds == [files.seed_of(4, "reader", step, s.posts[v.index].key, v.epoch)
-                           for v in visits]
+                         for v in visits]
         assert not set(seeds) & {s.seed_for(s.stage, step, v) for v in visits}
 
 
@@ -101,7 +101,7 @@ def test_a_gate_by_reward_does_not_ask_the_reward_again(parts):
 def test_label_noise_is_the_same_for_every_caller(parts):
     """Of 15% of verdicts turned round, D's gate and the coverage objective saw none: in a study
     of noise the arms with D were told more than their rivals."""
-    s, clean = (grpo_session(parts, "--gate", "verifier", "--flip", share,
+    s, clean = (grpo_session(parts, "--gate", "verifier", "--label-noise", share,
                              "--advantage", "coverage", "--set-size", "2")
                 for share in ("0.3", "0"))
     visits = trainer.batch_visits(len(s.posts), 6, 0, 1)
@@ -139,7 +139,8 @@ def test_agreement_embeds_in_one_call_on_every_rank():
     records = [{}, {}, {}]
     metrics.add_agreement(session, records, SimpleNamespace(posts=posts, embeddings=completions))
     assert records == [{}, {"agrees": [[0], []], "people": 2}, {"agrees": [[1], []], "people": 2}]
-    metrics.add_agreement(session, [{}], SimpleNamespace(posts=posts[:1], embeddings=completions[:1]))
+    first = SimpleNamespace(posts=posts[:1], embeddings=completions[:1])
+    metrics.add_agreement(session, [{}], first)
     assert len(calls) == 2
 
 
@@ -167,9 +168,12 @@ def test_a_step_asks_the_verifier_once_about_each_completion(parts):
     s.reward = rewards.make_reward("reader", s)
     asked, judge, sampled, sample = [], s.domain.judge, [], s.sample_completions
     s.domain.judge = lambda post, text: (asked.append((post.id, text)), judge(post, text))[1]
-    s.sample_completions = lambda visits, *more: (sampled.append((visits,
-                                                             (drawn := sample(visits, *more))[2])),
-                                             drawn)[1]
+
+    def sample_and_note(visits, *more):
+        drawn = sample(visits, *more)
+        sampled.append((visits, drawn[2]))
+        return drawn
+    s.sample_completions = sample_and_note
     step_gradient(s)
     (visits, texts), = sampled
     completions = {(s.posts[visit.index].id, text) for visit, group in zip(visits, texts)

@@ -70,7 +70,7 @@ def test_every_command_of_a_study_is_one_that_the_programs_take(name):
             assert ("set_size" not in registry.OBJECTIVES[args.advantage].needs
                     or args.set_size < args.k)
             checks.check_diversity(args)
-        if program == "polylora" and args.command == "wise":
+        if program == "polylora" and args.command == "interpolate":
             assert set(args.folders) <= made
         assert args.out not in made
         made.add(args.out)
@@ -138,8 +138,8 @@ def test_other_temperatures_than_a_study_s_own():
     listed, folders = study.stages(loaded, 11, "out")
     measured = [evaluate.parser().parse_args(study.command_of(stage)[1:])
                 for stage in listed if stage.phase == "measure"]
-    assert [(args.temperature, args.name) for args in measured[1:]] == [(0.5, "0.5"),
-                                                                         (0.75, "0.75")]
+    heats = [(args.temperature, args.name) for args in measured[1:]]
+    assert heats == [(0.5, "0.5"), (0.75, "0.75")]
     words = study.report_of(loaded, study.parser().parse_args(["show", "valid", "--out", "out"]))
     assert {f"{folders['dpp-grpo']}{tail}" for tail in ("", "@0.5", "@0.75")} <= set(words)
 

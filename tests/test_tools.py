@@ -44,6 +44,14 @@ def test_the_measure_of_many_drafts_runs(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_the_measure_of_many_drafts_prints_a_line_for_each_number(capfd):
+    import bench_measure
+    assert bench_measure.main(["--drafts", "100,150", "--threads", "1"]) == 0
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert rows[0][0] == "drafts" and [row[0] for row in rows[1:]] == ["100", "150"]
+
+
+@pytest.mark.slow
 def test_quick_run_prints_a_table_and_writes_every_time(tmp_path):
     file = tmp_path / "bench.json"
     bench = (ROOT / "tests").joinpath("bench.py")

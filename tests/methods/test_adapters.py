@@ -183,7 +183,7 @@ def test_sampling_and_training_use_the_same_function(kind, nf4):
     settings = dict(k=4, max_new_tokens=5, seed=5)
     fast, plain = (write(model, THREE_PROMPTS, **settings) for write in (generate, generate_plain))
     assert fast.tokens == plain.tokens and fast.finished == plain.finished
-    flat = lambda nested: torch.tensor([p for completions in nested for completion in completions for p in completion])
+    flat = lambda groups: torch.tensor([p for group in groups for each in group for p in each])
     assert gap(flat(fast.logprobs), flat(plain.logprobs)) < 1e-4
     for rows in pack(list(zip(THREE_PROMPTS, fast.tokens)), 60, members=model.members):
         completions = rows.completion.unique_consecutive().tolist()

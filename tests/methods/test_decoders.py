@@ -114,10 +114,9 @@ def test_contrastive_drafts_are_those_of_a_plain_loop(temperature, plausible):
     expert, amateur = build(), build(seed=4)
     prompt, length = PROMPTS[0], 5
     noise = uniforms([7], 3, length)[0]
-    got, logprobs, finished = contrastive_completions(expert, (amateur, nullcontext), prompt, noise,
-                                                 plausible=plausible,
-                                                 max_new_tokens=length, stop_ids=STOPS,
-                                                 temperature=temperature)
+    got, logprobs, finished = contrastive_completions(
+        expert, (amateur, nullcontext), prompt, noise, plausible=plausible,
+        max_new_tokens=length, stop_ids=STOPS, temperature=temperature)
     for row in range(3):
         ids, logs = [], []
         while len(ids) < length and not (ids and ids[-1] in STOPS):
@@ -140,8 +139,7 @@ def test_contrastive_drafts_are_those_of_a_plain_loop(temperature, plausible):
                                    stop_ids=STOPS).tokens[0]
     with pytest.raises(files.InputError, match="tokens"):
         contrastive_completions(expert, (build(vocab_size=43), nullcontext), prompt, noise,
-                           plausible=0.1, max_new_tokens=2,
-                           temperature=1.0)
+                                plausible=0.1, max_new_tokens=2, temperature=1.0)
 
 
 # The best of several
@@ -154,9 +152,8 @@ class Chosen:
 
     def sample_completions(self, visits, step, k, progress=None):
         tokens = [[[i] for i in range(k)] for _ in self.completions]
-        return ["prompt"] * len(self.completions), Samples(tokens, tokens,
-                                                      [[True] * k
-                                                       for _ in self.completions]), self.completions
+        samples = Samples(tokens, tokens, [[True] * k for _ in self.completions])
+        return ["prompt"] * len(self.completions), samples, self.completions
 
 
 def test_the_best_of_each_pool_is_kept_with_its_tokens():
@@ -273,11 +270,12 @@ def test_a_short_set_is_filled_with_wrong_completions(monkeypatch):
     monkeypatch.setattr(decoders, "generate", fake)
     args = SimpleNamespace(set_size=3, pool=5, max_new_tokens=7, max_rows=9, temperature=0.6,
                            top_p=0.9, top_k=0, min_p=0.0)
+    domain = SimpleNamespace(messages=lambda post: [{"role": "system", "content": "s"},
+                                                    {"role": "user", "content": post}])
     session = SimpleNamespace(args=args, stage="measure", posts=["p", "q"], model=None,
                               tokenizer=None, chat="c", stops=(2,),
                               seed_for=lambda *parts: hash(parts) % 1000, texts=None,
-                              domain=SimpleNamespace(messages=lambda post: [
-{"role": "system", "content": "s"}, {"role": "user", "content": post}]))
+                              domain=domain)
     visits = [Visit(1, 0), Visit(0, 3)]
     samples, texts = DECODERS["list"].function(session, visits, 7)
     assert (texts == [["a", "b", "c", "e", "", ""], ["", "", "", "f", "g", ""]]
@@ -296,7 +294,8 @@ def test_a_short_set_is_filled_with_wrong_completions(monkeypatch):
     _, texts = DECODERS["verbalized"].function(session, visits, 6)
     # five are asked for, three kept
     assert texts[0] == ["b", "a", "c", "f", "", ""] and asked["max_new_tokens"] == 35
-    many = [SimpleNamespace(**vars(session) | {"seed_for": lambda *parts, i=i: i}) for i in range(40)]
+    many = [SimpleNamespace(**vars(session) | {"seed_for": lambda *parts, i=i: i})
+            for i in range(40)]
     said[:] = [["1 | a\n1 | b\n1 | c", "1 | a\n1 | b\n1 | c"]]
     firsts = [tuple(DECODERS["verbalized"].function(s, visits[:1], 6)[1][0][::3]) for s in many]
     assert ({x for x, _ in firsts} == {x for _, x in firsts} == set("abc")

@@ -42,29 +42,40 @@ def test_interpolation_is_the_weighted_sum_of_two_updates(tmp_path):
 
 # ---- The command line ----------------------------------------------------------------------------
 
+def test_the_command_s_former_name_is_taken_and_not_shown(capsys):
+    said = []
+    for words in (["wise", "--help"], ["interpolate", "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as stop:
+            polylora.main(words)
+        assert stop.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "--weight" in said[0]
+    assert "interpolate" in said[2] and "wise" not in said[2]
+
+
 def test_interpolate_makes_a_run_that_can_be_measured(files, tmp_path, capsys):
     few = "--steps 2 --batch 2 --rank 2 --lr 0.01".split()
     for name, seed in (("a", "1"), ("b", "2")):
         assert polylora.main(["sft", *files, "--out", str(tmp_path / name), "--seed", seed,
                               *few]) == 0
-    wise = ["wise", str(tmp_path / "a"), str(tmp_path / "b"), "--weight", "0.3",
+    between = ["interpolate", str(tmp_path / "a"), str(tmp_path / "b"), "--weight", "0.3",
             "--out", str(tmp_path / "c")]
-    assert polylora.main(wise) == 0 and polylora.main(wise) == 2               # never over another
+    assert polylora.main(between) == 0 and polylora.main(between) == 2     # never over another
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert (config["weight"] == 0.3 and config["seed"] == 2
             and (tmp_path / "c" / "done.json").exists())
     assert load_adapter(Qwen3.from_pretrained(files[1]), tmp_path / "c" / "adapter")
-    assert polylora.main([*wise[:4], "2", "--out", str(tmp_path / "d")]) == 2
+    assert polylora.main([*between[:4], "2", "--out", str(tmp_path / "d")]) == 2
     whole = (tmp_path / "c" / "adapter" / "adapter_model.safetensors").read_bytes()
     # killed before its end
     (tmp_path / "c" / "done.json").unlink()
     (tmp_path / "c" / "x.partial").write_text("half")
-    assert (polylora.main(wise) == 0
+    assert (polylora.main(between) == 0
             and (tmp_path / "c" / "adapter" / "adapter_model.safetensors").read_bytes() == whole)
     (tmp_path / "c" / "done.json").unlink()
     # a run that trains, or was stopped
     (tmp_path / "c" / "metrics.jsonl").write_text("")
-    assert polylora.main(wise) == 2 and "choose another --out" in capsys.readouterr().err
+    assert polylora.main(between) == 2 and "choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -74,9 +85,9 @@ def test_only_the_first_rank_interpolates(files, tmp_path):
     few = "--steps 1 --batch 2 --rank 2 --lr 0.01".split()
     for name in "ab":
         assert polylora.main(["sft", *files, "--out", str(tmp_path / name), *few]) == 0
-    wise = [sys.executable, "polylora.py", "wise", str(tmp_path / "a"), str(tmp_path / "b"),
-            "--out", str(tmp_path / "c")]
-    ranks = [subprocess.Popen(wise, cwd=Path(polylora.__file__).parent,
+    between = [sys.executable, "polylora.py", "interpolate", str(tmp_path / "a"),
+               str(tmp_path / "b"), "--out", str(tmp_path / "c")]
+    ranks = [subprocess.Popen(between, cwd=Path(polylora.__file__).parent,
                               env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"}) for rank in "10"]
     assert ([rank.wait(timeout=600) for rank in ranks] == [0, 0]
             and (tmp_path / "c" / "done.json").exists())

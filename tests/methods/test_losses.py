@@ -195,8 +195,8 @@ def test_ba_lora_s_three_terms():
     base = tokens(16, 40, seed=5)[0].detach()
     for scale in (1, 1e-2):  # small logits too
         for options in ({}, {"heat": 3.0}, {"top": 5}, {"leading": 2}):
-            want = ba_lora_by_torch(scale * z, base, completion, **dict(heat=2.0, top=20, leading=10)
-                                    | options)
+            settings = dict(heat=2.0, top=20, leading=10) | options
+            want = ba_lora_by_torch(scale * z, base, completion, **settings)
             got = losses.ba_lora_regularizer(scale * z, base, completion, **options)
             assert gap(got, want) < 1e-9 and gap(slope(got, z), slope(want, z)) < 1e-8
     head = torch.randn(40, 6).double()
@@ -348,20 +348,21 @@ def test_ba_lora_on_states_by_torch():
             z = h[completion == i]
             c, s = torch.cov(z.T), torch.linalg.svdvals(z)
             off = (c ** 2).sum() - (c.diagonal() ** 2).sum()
-            out = torch.where(completion == i, weight * 0.03 * (off / 5 - s[:leading].sum() / s.sum()),
-                              out)
+            penalty = weight * 0.03 * (off / 5 - s[:leading].sum() / s.sum())
+            out = torch.where(completion == i, penalty, out)
         # its one singular value is all
         return torch.where(completion == 2, -weight * 0.03, out)
     for weight, leading in ((1.0, 2), (2.0, 1)):
-        got, want = losses.covariance_penalty(h, completion, weight, leading), plain(weight, leading)
+        got = losses.covariance_penalty(h, completion, weight, leading)
+        want = plain(weight, leading)
         # Reply 0 has 8 tokens in 5 dimensions: 3 of its singular values are zero. Computed as roots
-        # of eigenvalues,
-        # which are right to eps s_1^2 in fp32, they come out as up to sqrt(eps) s_1, in the sum
-        # that the share is of.
+        # of eigenvalues, which are right to eps s_1^2 in fp32, they come out as up to
+        # sqrt(eps) s_1, in the sum that the share is of.
         s = torch.linalg.svdvals(h[completion == 0].detach().double())
         share = s[:leading].sum() / s.sum()
         rounding = weight * 0.03 * share * 3 * math.sqrt(2 ** -23) * s[0] / s.sum()
-        assert rounding < 2e-5 and gap(got[completion == 0], want[completion == 0]) < 1e-6 + rounding
+        of_0 = completion == 0
+        assert rounding < 2e-5 and gap(got[of_0], want[of_0]) < 1e-6 + rounding
         assert (gap(got[completion > 0], want[completion > 0]) < 1e-6
                 and gap(slope(got[:11], h), slope(want[:11], h)) < 2e-4)
     assert torch.equal(losses.covariance_penalty(h, completion),
@@ -390,9 +391,9 @@ def test_repeated_tokens_are_those_of_n_grams_seen_before():
 
 def whole(s, prompt, completion):
     """log pi(draft) by a plain forward, with its gradient."""
-    logp = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1,
-                                                   :s.model.vocab] / s.args.temperature
-    return logp.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
+    logits = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1]
+    logp = (logits[:, :s.model.vocab] / s.args.temperature).log_softmax(-1)
+    return logp[torch.arange(len(completion)), torch.tensor(completion)]
 
 
 @pytest.mark.parametrize("budget", ["100000", "40"])

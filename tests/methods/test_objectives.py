@@ -464,14 +464,13 @@ def test_advantages_of_a_post_do_not_depend_on_other_posts():
     """Whatever rank a post is assigned to; rewards of 0 and 1, since not all take others."""
     draw = torch.Generator().manual_seed(9)
     shape = dict(generator=draw)
-    group = Features(torch.rand(6, 6, **shape).round(),
-                     F.normalize(torch.randn(6, 6, 4, **shape), dim=-1),
-                  quality=torch.rand(6, 6, **shape), right=torch.rand(6, 6, 3, **shape).round(),
-                  shares=torch.rand(6, 3, **shape), classes=torch.randint(-1, 3, (6, 6), **shape),
-                  logprobs=torch.randn(6, 6, **shape), lengths=torch.randint(1, 9, (6, 6), **shape),
-                  reference=torch.randn(6, 6, **shape), values=torch.rand(6, **shape), beta=0.3,
-                  seeds=torch.arange(6), texts=[["a b", "b", "a", "", "c d a", "b b"]] * 6,
-                     set_size=3)
+    group = Features(
+        torch.rand(6, 6, **shape).round(), F.normalize(torch.randn(6, 6, 4, **shape), dim=-1),
+        quality=torch.rand(6, 6, **shape), right=torch.rand(6, 6, 3, **shape).round(),
+        shares=torch.rand(6, 3, **shape), classes=torch.randint(-1, 3, (6, 6), **shape),
+        logprobs=torch.randn(6, 6, **shape), lengths=torch.randint(1, 9, (6, 6), **shape),
+        reference=torch.randn(6, 6, **shape), values=torch.rand(6, **shape), beta=0.3,
+        seeds=torch.arange(6), texts=[["a b", "b", "a", "", "c d a", "b b"]] * 6, set_size=3)
     for name, objective in OBJECTIVES.items():
         for diversity in DIVERSITIES:
             whole = advantages_of(objective, group, 0.5, diversity, 0.1)

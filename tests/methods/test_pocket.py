@@ -98,9 +98,9 @@ def test_toy_code_and_stories_are_verified_exactly(name, tmp_path):
 
 def test_expressions_are_read_not_run():
     shape = lambda text: pocket.shape_of(text, 12, 3)
-    assert [shape(t) for t in ("x + 9", "9+x", "15 - x", "x*4", "36 / x", "x * 3 + x",
-                               "(x - 1) * 6", "x+x+x+x")] == [
-"add", "add", "subtract", "multiply", "divide", "mixed", "mixed", "add"]
+    shapes = {"x + 9": "add", "9+x": "add", "15 - x": "subtract", "x*4": "multiply",
+              "36 / x": "divide", "x * 3 + x": "mixed", "(x - 1) * 6": "mixed", "x+x+x+x": "add"}
+    assert {text: shape(text) for text in shapes} == shapes
     for text in ("12", "x + 8", "9 + 3", "x ** 2 + 3", "x // 1 * 4", "x / 0", "x +", "exit()",
                  "x * 4 #", "x*4; x", "",
                  "-x + 15", "x\n+9", "y + 9", "__import__('os')", "x" * 61, "(" * 50 + "x",

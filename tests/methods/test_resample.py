@@ -60,9 +60,9 @@ def test_two_ranks_resample_as_one(parts, useful):
         s = grpo_session(parts, "--resample", "5", "--beta", "0.1", "--diversity-weight", "0.2")
         places = {post.key: i for i, post in enumerate(s.posts)}
         s.ranks, s.start = ranks, {n: 0.5 * p for n, p in s.start.items()}
-        s.reward = lambda posts, completions, seeds: [[float(i % 3 == 0 and places[p.key] % useful
-                                                          == 0) for i in range(len(ds))]
-                                                   for p, ds in zip(posts, completions)]
+        s.reward = lambda posts, completions, seeds: [
+            [float(i % 3 == 0 and places[p.key] % useful == 0) for i in range(len(ds))]
+            for p, ds in zip(posts, completions)]
         tally = grpo.grpo_step(s, 0)
         empty.append(not s.batches)
         assert tally.sums["zero_variance"][0] > 0

@@ -367,7 +367,7 @@ def test_a_retrained_reward_model_invalidates_old_scores(root, capsys):
     """Old scores stayed, and a resumed run went on with other rewards."""
     w = places(root)
     by = ["--reward", "model", "--reward-model", train_heads(w, 1)]
-    bare = ["--bare", root / "bare", "--model", w["model"], "--data", w["eval"], *by]
+    bare = ["--base-out", root / "bare", "--model", w["model"], "--data", w["eval"], *by]
     assert measured(capsys, *bare) == "1 of 1 runs" and measured(capsys, *bare) == "0 of 1 runs"
     assert polylora.main(sft_args(w, "lora")) == 0
     chosen = ["--decoder", "best-of-n", "--best-by", "model", *by[2:], w["lora"],

@@ -215,12 +215,11 @@ def test_tasks_in_both_formats_are_read_split_and_judged(tmp_path):
     assert ("assert twice(2) == 4" in mbpp.post and "twice(0)" not in mbpp.post
             and human.id == "HumanEval/900")
     completions = [human.replies[0],
-              "Sure:\n```python\ndef half(x):\n    return floor(x / 2)\n```\nDone.",
-              "    return x // 2", "```\ndef half(x):\n    return x / 2\n```", "I cannot.", ""]
+                   "Sure:\n```python\ndef half(x):\n    return floor(x / 2)\n```\nDone.",
+                   "    return x // 2", "```\ndef half(x):\n    return x / 2\n```", "I cannot.", ""]
     assert [domain.styles_of(human, d) for d in completions] == [("right",)] * 3 + [()] * 3
-    assert [domain.styles_of(mbpp, d) for d in (mbpp.replies[0], "def twice(x): return 4",
-                                                "import os; os._exit(0)")] == [
-("right",), (), ()]
+    wrong = ("def twice(x): return 4", "import os; os._exit(0)")
+    assert [domain.styles_of(mbpp, d) for d in (mbpp.replies[0], *wrong)] == [("right",), (), ()]
     support_posts.save_posts(posts, tmp_path / "again.jsonl")
     assert data.load_posts(tmp_path / "again.jsonl") == posts
     locked = code.Code(posts)

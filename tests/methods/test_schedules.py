@@ -43,9 +43,9 @@ def test_a_schedule_is_a_factor_on_d_s_weight(parts, monkeypatch, tmp_path):
     assert rewards.diversity_weight(args, 4.0, 1.0, 0.5, tally) == 3.0
     # In a step: the mean D over all ranks' drafts, whatever their quality
     seen = []
-    monkeypatch.setitem(registry.SCHEDULES.rows, "constant",
-                        registry.SCHEDULES["constant"]._replace(
-function=lambda session, step, spread: seen.append(spread) or 1.0))
+    seeing = registry.SCHEDULES["constant"]._replace(
+        function=lambda session, step, spread: seen.append(spread) or 1.0)
+    monkeypatch.setitem(registry.SCHEDULES.rows, "constant", seeing)
 
     def step(ranks=None):
         s, tally = rl(parts, "--diversity-weight", "1", ranks=ranks), Tally()

@@ -116,7 +116,7 @@ def test_a_prompt_s_value_excludes_its_own_rewards(parts):
 def test_the_first_completions_of_a_post_have_their_own_users(parts):
     s, asked = spo_session(parts), []
     s.reward = lambda posts, texts, seeds: (asked.append(list(seeds)),
-                                              rewards_by_length(posts, texts))[1]
+                                            rewards_by_length(posts, texts))[1]
     spo.Values(s, 0)([Visit(2, 4), Visit(5, 0)], 3)
     assert asked == [[seed_of(4, "reader", 3, s.posts[i].key, -1) for i in (2, 5)]]
 

@@ -32,9 +32,9 @@ def straight_through_mean(theta, drawn, heat, draws=1500):
     chance = logp.detach()[drawn].sum(1).exp().repeat_interleave(drawn.shape[1])
     noise = torch.rand(draws, len(tokens), 4, generator=torch.Generator().manual_seed(5),
                        dtype=torch.float64)
-    loss = straight_through.straight_through_loss(logp.expand(draws * len(tokens), 4),
-                                                  tokens.repeat(draws),
-                                          noise.flatten(0, 1), slope.repeat(draws, 1), heat)
+    loss = straight_through.straight_through_loss(
+        logp.expand(draws * len(tokens), 4), tokens.repeat(draws), noise.flatten(0, 1),
+        slope.repeat(draws, 1), heat)
     return -torch.autograd.grad((loss * chance.repeat(draws)).sum() / draws, theta,
                                 retain_graph=True)[0]
 
@@ -104,20 +104,19 @@ def test_straight_through_is_the_gradient_of_relaxed_completions(parts, kind):
         for visit, prompt, completions, words in zip(visits, prompts, samples.tokens, texts):
             vectors = []
             for d, completion in enumerate(completions):
-                draw = torch.Generator().manual_seed(files.seed_of(s.seed_for("gumbel", 0, visit), d))
-                logits = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1,
-                                                                 :s.model.vocab]
-                logp, noise = (logits / 0.8).log_softmax(-1), torch.rand(len(completion), s.model.vocab,
-                                                                         generator=draw)
+                seed = files.seed_of(s.seed_for("gumbel", 0, visit), d)
+                draw = torch.Generator().manual_seed(seed)
+                logits = s.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1]
+                logp = (logits[:, :s.model.vocab] / 0.8).log_softmax(-1)
+                noise = torch.rand(logp.shape, generator=draw)
                 hard = F.one_hot(torch.tensor(completion), s.model.vocab).float()
                 first = -(hard * noise).sum(-1, keepdim=True).log()
                 scores = -torch.where(hard > 0, first, -noise.log() / logp.exp() + first).log()
                 soft = ((logp + (scores - logp).detach()) / 0.6).softmax(-1)
                 x = (hard + soft - soft.detach()) @ table
                 kept = max(1, sum(t not in s.stops for t in completion))
-                mine, text = frozen.hidden(x[None])[0,
-                                                    :kept].mean(0), s.embedder.vectors([words[d]])[
-                                                        0]
+                mine = frozen.hidden(x[None])[0, :kept].mean(0)
+                text = s.embedder.vectors([words[d]])[0]
                 vectors.append(text - s.embedder.centre + mine - mine.detach())
             total = total + polylora.diversity(F.normalize(torch.stack(vectors),
                                                            dim=-1)[None])[0] / 2

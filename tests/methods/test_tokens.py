@@ -78,9 +78,9 @@ def test_tokens_are_chosen_from_the_whole_step(parts, name):
         s.reward = rewards_by_length
         batches, count = grpo.rollout(s, 0, Tally())
         s.batches, s.token_count = batches, count
-        logp, a, chosen, completion = (torch.cat([getattr(b, n) if n != "draft" else b.rows.completion
-                                             for b in batches])
-                                  for n in ("sampled", "advantages", "chosen", "draft"))
+        logp = torch.cat([b.sampled for b in batches])
+        a = torch.cat([b.advantages for b in batches])
+        chosen = torch.cat([b.chosen for b in batches])
         cov = tokens.token_covariances(logp, a)
         assert len(logp) == count and 0 < chosen.sum() <= max(1, int(0.2 * count))
         if name == "kl-cov":

@@ -21,7 +21,7 @@ def grid(styles, steps):
 
 @pytest.mark.slow_after(2)
 @pytest.mark.parametrize("users", [(0.6, 0.3, 0.1), (0.4, 0.4, 0.2), (0.547, 0.193, 0.26),
-                                     (1.0, 0, 0)])
+                                   (1.0, 0, 0)])
 @pytest.mark.parametrize("valid", [1.0, 0.6])
 def test_the_limit_is_the_best_of_all_shares(users, valid):
     """Against brute force over a grid of shares: none is better, and the best of them is as

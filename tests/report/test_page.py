@@ -75,13 +75,11 @@ def test_a_method_is_placed_by_its_temperature_and_its_name_may_hold_an_at(tmp_p
                                                     ("x@1@0.5", 6, 0.5), ("y@beams", 3, 1.0),
                                                     ("z@0.3", 2, 1.0), ("z@3", 5, 1.0)])]
     summary = report.report(runs, tmp_path / "out")
-    assert pictures.knobs(summary) == {"x@1": ("x@1", 1.0), "x@1@1.6": ("x@1", 1.6),
-                                       "x@1@0.5": ("x@1", 0.5),
-                                   "y@beams": ("y@beams", -math.inf), "z@0.3": ("z", 0.3),
-                                       "z@3": ("z", 3.0)}
-    assert pictures.curves_of({arm: arm for arm in summary["arms"]},
-                              summary) == {"x@1": ["x@1@0.5", "x@1", "x@1@1.6"],
-                                      "z": ["z@0.3", "z@3"]}
+    assert pictures.knobs(summary) == {
+        "x@1": ("x@1", 1.0), "x@1@1.6": ("x@1", 1.6), "x@1@0.5": ("x@1", 0.5),
+        "y@beams": ("y@beams", -math.inf), "z@0.3": ("z", 0.3), "z@3": ("z", 3.0)}
+    curves = pictures.curves_of({arm: arm for arm in summary["arms"]}, summary)
+    assert curves == {"x@1": ["x@1@0.5", "x@1", "x@1@1.6"], "z": ["z@0.3", "z@3"]}
     assert pictures.looks(summary) == {"x@1": 0, "x@1@1.6": 0, "x@1@0.5": 0, "y@beams": 1,
                                        "z@0.3": 2, "z@3": 2}
 
@@ -157,8 +155,8 @@ class Page(HTMLParser):
 
 def hostile_run(folder, seed, arm):
     completions = [HOSTILE, "a kind word", "A kind word!", "\u202egnp.exe\x1b[31m",
-              "\" onload=\"alert(2)",
-              "</style></script><img src=http://x.y/z>", *(f"draft {i}" for i in range(6))]
+                   "\" onload=\"alert(2)", "</style></script><img src=http://x.y/z>",
+                   *(f"draft {i}" for i in range(6))]
     path = Path(write_run(folder, seed, arm, lambda i: 3 + i % 3, drafts=completions,
                           post=f"{HOSTILE} said one"))
     lines = [{"step": s, "ce": 2.0 - s / 9} for s in range(1, 9)]

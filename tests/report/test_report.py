@@ -443,7 +443,7 @@ def test_notes_of_unequal_seeds_say_whose_interval_is_over_what(tmp_path, capsys
 def test_the_report_says_how_completions_were_sampled_and_truncated(world, tmp_path,
                                                                     capsys):  # noqa: F811
     """E2, E6: n, temperature, the longest draft, entropy and the share of drafts cut off."""
-    measure = ["measure", "--model", world["model"], "--bare", str(tmp_path / "bare"),
+    measure = ["measure", "--model", world["model"], "--base-out", str(tmp_path / "bare"),
                "--data", world["eval"], "--n", "10",
                "--max-new-tokens", "5"]
     assert (evaluate.main(measure) == 0

@@ -187,7 +187,8 @@ ranks.time = SimpleNamespace(monotonic=lambda: now[0])
 s, params, step = t.toy_run(t.toy_args(sys.argv[1]))
 
 def interrupted(number):
-    for at, sent in ((0.0, signal.SIGINT), (0.9, signal.SIGTERM), (float(sys.argv[2]), signal.SIGINT)):
+    third = float(sys.argv[2])
+    for at, sent in ((0.0, signal.SIGINT), (0.9, signal.SIGTERM), (third, signal.SIGINT)):
         now[0] = at
         signal.raise_signal(sent)
         print("goes on at", at, flush=True)
@@ -238,9 +239,8 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path, capsys):
         with pytest.raises(Stop):
             finish_toy_run(*resumed)
         (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(bad)
-    assert all(torch.equal(a, b)
-               for a, b in zip(whole, finish_toy_run(*toy_run(toy_args(tmp_path / "cut",
-                                                         resume=True)))))
+    resumed = finish_toy_run(*toy_run(toy_args(tmp_path / "cut", resume=True)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
 
 
 @pytest.mark.skipif(checkpoint.resource is None, reason="no limits on this system")
@@ -264,9 +264,8 @@ def test_stall_warnings_appear_once_and_after_a_resume():
     it."""
     dead, said = StallWarnings(), []
     for step in range(12):
-        said += [(step, text)
-                 for text in dead.warnings_of({"reward": 0.0, "D": 0.5, "zero_variance": 1.0,
-                                        "gated_D": 0.0 if step > 3 else 0.1})]
+        row = {"reward": 0.0, "D": 0.5, "zero_variance": 1.0, "gated_D": 0.0 if step > 3 else 0.1}
+        said += [(step, text) for text in dead.warnings_of(row)]
     assert [(step, text.split()[0]) for step, text in said] == [(4, "reward"), (4, "zero_variance"),
                                                                 (8, "gated_D")]
     assert [text for _, text in said] == dead.said
@@ -309,10 +308,8 @@ def test_changed_posts_are_not_resumed(tmp_path):
     args = dict(data=str(file))
     with pytest.raises(Stop):
         finish_toy_run(*toy_run(toy_args(tmp_path / "run", **args), 5))
-    file.rename(tmp_path / "moved.jsonl")
-    RunFolder(toy_args(tmp_path / "run", resume=True, data=str(tmp_path / "moved.jsonl")),
-        # only its place changed
-        Ranks("toy", "cpu"))
+    moved = file.rename(tmp_path / "moved.jsonl")              # only its place changed
+    RunFolder(toy_args(tmp_path / "run", resume=True, data=str(moved)), Ranks("toy", "cpu"))
     file.write_text("two")
     with pytest.raises(InputError, match="contents of .*posts.jsonl have changed"):
         RunFolder(toy_args(tmp_path / "run", resume=True, **args), Ranks("toy", "cpu"))
@@ -570,8 +567,8 @@ def test_an_adapter_on_another_base_is_refused(world, tmp_path, capsys):
 # ---- What is replaced under its name -------------------------------------------------------------
 
 def test_every_command_refuses_a_replaced_base(root, capsys):
-    """`drafts` wrote nonsense, GRPO from A/adapter trained on it, `wise` mixed adapters of two
-    bases."""
+    """`drafts` wrote nonsense, GRPO from A/adapter trained on it, `interpolate` mixed adapters
+    of two bases."""
     w = places(root)
     assert polylora.main(sft_args(w, "lora")) == 0
     torch.manual_seed(5)
@@ -585,7 +582,7 @@ def test_every_command_refuses_a_replaced_base(root, capsys):
                                          *grpo_args(w, "never", "--start", start))
     assert polylora.main(sft_args(w, "later")) == 0
     for a, b in ((w["lora"], root / "later"), (root / "later/adapter", w["lora"])):
-        assert "different base" in refusal(capsys, polylora.main, "wise", a, b,
+        assert "different base" in refusal(capsys, polylora.main, "interpolate", a, b,
                                            "--out", root / "never")
     assert not (root / "never").exists()
 
@@ -946,9 +943,11 @@ def test_training_names_completions_that_are_all_cut_off(root, capsys, main, fla
 def writes(tokens_of):
     """A generate() that writes tokens_of(stops) for every completion of every prompt."""
     def write(model, prompts, *, k=1, stop_ids=(), progress=None, **settings):
-        completions = [[list(tokens_of(stop_ids, p, d)) for d in range(k)] for p in range(len(prompts))]
-        ended = [[ids[-1] in stop_ids for ids in row] for row in completions]
-        return Samples(completions, [[[-1.0] * len(ids) for ids in row] for row in completions], ended)
+        completions = [[list(tokens_of(stop_ids, p, d)) for d in range(k)]
+                       for p in range(len(prompts))]
+        logprobs = [[[-1.0] * len(ids) for ids in group] for group in completions]
+        ended = [[ids[-1] in stop_ids for ids in group] for group in completions]
+        return Samples(completions, logprobs, ended)
     return write
 
 

@@ -167,7 +167,7 @@ def test_unknown_flags_and_help_exit_as_programs_do():
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
         assert stop.value.code == 0
-    # `polylora.py wise --help` ended in a traceback
+    # `polylora.py interpolate --help` ended in a traceback
     for module in (polylora, evaluate, data, rewards):
         for command in module.parser()._subparsers._group_actions[0].choices.values():
             assert "--help" in command.format_help()
@@ -202,9 +202,10 @@ def test_small_mistakes_give_one_sentence_errors(root, capsys, monkeypatch):
     # an adapter of PEFT's, in FOLDER/adapter
     foreign = root / "foreign"
     shutil.copytree(root / "lora" / "adapter", foreign / "adapter")
-    assert polylora.main(["wise", w["lora"], str(foreign), "--out", str(root / "between")]) == 0
+    out = ["--out", str(root / "between")]
+    assert polylora.main(["interpolate", w["lora"], str(foreign), *out]) == 0
     assert measured(capsys, root / "between", "--data", w["eval"]) == "1 of 1 runs"
-    assert "exists" in refusal(capsys, polylora.main, "wise", w["lora"], foreign,
+    assert "exists" in refusal(capsys, polylora.main, "interpolate", w["lora"], foreign,
                                "--out", root / "between")
 
 

@@ -93,7 +93,8 @@ def test_a_seed_is_the_same_number_on_every_machine():
 
 def test_a_full_disk_under_safetensors_is_a_sentence(tmp_path):
     """Its error is no OSError."""
-    with pytest.raises(InputError, match="free some disk space"), files.atomic_write(tmp_path / "x"):
+    out = tmp_path / "x"
+    with pytest.raises(InputError, match="free some disk space"), files.atomic_write(out):
         raise SafetensorError("No space left on device")
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -529,7 +529,8 @@ def test_a_training_template_that_keeps_every_think_block_is_written_as_it_is(tm
     said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
             {"role": "user", "content": "three"}]
     want = (
-        "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ntwo<|im_end|>\n"
+        "<|im_start|>user\none<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\ntwo<|im_end|>\n"
         "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     assert data.render_chat(said, add_generation_prompt=True, chat=chat) == want

@@ -196,9 +196,11 @@ def test_live_ours_read_by_peft_and_peft_s_by_us(kind, tmp_path, recwarn):
                 and adapters_gap(model(tokens), ours()(tokens)) > 0.1)
     common = dict(lora_alpha=5, task_type="CAUSAL_LM",
                   target_modules=["q_proj", "o_proj", "down_proj"])
-    settings = (peft.LoraConfig(r=3, **common, **PEFT_KINDS.get(kind, {})) if kind != "adalora"
-                else \
-         peft.AdaLoraConfig(init_r=6, target_r=4, total_step=100, tinit=1, tfinal=1, **common))
+    if kind == "adalora":
+        settings = peft.AdaLoraConfig(init_r=6, target_r=4, total_step=100, tinit=1, tfinal=1,
+                                      **common)
+    else:
+        settings = peft.LoraConfig(r=3, **common, **PEFT_KINDS.get(kind, {}))
     written = peft.get_peft_model(theirs(), settings).eval()
     with torch.no_grad():
         for name, p in written.named_parameters():
@@ -418,14 +420,16 @@ def test_adalora_saved_with_its_cut_triplets_and_with_the_adapter_s_name_is_read
     assert gap(last_two(load_adapter(base(), uncut)), last_two(cut)) < 1e-5
 
 
+CUT_TO_TWO = next(name for name, kept in PEFT_FILES_GOLDEN["rank_pattern"]["pattern"].items()
+                  if sum(kept) == 2)
+
+
 @pytest.mark.parametrize("pattern, match", [
-    ([True], "JSON object"), ({"model.layers.0.self_attn.q_proj.lora_E": [True, False]},
-                              "4 booleans"),
+    ([True], "JSON object"),
+    ({"model.layers.0.self_attn.q_proj.lora_E": [True, False]}, "4 booleans"),
     ({"model.layers.0.self_attn.q_proj.lora_E": 3}, "4 booleans"),
     ({"model.layers.9.q_proj.lora_E": [True] * 4}, "layers.9"),
-    ({next(n for n, k in PEFT_FILES_GOLDEN["rank_pattern"]["pattern"].items()
-           if sum(k) == 2): [True] * 3 + [False]}, "2 triplets.*keeps 3")],
-                         ids=str)
+    ({CUT_TO_TWO: [True] * 3 + [False]}, "2 triplets.*keeps 3")], ids=str)
 def test_a_rank_pattern_that_does_not_fit_its_tensors_is_refused(pattern, match, tmp_path):
     folder = adalora(tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -35,7 +35,7 @@ def test_all_layouts_of_a_line_are_read_and_extra_fields_left_alone(tmp_path):
 
 def test_a_byte_order_mark_and_null_fields_are_read_over(tmp_path):
     path = data_write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
-                 {"post": None, "tweet": "Two", "replies": None, "reply": "r"})
+                      {"post": None, "tweet": "Two", "replies": None, "reply": "r"})
     assert [(p.post, len(p.replies)) for p in data.load_posts(path)] == [("Rain again.", 2),
                                                                          ("Two", 1)]
 
@@ -120,8 +120,8 @@ def test_ids_may_clash_because_seeds_depend_on_the_post(tmp_path):
     shared a random stream and a reader."""
     rows = [{"id": None, "post": f"p {i}", "reply": "r"} for i in range(3)]
     rows += [{"id": "a", "post": f"q {i}", "reply": "r"} for i in range(3)]
-    rows += [{"id": "a-2", "post": "taken", "reply": "r"}, {"tweet_id": 7, "id": None, "post": "t",
-                                                           "reply": "r"}]
+    rows += [{"id": "a-2", "post": "taken", "reply": "r"},
+             {"tweet_id": 7, "id": None, "post": "t", "reply": "r"}]
     posts = data.load_posts(data_write(tmp_path / "a.jsonl", *rows))
     names = [p.id for p in posts]
     assert names[:4] == ["line-1", "line-2", "line-3", "a"] and names[6:] == ["a-2", "7"]

@@ -38,7 +38,8 @@ if ranks.rank == 0:
 ranks.sum_gradients([a, b])
 tally = Tally()
 tally.add("loss", 2.0 if ranks.rank == 0 else 0.6, 1 if ranks.rank == 0 else 3)
-means, gathered = tally.means(ranks, ["loss"]), ranks.gather(list(range(5))[ranks.rank::ranks.world])
+means = tally.means(ranks, ["loss"])
+gathered = ranks.gather(list(range(5))[ranks.rank::ranks.world])
 print(json.dumps([a.grad.tolist(), b.grad.tolist(), means, gathered, ranks.sum([1, 2])]))
 ranks.barrier()
 ranks.close()
@@ -117,10 +118,13 @@ from support.steplog import Tally
 from trainer import train
 
 def toy(folder, dies="never", resume=False, pause=0.0):
-    '''Six steps of one tensor, whatever the number of ranks; rank, step and restart of "1 3 0" end by SIGKILL.'''
-    args = SimpleNamespace(out=str(folder), resume=resume, seed=1, steps=6, lr=0.1, beta2=0.99, weight_decay=0.0, warmup=3,
-                           schedule="cosine", clip=100.0, save_every=2, device="cpu", data="none")
-    s = SimpleNamespace(args=args, ranks=Ranks("toy", "cpu"), stage="toy", say=lambda text: s.ranks.main and print(text, flush=True))
+    '''Six steps of one tensor, whatever the number of ranks. dies="1 3 0": rank 1 is killed at
+    step 3 of its first start.'''
+    args = SimpleNamespace(out=str(folder), resume=resume, seed=1, steps=6, lr=0.1, beta2=0.99,
+                           weight_decay=0.0, warmup=3, schedule="cosine", clip=100.0,
+                           save_every=2, device="cpu", data="none")
+    s = SimpleNamespace(args=args, ranks=Ranks("toy", "cpu"), stage="toy")
+    s.say = lambda text: s.ranks.main and print(text, flush=True)
     s.run, p, done = RunFolder(args, s.ranks), torch.nn.Parameter(torch.tensor([2.0, -1.0])), []
 
     def step(number):
@@ -260,9 +264,11 @@ import trainer
 torch.set_num_threads(1)
 world, root = json.loads(sys.argv[1]), sys.argv[2]
 spread = []
-shard = support_ranks.shard
-trainer.shard = lambda model, ranks: (shard(model, ranks), spread.append(
-    [p.to_local().numel() / p.numel() for n, p in model.named_parameters() if n.endswith("q_proj.weight")]))
+def shard(model, ranks):
+    support_ranks.shard(model, ranks)
+    spread.append([p.to_local().numel() / p.numel() for n, p in model.named_parameters()
+                   if n.endswith("q_proj.weight")])
+trainer.shard = shard
 generate = engine.generate
 def together(model, *a, **k):
     samples, ranks = generate(model, *a, **k), torch.ones(1)
@@ -273,12 +279,16 @@ trainer.generate = together
 for how in ([], ["--shard", "--checkpointing"]):
     name = "sharded" if how else "whole"
     sft, out = f"{root}/{name}-sft", f"{root}/{name}-grpo"
-    few = ["--micro-tokens", "40", "--max-rows", "4", "--max-new-tokens", "5", "--steps", "2", "--gate", "likelihood", "--warmup", "0", *how]
-    assert polylora.main(["sft", "--model", world["model"], "--data", world["sft"], "--out", sft, "--batch", "5", "--k", "3",
-                          "--draft-posts", "3", "--rank", "2", "--lambda", "0.3", "--lr", "0.01", *few]) == 0
-    assert grpo.main(["--start", sft, "--data", world["grpo"], "--out", out, "--batch", "3", "--k", "4", "--updates", "2",
-                      "--beta", "0.04", "--diversity-weight", "1", "--lr", "0.01", *few]) == 0
-    assert evaluate.main(["measure", sft, out, "--data", world["eval"], "--n", "10", "--max-new-tokens", "5", *how[:1]]) == 0
+    few = ["--micro-tokens", "40", "--max-rows", "4", "--max-new-tokens", "5", "--steps", "2",
+           "--gate", "likelihood", "--warmup", "0", "--lr", "0.01", *how]
+    assert polylora.main(["sft", "--model", world["model"], "--data", world["sft"], "--out", sft,
+                          "--batch", "5", "--k", "3", "--draft-posts", "3", "--rank", "2",
+                          "--lambda", "0.3", *few]) == 0
+    assert grpo.main(["--start", sft, "--data", world["grpo"], "--out", out, "--batch", "3",
+                      "--k", "4", "--updates", "2", "--beta", "0.04",
+                      "--diversity-weight", "1", *few]) == 0
+    assert evaluate.main(["measure", sft, out, "--data", world["eval"], "--n", "10",
+                          "--max-new-tokens", "5", *how[:1]]) == 0
 assert len(spread) == 5 and all(0.4 < x < 0.6 for parts in spread for x in parts), spread
 """
 
@@ -306,14 +316,11 @@ def test_sharded_weights_give_the_same_results(world, tmp_path):
         whole, sharded = (adapter_of(tmp_path / f"{how}-{stage}") for how in ("whole", "sharded"))
         assert max(float((whole[n] - sharded[n]).abs().max()) for n in whole) < 2e-4
         assert max(float(t.abs().max()) for n, t in whole.items() if "lora_B" in n) > 0.01
-        completions = [[r["drafts"]
-                   for r in json.loads(
-                       (tmp_path / f"{how}-{stage}" / "evaluation.json").read_text())["records"]]
-                  for how in ("whole", "sharded")]
-        assert completions[0] == completions[1]
-
-
-ROOT = Path(ranks.__file__).parent.parent
+        texts = []
+        for how in ("whole", "sharded"):
+            written = json.loads((tmp_path / f"{how}-{stage}" / "evaluation.json").read_text())
+            texts.append([record["drafts"] for record in written["records"]])
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.multirank
