@@ -155,7 +155,7 @@ def fleiss_kappa(counts):
 
 
 def count_picks(raters, key):
-    """[{item: names of the runs whose drafts were picked, () for none}, one a rater] -> what
+    """[{item: names of the runs whose draft or set was picked, () for none}, one a rater] -> what
     picks.json holds. A run's rate on a post is the share of its raters who picked it; a pick of
     what several runs wrote counts for each in equal parts. The mean is over posts, the interval
     (95%) over their clusters; raters are taken as given, so it speaks of these people and other
@@ -237,16 +237,17 @@ def picks_text(result, of_page):
         lines.append(f"{printable(name):{wide}}  {row['rate']:9.3f}  "
                      f"[{row['low']:.3f}, {row['high']:.3f}]")
     of_raters = f"by {result['raters']} raters on {result['posts']} posts"
-    chance = f"chance: {result['chance']:.3f}"
+    chance = f"; chance: {result['chance']:.3f}" if len(result["runs"]) > 1 else ""
     if of_page:
-        lines.append(f"{result['picks']} picks and {result['none']} times none {of_raters}; "
-                     f"{chance}")
+        total = result["picks"] + result["none"]
+        lines.append(f"{total} answers (picks: {result['picks']}, none: {result['none']}) "
+                     f"{of_raters}{chance}")
     else:
         lines.append(f"{result['picks']} picks {of_raters}, {result['left_out']} without a pick "
-                     f"left out; {chance}")
+                     f"left out{chance}")
     kappa = result["fleiss_kappa"]
     if kappa is None:
-        shown = "not defined (two raters of a post are needed, and more than one run picked)"
+        shown = "not defined (two raters of a post are needed, and more than one choice)"
     else:
         shown = f"{kappa:.3f}"
     lines.append(f"Agreement, Fleiss' kappa: {shown}")

@@ -215,8 +215,9 @@ def serve(args):
         server.serve_forever()
     except KeyboardInterrupt:
         pass
+    server.server_close()
     with server.lock:                        # an answer that is being written is finished
-        server.server_close()
+        answers.ended = True                 # of connections that are still open
         print(f"\n{printable(answers.summary())}")
         if answers.picks:
             print(printable(next_commands(answers.path, args.runs[0])))

@@ -151,6 +151,7 @@ class Answers:
         self.picks = {}                      # {number of an item: the index picked, or None}
         self.starts = {}                     # {number of an item: where its line begins in bytes}
         self.size = 0
+        self.ended = False                   # is the program about to end?
         if self.path.exists():
             self.read()
         self.check_writable()
@@ -260,7 +261,11 @@ class Answers:
         del self.picks[number], self.starts[number]
 
     def opened(self):
-        """The file, open at its end without a buffer; Refused if somebody else has changed it."""
+        """The file, open at its end without a buffer; Refused if somebody else has changed it, or
+        nothing more is to be written."""
+        if self.ended:
+            raise Refused(409, "The program has ended: start it again, and open the address that it "
+                               "prints.")
         file = open(self.path, "r+b", buffering=0)
         if file.seek(0, os.SEEK_END) != self.size:
             file.close()
@@ -273,9 +278,9 @@ class Answers:
         total = len(self.picks)
         none = sum(pick is None for pick in self.picks.values())
         rest = self.asked - sum(number in self.picks for number in range(self.asked))
-        said = (f"{self.path} holds {total} answers, {total - none} picks and {none} times none; "
-                f"{rest} posts are left")
-        return said + (": the same command goes on there" if rest else "")
+        said = (f"{self.path} holds {total} answers (picks: {total - none}, none: {none}); posts "
+                f"left: {rest}")
+        return said + (" (go on by the same command)" if rest else "")
 
 
 def write_whole(file, data):
