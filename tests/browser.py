@@ -2,7 +2,6 @@
 protocol: nothing but the standard library, and no port."""
 
 import base64
-import fcntl
 import json
 import os
 import select
@@ -20,7 +19,10 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
 
 
 def chromium():
-    """The path of a Chromium: that of $CHROMIUM, or the first that is found; None without one."""
+    """The path of a Chromium: that of $CHROMIUM, or the first that is found; None without one, and
+    on Windows, where pipes have no numbers."""
+    if not hasattr(os, "posix_spawn"):
+        return None
     for name in (os.environ.get("CHROMIUM"), *NAMES):
         if name and shutil.which(name):
             return shutil.which(name)
@@ -29,6 +31,7 @@ def chromium():
 
 def high(number):
     """The same open file under a number from 10 up, closed by exec."""
+    import fcntl                             # not on Windows
     copy = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(number)
     return copy
