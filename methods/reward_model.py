@@ -30,7 +30,8 @@ from support.formats import REPLIES
 from support.hub import read_tensors
 from support.peft_files import LINEARS, PREFIX
 from support.plan import announce
-from support.posts import Post, bad_line, cannot_be_read, normalise, post_of, read_line
+from support.posts import (Post, bad_line, cannot_be_read, is_unpicked, normalise, post_of,
+                           read_line)
 from support.registry import COMMANDS, DOMAINS, REWARDS
 from support.steplog import Tally
 from trainer import Session, batch_visits, load_chat, load_model, train
@@ -47,12 +48,15 @@ class Preferences(NamedTuple):
 
 
 def parse_preference(line, number):
-    """The Preferences of one JSON line; ValueError says what is wrong with it.
+    """The Preferences of one JSON line, None of a choice where none was picked; ValueError says
+    what is wrong with it.
 
     A line is either a choice, {"post", "drafts", "pick"} or {"prompt", "chosen", "rejected"}, where
     the pick counts as one like and the others as none; or a line of posts, whose reply may have
     `reply_likes`, or a `label` that is true or false."""
     d = read_line(line)
+    if is_unpicked(d):
+        return None
     if isinstance(d.get("rejected"), str) and isinstance(d.get("chosen"), str):
         d = d | {"drafts": [d.pop("chosen"), d.pop("rejected")], "pick": 0}
     if isinstance(d.get("label"), bool):
@@ -146,7 +150,9 @@ class Merged:
         self.position = {}                   # post -> where its likes are in the list
 
     def add(self, new):
-        """Add a line's Preferences."""
+        """Add a line's Preferences; None adds nothing."""
+        if new is None:
+            return
         if new.alone or not new.likes:
             self.preferences.append(new)
             return

@@ -2,13 +2,15 @@
 
     python evaluate.py ask runs/lora-1 runs/poly-1 --out picks.csv     # a copy to each person
     python evaluate.py picks anna.csv ben.csv --key picks.key.json
+    python evaluate.py ask runs/lora-1 runs/poly-1 --serve             # a page instead
 
-A person sees, for each post, one set of k drafts from each run, side by side and without names,
-and marks the set that they would rather have been shown. Sets and not single drafts are chosen
-because a set is what the app shows: a run whose best draft is good but whose five are one draft
-five times loses here, as it would in the app, while picking the best draft of all would hide
-that. One choice a post is quick, needs no scale that raters read differently, and gives rates
-that add up to 1, with 1/runs as what chance gives. Few runs (2 to 4) keep it readable."""
+The page is in report/picking.py. Of a sheet, a person sees, for each post, one set of k drafts from
+each run, side by side and without names, and marks the set that they would rather have been shown.
+Sets and not single drafts are chosen because a set is what the app shows: a run whose best draft is
+good but whose five are one draft five times loses here, as it would in the app, while picking the
+best draft of all would hide that. One choice a post is quick, needs no scale that raters read
+differently, and gives rates that add up to 1, with 1/runs as what chance gives. Few runs (2 to 4)
+keep it readable."""
 
 import csv
 import io
@@ -18,9 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from report.blind import check_numbers, common_posts, names_of, records_of, some_drafts
+from report.pick_page import serve
+from report.picking import is_of_page, read_raters
 from report.runs import read_run
-from report.tables import csv_cell
 from report.stats import interval
+from report.tables import csv_cell
 from support.files import InputError, printable, read_object, write_text
 
 
@@ -31,14 +36,19 @@ MARK = "pick"                                # the column that people fill
 
 def ask(args):
     """Write the sheet: a row a post and run, {item, set, post, draft 1 .. draft k, pick}, posts and
-    sets shuffled, and next to it the key, which set is of which run."""
+    sets shuffled, and next to it the key, which set is of which run. With --serve: a page."""
+    if args.serve:
+        serve(args)
+        return
+    if not args.out:
+        raise InputError("give --out, the sheet to write, or --serve for a page")
     if len(args.runs) < 2:
         raise InputError("give two runs or more: people choose between their drafts")
     runs = [read_run(folder) for folder in args.runs]
     records = [records_of(folder) for folder in args.runs]
     names = names_of(runs)
     ids = common_posts(runs)
-    check_sheet(args, records, ids)
+    check_numbers(args, records, ids)
     draw = random.Random(f"ask {args.seed}")
     ids = draw.sample(ids, min(args.posts or len(ids), len(ids)))
     sheet = [["item", "set", "post", *(f"draft {n + 1}" for n in range(args.k)), MARK]]
@@ -48,11 +58,7 @@ def ask(args):
         for number, which in enumerate(draw.sample(range(len(runs)), len(runs))):
             label = letter(number)
             sets[label] = names[which]
-            record = records[which][i]
-            if "set" in record:              # a joint decoder's first k are a set: it stays whole
-                some = record["drafts"][:args.k]
-            else:
-                some = draw.sample(record["drafts"], args.k)
+            some = some_drafts(records[which][i], args.k, draw)
             sheet.append([str(item), label, runs[0]["posts"][i], *some, ""])
         cluster = records[0][i].get("intent") or i
         key["items"][str(item)] = {"id": i, "cluster": cluster, "sets": sets}
@@ -63,45 +69,6 @@ def ask(args):
     print(f"{args.out}: {len(ids)} posts, {len(runs)} sets of {args.k} drafts each: give people "
           f"copies, who put an x under '{MARK}' in one row of each post; keep "
           f"{key_of(args.out)} from them")
-
-
-def records_of(folder):
-    """{post id: its record} of a measured run."""
-    records = read_object(Path(folder) / "evaluation.json")["records"]
-    return {record["id"]: record for record in records}
-
-
-def names_of(runs):
-    """A name for each run: its arm, with the seed where several runs are of that arm."""
-    arms = [run["arm"] for run in runs]
-    names = []
-    for run in runs:
-        alone = arms.count(run["arm"]) == 1
-        names.append(run["arm"] if alone else f"{run['arm']} (seed {run['seed']})")
-    if len(set(names)) < len(names):
-        raise InputError("two of the runs are the same arm and seed: give each once")
-    return names
-
-
-def common_posts(runs):
-    """The ids of the posts that all runs have."""
-    ids = []
-    for i, text in runs[0]["posts"].items():
-        if all(run["posts"].get(i) == text for run in runs):
-            ids.append(i)
-    if len(ids) < 2:
-        raise InputError("the runs have fewer than 2 posts in common; measure them on the same")
-    return ids
-
-
-def check_sheet(args, records, ids):
-    """InputError for a number of posts or completions that the runs cannot give."""
-    shortest = min(len(found[i]["drafts"]) for found in records for i in ids)
-    if args.posts < 0:
-        raise InputError(f"--posts {args.posts}: how many posts to ask about, or 0 for all")
-    if not 1 <= args.k <= shortest:
-        raise InputError(f"--k {args.k}: a set needs 1 to {shortest} drafts, as many as were "
-                         "measured")
 
 
 def letter(number):
@@ -188,58 +155,99 @@ def fleiss_kappa(counts):
 
 
 def count_picks(raters, key):
-    """[{item: run}, one a rater] -> what picks.json holds. A run's rate on a post is the share of
-    its raters who picked it; the mean is over posts, the interval (95%) over their clusters;
-    raters are taken as given, so it speaks of these people and other posts."""
+    """[{item: names of the runs whose draft or set was picked, () for none}, one a rater] -> what
+    picks.json holds. A run's rate on a post is the share of its raters who picked it; a pick of
+    what several runs wrote counts for each in equal parts. The mean is over posts, the interval
+    (95%) over their clusters; raters are taken as given, so it speaks of these people and other
+    posts. Agreement counts a pick of several runs, and none, as choices of their own."""
     names = key["runs"]
     items = [i for i in key["items"] if any(i in rater for rater in raters)]
     if len(items) < 2:
         raise InputError("fewer than 2 posts have a pick, too few for an interval")
-    counts = np.zeros((len(items), len(names)), dtype=int)
+    choices = sorted({chosen for rater in raters for chosen in rater.values()})
+    counts = np.zeros((len(items), len(choices)), dtype=int)
     for row, i in enumerate(items):
-        for column, name in enumerate(names):
-            counts[row, column] = sum(rater.get(i) == name for rater in raters)
-    shares = counts / counts.sum(1, keepdims=True)
+        for column, chosen in enumerate(choices):
+            counts[row, column] = sum(rater.get(i) == chosen for rater in raters)
+    credit = np.zeros((len(choices), len(names)))
+    for row, chosen in enumerate(choices):
+        for name in chosen:
+            credit[row, names.index(name)] = 1 / len(chosen)
+    shares = counts / counts.sum(1, keepdims=True) @ credit                    # (items, runs)
     clusters = [key["items"][i]["cluster"] for i in items]
     rates = {}
     for name, values in zip(names, shares.T):
-        mean, low, high = interval([values], [clusters], True)
-        rates[name] = {"rate": mean, "low": max(0.0, low), "high": min(1.0, high)}
+        rates[name] = rate_of(values, clusters)
+    none = rate_of(1 - shares.sum(1), clusters)
+    picked = sum(bool(chosen) for rater in raters for chosen in rater.values())
     return {"version": 1, "raters": len(raters), "posts": len(items), "k": key["k"],
-            "picks": int(counts.sum()), "left_out": len(key["items"]) - len(items),
-            "chance": 1 / len(names), "runs": rates, "fleiss_kappa": fleiss_kappa(counts)}
+            "picks": picked, "none": int(counts.sum()) - picked, "none_rate": none,
+            "left_out": len(key["items"]) - len(items),
+            "chance": (1 - none["rate"]) / len(names), "runs": rates,
+            "fleiss_kappa": fleiss_kappa(counts)}
+
+
+def rate_of(values, clusters):
+    """{"rate", "low", "high"} of shares (posts,) with their clusters."""
+    mean, low, high = interval([values], [clusters], True)
+    return {"rate": mean, "low": max(0.0, low), "high": min(1.0, high)}
 
 
 def picks(args):
-    """Count filled sheets, a file a rater: a table on the screen and in PREFIX.txt, the numbers in
-    PREFIX.json."""
-    place = args.key or key_of(args.sheets[0])
-    if not Path(place).is_file():
-        raise InputError(f"there is no key {place}: name with --key the one that `ask` wrote")
-    key = read_object(place)
-    if key.get("version") != 1 or not isinstance(key.get("items"), dict):
-        raise InputError(f"{place} is no key of `ask`; name the right one with --key")
-    result = count_picks([read_picks(path, key) for path in args.sheets], key)
+    """Count filled sheets, or files of the page, one a rater: a table on the screen and in
+    PREFIX.txt, the numbers in PREFIX.json."""
+    of_page = {is_of_page(path) for path in args.sheets}
+    if of_page == {True}:
+        key, raters = read_raters(args.sheets)
+    elif of_page == {False}:
+        key = read_key(args.key or key_of(args.sheets[0]))
+        raters = []
+        for path in args.sheets:
+            filled = read_picks(path, key)
+            raters.append({item: (run,) for item, run in filled.items()})
+    else:
+        raise InputError("a sheet has picks of sets, and a .jsonl file of the page picks of single "
+                         "drafts: count them apart")
+    result = count_picks(raters, key)
     prefix = args.out or str(Path(args.sheets[0]).with_suffix("")) + ".result"
-    text = picks_text(result)
+    text = picks_text(result, of_page == {True})
     write_text(prefix + ".json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     write_text(prefix + ".txt", text)
     print(text, end="")
 
 
-def picks_text(result):
+def read_key(place):
+    """The key that `ask` wrote beside its sheet."""
+    if not Path(place).is_file():
+        raise InputError(f"there is no key {place}: name with --key the one that `ask` wrote")
+    key = read_object(place)
+    if key.get("version") != 1 or not isinstance(key.get("items"), dict):
+        raise InputError(f"{place} is no key of `ask`; name the right one with --key")
+    return key
+
+
+def picks_text(result, of_page):
     """What count_picks found, as a table and two sentences."""
-    wide = max(len(name) for name in [*result["runs"], "run"])
+    rows = sorted(result["runs"].items(), key=lambda pair: -pair[1]["rate"])
+    if of_page:
+        rows.append(("none of them", result["none_rate"]))
+    wide = max(len(name) for name, _ in [("run", None), *rows])
     lines = [f"{'run':{wide}}  pick rate  95% interval"]
-    for name, row in sorted(result["runs"].items(), key=lambda pair: -pair[1]["rate"]):
+    for name, row in rows:
         lines.append(f"{printable(name):{wide}}  {row['rate']:9.3f}  "
                      f"[{row['low']:.3f}, {row['high']:.3f}]")
-    lines.append(f"{result['picks']} picks by {result['raters']} raters on {result['posts']} "
-                 f"posts, {result['left_out']} without a pick left out; chance: "
-                 f"{result['chance']:.3f}")
+    of_raters = f"by {result['raters']} raters on {result['posts']} posts"
+    chance = f"; chance: {result['chance']:.3f}" if len(result["runs"]) > 1 else ""
+    if of_page:
+        total = result["picks"] + result["none"]
+        lines.append(f"{total} answers (picks: {result['picks']}, none: {result['none']}) "
+                     f"{of_raters}{chance}")
+    else:
+        lines.append(f"{result['picks']} picks {of_raters}, {result['left_out']} without a pick "
+                     f"left out{chance}")
     kappa = result["fleiss_kappa"]
     if kappa is None:
-        shown = "not defined (two raters of a post are needed, and more than one run picked)"
+        shown = "not defined (two raters of a post are needed, and more than one choice)"
     else:
         shown = f"{kappa:.3f}"
     lines.append(f"Agreement, Fleiss' kappa: {shown}")
@@ -248,18 +256,26 @@ def picks_text(result):
 
 def commands(sub, form):
     """The commands ask and picks, for evaluate.py's parser."""
-    p = sub.add_parser("ask", help="write a blind sheet of drafts for people to choose among",
+    p = sub.add_parser("ask", help="ask people: a blind sheet of drafts, or with --serve a page",
                        **form)
     p.add_argument("runs", nargs="+", metavar="RUN", help="measured runs, on the same posts")
-    p.add_argument("--out", required=True, metavar="CSV",
-                   help="the sheet; its key is written next to it")
-    p.add_argument("--k", type=int, default=5, help="drafts in a set")
+    p.add_argument("--out", metavar="FILE",
+                   help="the sheet, a CSV, whose key is written next to it; with --serve the JSON "
+                        "lines that picks are appended to (then by default picks.jsonl)")
+    p.add_argument("--k", type=int, default=5, help="drafts of each run")
     p.add_argument("--posts", type=int, default=30, help="posts to ask about; 0: all")
     p.add_argument("--seed", type=int, default=1, help="of what is drawn and of the order")
+    p.add_argument("--serve", action="store_true",
+                   help="open a page on this machine, on which a person picks single drafts, and "
+                        "may stop and go on later")
+    p.add_argument("--port", type=int, default=0, help="of that page; 0: any that is free")
+    p.add_argument("--no-browser", dest="browser", action="store_false",
+                   help="print the page's address only, and do not open it")
     p.set_defaults(run=ask)
     p = sub.add_parser("picks", help="count the filled sheets: pick rates, agreement", **form)
-    p.add_argument("sheets", nargs="+", metavar="CSV", help="filled copies of a sheet, one a rater")
+    p.add_argument("sheets", nargs="+", metavar="FILE",
+                   help="filled copies of a sheet, or files that the page wrote, one a rater")
     p.add_argument("--key", help="the sheet's key; default: next to the first sheet, by its name")
     p.add_argument("--out", metavar="PREFIX",
-                   help="where .json and .txt go; default: the first sheet's name and .result")
+                   help="where .json and .txt go; default: the first file's name and .result")
     p.set_defaults(run=picks)

@@ -81,6 +81,7 @@ class PostFile(Sequence):
         self.names = {}                      # {place: new id} of posts with a repeated id
         self.kinds = {}                      # see kinds_of
         self.unread = Counter()              # {field that is not read: lines}
+        self.unpicked = 0                    # lines without a pick, see is_unpicked
         table = LineTable()
         bad = []                             # numbers of bad lines
         reason = ""                          # what is wrong with the first of them
@@ -89,6 +90,9 @@ class PostFile(Sequence):
             for number, line, offset in self.read_lines():
                 try:
                     fields = read_line(line)
+                    if is_unpicked(fields):
+                        self.unpicked += 1
+                        continue
                     post = post_of(fields, number, max_chars)
                 except ValueError as e:
                     if not skip_bad_lines:
@@ -106,7 +110,8 @@ class PostFile(Sequence):
         if not len(table) and bad:
             raise InputError(bad_line(path, bad[0], reason, True, every=True))
         if not len(table):
-            raise InputError(f"{path} holds no posts: it is empty")
+            why = "none of its drafts was picked" if self.unpicked else "it is empty"
+            raise InputError(f"{path} holds no posts: {why}")
         if bad:
             print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
         self.index(*table.arrays())
@@ -334,6 +339,11 @@ def read_line(line):
     if len(line) == LONGEST_LINE:
         raise ValueError(f"a line of more than {LONGEST_LINE:,} bytes")
     return read_object(line)
+
+
+def is_unpicked(fields):
+    """Is a line's JSON object an answer of somebody who picked none of the drafts?"""
+    return "drafts" in fields and "pick" in fields and fields["pick"] is None
 
 
 def parse_line(line, number, max_chars):

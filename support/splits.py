@@ -200,6 +200,8 @@ def report_reading(posts):
         line, earlier = posts.merged_first
         print(f"{merged} lines merged with an earlier line of the same post (first: line {line} "
               f"with line {earlier}): equal but for letter case, spacing, full stops and the like")
+    if unpicked := getattr(posts, "unpicked", 0):
+        print(f"{unpicked} lines left out: none of their drafts was picked")
     unread = getattr(posts, "unread", {})
     if "rejected" in unread:
         print(f"{unread['rejected']} lines have a \"rejected\" reply: rewards.py train learns from "
