@@ -79,8 +79,8 @@ def prepare(run, base, licence):
 
 def upload(api, name, files, private):
     """Make the repository, if it is not there, and commit the files to it: all in one commit.
-    Returns the commit's address. `api`: a huggingface_hub.HfApi. InputError, in a sentence, for
-    what the hub refuses, and for a public repository where --private is asked for."""
+    Returns the commit's address. `api`: a huggingface_hub.HfApi. InputError for what the hub
+    refuses, and for a public repository where --private is asked for."""
     try:
         api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(name).private:

@@ -22,7 +22,7 @@ ANY_POST = Post("", "{post}", ())
 
 READ_BY_PEFT = ("LORA", "ADALORA")
 
-# name in a run's config.json -> what it is. Those at 0 or null are left out.
+# name in a run's config.json -> what it is. Those at 0 or null are left out, and OF_D without D.
 SETTINGS = {"adapter": "adapter", "rank": "rank", "alpha": "alpha", "targets": "layers",
             "loss": "loss", "lam": "lambda, the weight of D",
             "lambda_share": "D's gradient, as a fraction of the cross-entropy's",
@@ -33,6 +33,9 @@ SETTINGS = {"adapter": "adapter", "rank": "rank", "alpha": "alpha", "targets": "
             "reward": "reward", "beta": "KL weight", "k": "completions a post (k)",
             "temperature": "temperature", "max_new_tokens": "longest completion, tokens",
             "batch": "posts a step", "lr": "learning rate", "seed": "seed", "nf4": "base in NF4"}
+
+
+OF_D = ("diversity", "gate", "embedder")
 
 
 def write_card(folder, config, summary, messages, table=(), base=None, licence=None):
@@ -120,14 +123,20 @@ def licence_of(base):
     return "apache-2.0" if str(base).startswith("Qwen/Qwen3") else "other"
 
 
+def weight_of_d(config):
+    """The weight of D in either phase, absolute or as a fraction; 0 without D."""
+    for name in ("lam", "lambda_share", "diversity_weight", "diversity_share"):
+        if config.get(name):
+            return config[name]
+    return 0
+
+
 def method_of(config, summary):
     """One phrase on how a run was trained."""
+    method = "supervised fine-tuning"
     if summary.get("stage") == "grpo":
         method = f"GRPO (objective: {config.get('advantage')})"
-        weight = config.get("diversity_weight") or config.get("diversity_share")
-    else:
-        method = "supervised fine-tuning"
-        weight = config.get("lam") or config.get("lambda_share")
+    weight = weight_of_d(config)
     if not weight:
         return f"{method}, without a diversity term"
     return f"{method} with the diversity term D ({config.get('diversity')}), weight {weight:g}"
@@ -158,7 +167,8 @@ def training(config, summary):
     rows = ["| setting | value |", "|---|---|", f"| steps | {summary.get('step')} |"]
     for name, meaning in SETTINGS.items():
         value = config.get(name)
-        if value not in (None, 0, False, ""):
+        unused = name in OF_D and not weight_of_d(config)
+        if value not in (None, 0, False, "") and not unused:
             shown = printable(last_name(str(value))).replace("|", "\\|")
             rows.append(f"| {meaning} | {shown} |")
     lines = ["## Training", f"Data: {'; '.join(data)}.", "\n".join(rows)]

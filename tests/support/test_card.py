@@ -41,6 +41,7 @@ def test_both_phases_write_a_card(world, tmp_path, monkeypatch):
     text = (tmp_path / "grpo" / "adapter" / "README.md").read_text()
     assert "GRPO (objective: group), without a diversity term, from the adapter sft" in text
     assert str(Path(world["model"]).parent) not in text
+    assert "| learning rate |" in text and "| diversity D |" not in text
 
 
 def test_a_card_says_what_was_trained(tmp_path):
