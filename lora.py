@@ -3,9 +3,14 @@
 The model's code does not know that an adapter is there. "The base model" is what training started
 from, whatever the adapter did to the weights: `with base(model)`. Reading order: the layer, putting
 it on a model, the base and copies, files, merging. The other adapters are in methods/adapters.py
-and methods/pruned.py."""
+and methods/pruned.py.
 
+    python lora.py merge RUN --out FOLDER         # one checkpoint of base and adapter, to serve
+    python lora.py push RUN owner/name --private  # the adapter and its model card, to the hub"""
+
+import argparse
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.files import InputError
+from support import registry
+from support.files import InputError, command
 from support.peft_files import (LINEARS, check_fit, check_targets, layer_config, module_names,
                                 read_adapter, target_names, write_adapter)
-from support.registry import ADAPTERS
+from support.registry import ADAPTERS, add_commands
 
 
 # ---- The layer -----------------------------------------------------------------------------------
@@ -344,3 +350,23 @@ def plain_linear(layer, weight):
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return linear
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+def parser():
+    """The commands, `merge` and `push`, are registered by files in methods/."""
+    p = argparse.ArgumentParser(description="From a trained adapter to a model in use.")
+    add_commands("lora", p.add_subparsers(required=True, dest="command", metavar="COMMAND"))
+    return p
+
+
+def main(argv=None):
+    registry.load()
+    return command(parser(), argv)
+
+
+if __name__ == "__main__":
+    # Files in methods/ import this one by its name: run that copy, not a second one.
+    from lora import main
+    sys.exit(main())

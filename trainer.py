@@ -24,6 +24,7 @@ from engine import generate
 from generate import SAMPLING, Embedder
 from lora import save_adapter
 from model import Qwen3, pack, token_logprobs
+from support.card import prompt_of, write_card
 from support.checkpoint import RunFolder, learnt_enough, leave, peak_bytes, replay
 from support.embedders import sentence_format
 from support.files import InputError, duration, fetch, printable, read_json, seed_of, short
@@ -364,12 +365,14 @@ def add_cross_entropy(session, visits, replies, tally, losses=None):
 
 
 def finish_adapter(session, summary):
-    """The result of either phase: OUT/adapter, then done.json with the domain that it was trained
-    for."""
+    """The result of either phase: OUT/adapter with its model card, then done.json with the domain
+    that it was trained for."""
+    summary = summary | {"domain": session.domain.record()}
     if session.ranks.main:
-        save_adapter(session.model, session.run.folder / "adapter", session.args.model,
-                     session.args.revision)
-    session.run.finish(summary | {"domain": session.domain.record()})
+        folder = session.run.folder / "adapter"
+        save_adapter(session.model, folder, session.args.model, session.args.revision)
+        write_card(folder, session.run.config, summary, prompt_of(session.domain))
+    session.run.finish(summary)
     session.ranks.close()
 
 

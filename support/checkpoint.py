@@ -135,6 +135,7 @@ MAY_DIFFER = {
     "environment": "other versions only cause a note",
     "allow_code_execution": "it is a permission of this launch",
     "track": "the numbers are sent somewhere in addition to metrics.jsonl",
+    "argv": "the command as it was typed; its flags are compared one by one",
 }
 
 # Settings that older folders lack, with the value that they then stand for. A run at this value
@@ -432,6 +433,7 @@ def configuration(args):
         path = Path(args.data).parent / name
         config[key] = read_json(path) if path.exists() else None
     config["environment"] = environment()
+    config["argv"] = list(sys.argv)          # for the model card (support/card.py)
     return config
 
 

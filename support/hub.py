@@ -3,6 +3,8 @@
 A folder may come from anybody: only safetensors files are read, links are followed inside the
 folder or inside the hub client's own cache alone, headers are checked before memory is taken."""
 
+import json
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 SAVED_NAME = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of save_model
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+SAVED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def tensor_files(folder, file="model.safetensors"):
@@ -141,6 +145,28 @@ def read_tensors(folder, device="cpu", dtype=None, file="model.safetensors", ren
         check_finite(name, tensor)
         return tensor
     return opened(tensor_files(folder, file), read, device, rename)
+
+
+def write_tensors(path, shapes, dtype, tensor_of):
+    """Writes a safetensors file of the tensors {name: shape}, all of `dtype`, one by one as
+    tensor_of(name) makes them: no two are in memory at a time, as they would be for save_file."""
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAVED_DTYPES[dtype], "shape": list(shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)          # the numbers begin at a multiple of 8 bytes
+    with atomic_write(path) as new, open(new, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = tensor_of(name).to(dtype).contiguous()
+            if tensor.shape != torch.Size(shape):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+            check_finite(name, tensor)
+            file.write(tensor.flatten().view(torch.uint8).numpy())
 
 
 def check_finite(name, tensor):

@@ -304,7 +304,7 @@ class Command(NamedTuple):
     """A command of a program. function(subparsers) adds its parser."""
     function: Callable
     about: str
-    program: str                             # polylora, rewards, evaluate
+    program: str                             # polylora, rewards, evaluate, lora
 
 
 class Format(NamedTuple):
