@@ -17,8 +17,9 @@ from itertools import count as counter
 
 import numpy as np
 
+from support.convert_files import other_format
 from support.files import InputError, atomic_write, groups, hashed
-from support.formats import READ, fields_of, other_format, read_object, same_text
+from support.formats import READ, fields_of, read_object, same_text
 from support.registry import DOMAINS
 
 
@@ -72,6 +73,8 @@ class PostFile(Sequence):
         self.names = {}                      # {place: new id} of posts with a repeated id
         self.kinds = {}                      # see kinds_of
         self.unread = Counter()              # {field that is not read: lines}
+        self.disliked = 0                    # lines left out because their "label" is false
+        self.replies_read = 0                # of the lines that are kept
         table = LineTable()
         bad = []                             # numbers of bad lines
         reason = ""                          # what is wrong with the first of them
@@ -80,6 +83,9 @@ class PostFile(Sequence):
             for number, line, offset in self.read_lines():
                 try:
                     fields = read_line(line)
+                    if fields.get("label") is False:       # a reply that people did not like
+                        self.disliked += 1
+                        continue
                     post = post_of(fields, number, max_chars)
                 except ValueError as e:
                     if not skip_bad_lines:
@@ -89,6 +95,7 @@ class PostFile(Sequence):
                     continue
                 kind = self.kinds.setdefault(kind_of(post), len(self.kinds))
                 table.add(post, kind, number, self.keep(line, offset))
+                self.replies_read += len(post.replies)
                 self.unread.update(fields.keys() - READ)
         except FileNotFoundError:
             raise InputError(f"there is no file {path}: give --data a file of posts") from None
@@ -97,9 +104,14 @@ class PostFile(Sequence):
         if not len(table) and bad:
             raise InputError(bad_line(path, bad[0], reason, True, every=True))
         if not len(table):
-            raise InputError(f"{path} holds no posts: it is empty")
+            why = 'every "label" is false' if self.disliked else "it is empty"
+            raise InputError(f"{path} holds no posts: {why}")
+        if self.disliked:
+            print(f'{path}: {self.disliked} lines left out, whose "label" is false: only rewards.py '
+                  "train learns from them", file=sys.stderr)
         if bad:
             print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
+        self.line_count = len(table)         # that hold posts
         self.index(*table.arrays())
 
     def read_lines(self):

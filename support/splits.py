@@ -8,6 +8,7 @@ from array import array
 import numpy as np
 
 from support.chats import CONTROL
+from support.convert import convert, convert_flags
 from support.files import (InputError, await_file, begin, file_hash, first_rank, hashed, printable,
                            read_json, write_json)
 from support.formats import shown
@@ -18,8 +19,9 @@ from support.registry import DOMAINS, WORLDS, add_flags
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def data_parser(check, split):
-    """The parser of data.py, whose commands call these two functions."""
-    parser = argparse.ArgumentParser(description="Posts and replies: look at a file, split it.")
+    """The parser of data.py, whose commands call these two functions, and convert."""
+    parser = argparse.ArgumentParser(
+        description="Posts and replies: look at a file, split it, make one of another format.")
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = add_command(commands, "check", "read a file of posts and say what is in it")
     check_flags(check_parser)
@@ -28,6 +30,10 @@ def data_parser(check, split):
     split_parser = add_command(commands, "split", about)
     split_flags(split_parser)
     split_parser.set_defaults(run=split)
+    about = "make a file of posts of a file in another format: chats, preferences, tables, .."
+    convert_parser = add_command(commands, "convert", about)
+    convert_flags(convert_parser)
+    convert_parser.set_defaults(run=convert)
     return parser
 
 
@@ -174,9 +180,13 @@ def report_posts(path, posts, domain):
             with_control += bool(CONTROL.search(reply))
     different = len(np.unique(np.frombuffer(marks, np.uint64)))
     styles = f", styles {printable(', '.join(domain.styles))}" if domain.styles else ""
-    print(f"{path}: {len(posts)} posts, {len(marks)} replies ({different} different), "
+    lines = f"{posts.line_count} lines, " if hasattr(posts, "line_count") else ""
+    print(f"{path}: {lines}{len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{styles}")
     report_reading(posts)
+    repeated = getattr(posts, "replies_read", 0) - len(marks)
+    if repeated > 0 and not posts.dropped:
+        print(f"{repeated} replies are repeated: equal ones of one post count once")
     if with_control:
         print(f"{with_control} replies have control strings such as <|im_end|>, which are left out")
 
