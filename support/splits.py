@@ -64,6 +64,8 @@ def split_flags(parser):
     add = parser.add_argument
     add("--data", required=True, help=f"JSON lines (.gz too), or a toy task: {', '.join(WORLDS)}")
     add("--sizes", required=True, help="posts in each part: sft=2500,grpo=2500,eval=500")
+    add("--fit", action="store_true",
+        help="where there are fewer posts than --sizes asks for, make all parts smaller alike")
     add("--out", required=True, help="folder for NAME.jsonl, domain.json and split.json")
     add("--seed", type=int, default=0, help="of the shuffle, and of the toy task")
     add("--by", default="post", choices=("post", "intent"),
@@ -91,6 +93,19 @@ def parse_sizes(text):
             raise InputError(f"--sizes {text}: write NAME=N,NAME=N, each name once, N at least 1")
         sizes[found[1]] = int(found[2])
     return sizes
+
+
+def fitted(sizes, count):
+    """The sizes {name: posts}, or where `count` posts are too few for them, sizes of the same
+    proportions that they suffice for, which is printed."""
+    total = sum(sizes.values())
+    if count >= total or count < len(sizes):
+        return sizes
+    smaller = {name: max(1, size * count // total) for name, size in sizes.items()}
+    while sum(smaller.values()) > count:
+        smaller[max(smaller, key=smaller.get)] -= 1
+    print(f"{count} posts, fewer than the {total} asked for: all parts are smaller")
+    return smaller
 
 
 def split_record(args, sizes):

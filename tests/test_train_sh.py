@@ -298,6 +298,17 @@ def test_what_is_asked_for_every_command_reaches_every_command(tmp_path):
 
 
 @pytest.mark.multirank
+def test_data_is_read_as_check_reads_it_and_a_small_file_makes_small_parts(tmp_path):
+    """985 posts were too few for the 5,500 of the default."""
+    posts = write_posts(tmp_path)
+    asks = ["--model", "m", "--data", posts]
+    split, = parsed(asked(tmp_path, *asks, "--domain", "replies", "--skip-bad-lines"), "data")
+    assert (split.domain, split.skip_bad_lines, split.fit) == ("replies", True, True)
+    split, = parsed(asked(tmp_path, *asks, "--posts", "20"), "data")
+    assert (split.domain, split.skip_bad_lines, split.fit) == ("auto", False, False)
+
+
+@pytest.mark.multirank
 def test_help():
     ran = subprocess.run(["bash", "train.sh", "--help"], cwd=ROOT, capture_output=True, text=True,
                          timeout=60)
