@@ -28,7 +28,7 @@ from support.posts import Chosen, PostFile, normalise, places_of_unique
 from support.registry import DOMAINS, WORLDS
 from support.splits import (check_intents, data_parser, fitted, held_out_intents, parse_sizes,
                             report_posts, report_reading, show_posts, split_exists, split_record,
-                            toy_posts, write_split)
+                            suggest_split, toy_posts, write_split)
 
 
 # ---- Prompts and replies -------------------------------------------------------------------------
@@ -345,6 +345,7 @@ def check(args):
     report_posts(args.data, posts, domain)
     domain.judged(posts, args)
     show_posts(posts, args.show)
+    suggest_split(args.data, len(posts))
 
 
 def split(args):

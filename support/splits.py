@@ -3,6 +3,7 @@
 import argparse
 import random
 import re
+import shlex
 from array import array
 
 import numpy as np
@@ -180,7 +181,7 @@ def write_split(out, parts, record, wanted):
     write_json(out / "split.json", wanted)
     mark.unlink(missing_ok=True)
     sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-    print(f"{out}: {sizes} posts")
+    print(f"{out}: {sizes} posts; look at domain.json there, by which later stages judge replies")
 
 
 # ---- What is printed -----------------------------------------------------------------------------
@@ -213,6 +214,16 @@ def show_posts(posts, number):
         for i, reply in enumerate(post.replies):
             style = f"{post.styles[i]}: " if post.styles else ""
             print(printable(f"    {style}{reply}"))
+
+
+def suggest_split(path, count):
+    """Print the command that splits so many posts; they are looked at above."""
+    small = max(1, count // 11)
+    if count > 2:
+        words = ["python", "data.py", "split", "--data", str(path), "--sizes",
+                 f"sft={(count - small) // 2},grpo={(count - small) // 2},eval={small}", "--out",
+                 "parts"]
+        print(f"\nNext, if these posts look right: {printable(shlex.join(words))}")
 
 
 def report_reading(posts):

@@ -72,7 +72,7 @@ def test_two_ranks_run_the_whole_study_and_bash_finds_it_done(tmp_path):
     assert first.returncode == 0, first.stderr[-3000:]
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
     assert list(report["arms"]) == ["base", *ARMS]
-    assert "pass@10" in first.stdout and report["differences"]["dpp-grpo"]["stances"]
+    assert "Pass@10" in first.stdout and report["differences"]["dpp-grpo"]["stances"]
     records = lines(tmp_path / "study" / "seed7" / "dpp-grpo")
     ends = [record for record in records if record.get("event") == "end"]
     assert [end["stage"] for end in ends] == ["grpo", "measure"]
