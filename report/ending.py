@@ -30,8 +30,8 @@ def short_table(summary):
         names = ["reward"]
         what = "The mean reward"
     seeds = sorted({len(entry["seeds"]) for entry in summary["arms"].values()})
-    title = (f"{what} ± half the 95% interval, {' or '.join(map(str, seeds))} "
-             f"seed{'s' * (seeds != [1])}, {summary['posts']} posts; D: mean distance of two drafts")
+    counts = f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}, {summary['posts']} posts"
+    title = f"{what} ± half the 95% interval, {counts}; D: mean distance of two drafts"
     rows = [["method", *(name.replace("pass", "Pass") for name in names), "D"]]
     for arm, entry in summary["arms"].items():
         metrics = entry["metrics"]

@@ -191,12 +191,12 @@ class Study:
                for state in states]
         if not states or key == self.known:
             return
-        self.known = key
         try:
             arms = group_runs([state.folder for state in states], self.ks)
             against = self.against if self.against in arms else None
             self.summary = summarise(arms, against, self.ks) | {"primary": [], "primary_arm": None}
             self.samples = samples_of(arms)
             self.trouble = []
+            self.known = key
         except InputError as e:
             self.trouble = [str(e)]

@@ -262,9 +262,9 @@ def report(args, rows, count, posts):
     if posts and posts.merged:
         line, earlier = posts.merged_first
         repeated = posts.replies_read - replies
-        say(f"{posts.merged:,} lines repeat the post of an earlier line and are merged with it when "
-            f"the file is read (first: line {line} with line {earlier}); {repeated:,} replies are "
-            "repeated, too, and count once")
+        say(f"{posts.merged:,} lines repeat the post of an earlier line and are merged with it "
+            f"when the file is read (first: line {line} with line {earlier}); {repeated:,} replies "
+            "are repeated, too, and count once")
     if posts and posts.dropped:
         say(f"{posts.dropped:,} lines repeat a post with replies by style, and are not read")
     if count.lost:

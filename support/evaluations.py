@@ -56,12 +56,12 @@ def measured(folder, settings):
 
 
 def write_evaluation(folder, result, config, end):
-    """evaluation.json; config.json if there is a config; a line in metrics.jsonl."""
+    """config.json if there is a config; a line in metrics.jsonl; last, evaluation.json."""
     if config:
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "evaluation.json", json.dumps(result, ensure_ascii=False) + "\n")
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(end) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(result, ensure_ascii=False) + "\n")
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------

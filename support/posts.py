@@ -107,8 +107,8 @@ class PostFile(Sequence):
             why = 'every "label" is false' if self.disliked else "it is empty"
             raise InputError(f"{path} holds no posts: {why}")
         if self.disliked:
-            print(f'{path}: {self.disliked} lines left out, whose "label" is false: only rewards.py '
-                  "train learns from them", file=sys.stderr)
+            print(f'{path}: {self.disliked} lines left out, whose "label" is false: only '
+                  "rewards.py train learns from them", file=sys.stderr)
         if bad:
             print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
         self.line_count = len(table)         # that hold posts

@@ -1,4 +1,5 @@
-"""What to look at: the two or three numbers of a phase that matter, while it runs and at its end."""
+"""What to look at: the two or three numbers of a phase that matter, while it runs and at its end.
+"""
 
 import json
 import math
