@@ -4,6 +4,7 @@ people have become files of posts."""
 import gzip
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import data
 import grpo
 import polylora
 import rewards
-from helpers import refusal, write_model
+from helpers import ROOT, refusal, write_model
 from methods import reward_model
+from support.convert_formats import FORMATS
 from support.files import InputError
+from support.picks import kept_pick
 
 
 # ---- Small files of every format -----------------------------------------------------------------
@@ -428,3 +431,48 @@ def test_a_file_that_ends_early_is_named(tmp_path):
     args = data.parser().parse_args(["convert", str(path), "--out", str(tmp_path / "o")])
     with pytest.raises(InputError, match="is it whole"):
         args.run(args)
+
+
+# ---- docs/DATA.md --------------------------------------------------------------------------------
+
+DOCS = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
+
+
+def test_the_script_of_the_notes_makes_posts_with_replies_by_style(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, = [block for block in re.findall(r"```python\n(.*?)```", DOCS, re.S)
+               if "styles" in block]
+    styles = ("professional", "friendly", "witty", "caring", "enthusiastic")
+    for style in styles:
+        rows = [("I am sad", f"{style} 1"), ("I am so sad", f"{style} 1"), ("Hi", f"{style} 2")]
+        rows += [("Only here", "x")] * (style == "witty")
+        text = "Question\tAnswer\tSource\n" + "".join(f"{q}\t{a}\ts\n" for q, a in rows)
+        (tmp_path / f"{style}.tsv").write_text(text)
+    exec(script, {})
+    posts = data.load_posts(tmp_path / "personality_chat.jsonl")
+    assert [(p.post, p.intent) for p in posts] == [("I am sad", "00"), ("I am so sad", "00"),
+                                                   ("Hi", "01")]
+    assert posts[2].styles == styles and data.make_domain("auto", posts).name == "voices"
+
+
+def test_the_formats_of_the_notes_are_those_there_are():
+    rows = re.findall(r"^\| (`\S+`(?:, `\S+`)?) \| ", DOCS, re.M)
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    assert set(FORMATS) <= named
+    parser = data.parser()
+    block, = [block for block in re.findall(r"```\n(.*?)```", DOCS, re.S) if "convert" in block]
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        assert parser.parse_args(words[2:]).command == "convert"
+
+
+def test_picks_are_given_as_they_are(tmp_path, model, capsys):
+    path = tmp_path / "picks.jsonl"
+    picks = [kept_pick(f"Post {i % 3}", [f"Draft {i}", "Other"], 0, "runs/a", "replies")
+             for i in range(4)]
+    path.write_text("".join(json.dumps(pick) + "\n" for pick in picks))
+    assert data.main(["check", str(path), "--show", "0"]) == 0
+    assert "4 lines, 3 posts, 4 replies" in capsys.readouterr().out
+    assert sft(model, path, tmp_path / "sft") == 0
+    assert rewards.main(["train", "--model", model, "--data", str(path), "--out",
+                         str(tmp_path / "r"), "--steps", "2", "--batch", "2", "--rank", "2"]) == 0

@@ -1,6 +1,8 @@
 """Tests of support/progress.py: what a phase shows while it runs, and what it ends with."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -9,7 +11,8 @@ import evaluate
 import grpo
 import polylora
 import trainer
-from helpers import grpo_args, lines, places, sft_args
+from helpers import grpo_args, lines, places, refusal, sft_args
+from support.files import Tracker
 from support.progress import MATTERS, begin_and_end, numbers_of, outlook
 from support.steplog import GRPO_LOGGED, SFT_LOGGED
 
@@ -69,3 +72,23 @@ def test_each_command_ends_with_what_to_look_at(root, capsys, monkeypatch):
     assert said.startswith(f"Next, if these posts look right: python data.py split --data {w['sft']}")
     words = said.split(": ", 1)[1].split()[2:-1]
     assert "domain.json" in last(data.main, *words, str(root / "parts"))
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_phase_sends_its_numbers_to_a_tracker_that_is_imported_only_then(root, monkeypatch,
+                                                                           capsys, kind):
+    w = places(root)
+    sent = []
+    fake = types.ModuleType(kind)
+    fake.SummaryWriter = lambda place: types.SimpleNamespace(
+        add_scalar=lambda name, value, step: sent.append((step, name, value)), flush=lambda: None)
+    fake.init = lambda **about: types.SimpleNamespace(
+        log=lambda numbers, step: sent.extend((step, *pair) for pair in numbers.items()))
+    package = Tracker.PACKAGES[kind]
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refusal(capsys, polylora.main, *sft_args(w, "no", "--track", kind))
+    assert f"pip install {kind}" in said and not (root / "no").exists()
+    monkeypatch.setitem(sys.modules, package, fake)
+    assert polylora.main(sft_args(w, "lora", "--track", kind)) == 0
+    logged = [(line["step"], "ce", line["ce"]) for line in lines(root / "lora") if "ce" in line]
+    assert [found for found in sent if found[1] == "ce"] == logged and len(logged) == 2
