@@ -1,6 +1,7 @@
 """Prompts and replies: files of posts, disjoint splits, the chat format, and what a domain is.
 
     python data.py check posts.jsonl                       # read your file, show what is in it
+    python data.py convert chats.json --out posts.jsonl    # chats, preferences, tables: posts
     python data.py split --data pocket --sizes base=5000,sft=1000,grpo=1000,eval=200 --out runs/data
 
 A domain says how a post is put to the model and how a completion is judged. `Domain` judges by the
@@ -25,9 +26,9 @@ from support.files import InputError, command, fetch, read_text, short
 from support.hub import tokenizer_errors
 from support.posts import Chosen, PostFile, normalise, places_of_unique
 from support.registry import DOMAINS, WORLDS
-from support.splits import (check_intents, data_parser, held_out_intents, parse_sizes, report_posts,
-                            report_reading, show_posts, split_exists, split_record, toy_posts,
-                            write_split)
+from support.splits import (check_intents, data_parser, fitted, held_out_intents, parse_sizes,
+                            report_posts, report_reading, show_posts, split_exists, split_record,
+                            suggest_split, toy_posts, write_split)
 
 
 # ---- Prompts and replies -------------------------------------------------------------------------
@@ -351,6 +352,7 @@ def check(args):
     report_posts(args.data, posts, domain)
     domain.judged(posts, args)
     show_posts(posts, args.show)
+    suggest_split(args.data, len(posts))
 
 
 def split(args):
@@ -368,6 +370,8 @@ def split(args):
     domain = make_domain(args.domain, posts, popularity=args.popularity, writers=args.writers,
                          permute=args.permute)
     usable = domain.judged(posts, args)
+    if args.fit:
+        sizes = fitted(sizes, len(places_of_unique(usable)))
     check_intents(args, usable)
     if args.by == "intent":
         parts = split_by_intent(usable, sizes, args.seed)

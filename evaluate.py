@@ -33,7 +33,7 @@ from support import registry
 from support.checkpoint import peak_bytes, same_base, stalled
 from support.checks import (alone, check_decoder, check_measure, same_domain,
                             trained_domain)
-from support.evaluations import (alike, finished, jobs_of, measured, name_model,
+from support.evaluations import (alike, compare_words, finished, jobs_of, measured, name_model,
                                  write_evaluation)
 from support.files import InputError, command, printable
 from support.flags import decoding_flags, drafts_flags, flag_groups, measure_flags
@@ -65,7 +65,8 @@ def measure(args):
     if args.dry_run:
         rehearse(session)
         return
-    jobs = [job for job in jobs_of(session, runs) if not measured(job.folder, job.settings)]
+    every = jobs_of(session, runs)
+    jobs = [job for job in every if not measured(job.folder, job.settings)]
     session.ranks.barrier()
     session.say(f"measure: {len(session.posts)} posts with {args.n} drafts, {len(jobs)} of "
                 f"{len(runs) + bool(args.bare)} runs")
@@ -74,6 +75,7 @@ def measure(args):
         change_adapter(session, job)
         args.seed = job.settings["seed"]  # the run's own seed, the same for every method
         measure_run(session, job.folder, job.settings, scale, job.config)
+    session.say(compare_words([job.folder for job in every]))
     session.ranks.close()
 
 

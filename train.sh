@@ -9,28 +9,28 @@
 #   python study.py list              the larger studies, other toy tasks, a small model on a CPU
 #
 #   --model NAME       Qwen3 checkpoint, a folder or a hub name (default: a small one is made)
-#   --data FILE        posts with replies, JSON lines or .gz
+#   --data FILE        posts, as python data.py check takes them (convert makes them of other files)
 #   --out FOLDER       for runs and report (default: runs/ and the data's name)
 #   --seeds "1 2 3"    the default; with --model "1". --jobs N: so many of them side by side
 #   --diversity NAME   D of the polychromic arms: dpp, the best measured, or cosine, the plain form
 #   --posts N, --steps BOTH or SFT,GRPO, --base-steps N, --samples N, --reward, --reward-model,
-#   --embedder, --nf4, --shard, --allow-code-execution [as-root]: as the programs' --help says
+#   --embedder, --nf4, --shard, --allow-code-execution [as-root], --domain, --skip-bad-lines: --help
 #   --dry-run          each command with its cost, and the total; trains a base's first step at most
 #
 # A stage that is done is skipped, an interrupted one resumes: after a crash, the same again.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)" python="${STUDY_PYTHON:-python}"
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
-model="" data=pocket out="" seeds="" jobs="" diversity=dpp posts="" steps="" samples=""
-base_steps="" reward=auto reward_model="" embedder=base dry="" everywhere=() given=("$@")
+model="" data=pocket out="" seeds="" diversity=dpp posts="" steps="" samples="" everywhere=()
+base_steps="" domain="" bad="" reward=auto reward_model="" embedder=base dry="" jobs="" given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     -h|--help) [[ "${RANK:-0}" != 0 ]] || sed -n '3,/^set/s/^# \{0,1\}//p' "$here/train.sh"; exit ;;
-    --dry-run) dry=1 ;;
+    --dry-run) dry=1 ;; --skip-bad-lines) bad="$1" ;;
     --nf4|--shard|--allow-code-execution|as-root) everywhere+=("$1") ;;
     --study) fail "the larger studies are run by: python study.py run ${2:-NAME}" ;;
     --model|--data|--out|--seeds|--jobs|--diversity|--posts|--steps|--base-steps|--samples|\
-    --reward|--reward-model|--embedder)
+    --reward|--reward-model|--embedder|--domain)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       name="${1#--}"; printf -v "${name//-/_}" '%s' "$2"; shift ;;
     *) fail "unknown argument $1: see --help" ;;
@@ -47,10 +47,11 @@ done
 source "$here/support/launch.sh"         # start under torchrun; run, plan, side_by_side
 
 # ---- Settings: a language model, or the toy task with a small base -------------------------------
-sft_steps="${steps%,*}" grpo_steps="${steps#*,}" split="" faster=""
+sft_steps="${steps%,*}" grpo_steps="${steps#*,}" split="$bad ${domain:+--domain $domain}" faster=""
 if [[ -n "$model" ]]; then
   seeds="${seeds:-1}" n="${posts:-2500}" samples="${samples:-20}" tokens=100
   sizes="sft=$n,grpo=$n,eval=$(( n < 2500 ? n / 5 : 500 ))"
+  [[ -n "$posts" ]] || split+=" --fit"   # parts of a smaller file are smaller
   batch=$(( WORLD_SIZE > 16 ? WORLD_SIZE : 16 )) drafting=$(( WORLD_SIZE > 8 ? WORLD_SIZE : 8 ))
   sft="--rank 16 --alpha 16 --lr 2e-4 --batch $batch --steps ${sft_steps:-0} --checkpointing"
   sft+=" --draft-posts $drafting"        # every rank has a post
@@ -72,7 +73,7 @@ else
 fi
 poly=poly-dpp poly_grpo=dpp-grpo rate="$faster"
 [[ "$diversity" == dpp ]] || { poly=poly poly_grpo=poly-grpo rate=""; }
-arms=(lora "$poly" sft-gem sft-ba-lora lora-grpo "$poly_grpo" lora-passk)
+arms=(lora "$poly" sft-gem sft-ba-lora lora-grpo "$poly_grpo" lora-passk) reported=()
 judge=(--reward "$reward" ${reward_model:+--reward-model "$reward_model"} --embedder "$embedder")
 
 # ---- One seed: data, base model, SFT, GRPO, evaluation -------------------------------------------
@@ -105,7 +106,6 @@ one_seed() {
 
 if [[ -n "$dry" ]]; then plan one_seed $seeds; exit; fi
 side_by_side one_seed $seeds
-reported=()
 for seed in $seeds; do
   for arm in base "${arms[@]}"; do reported+=("$out/seed$seed/$arm"); done
 done

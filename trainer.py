@@ -28,6 +28,7 @@ from support.card import prompt_of, write_card
 from support.checkpoint import RunFolder, learnt_enough, leave, peak_bytes, replay
 from support.embedders import sentence_format
 from support.files import InputError, duration, fetch, printable, read_json, seed_of, short
+from support.progress import numbers_of
 from support.ranks import Ranks, Signals, shard
 from support.registry import EMBEDDERS
 
@@ -149,8 +150,7 @@ class Loop:
         run.log(line)
         for warning in self.signals.warnings_of(line):
             self.session.say(f"warning: {run.folder.name}, step {line['step']}: {warning}")
-        shown = {name: f"{line[name]:.3f}" for name in self.names[:4] if name in line}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(numbers_of(self.session.stage, line, self.names), refresh=False)
 
     def not_finite(self, step):
         ids = [self.session.posts[visit.index].id[:40] for visit in self.session.visits[:20]]

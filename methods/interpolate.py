@@ -89,6 +89,8 @@ def run_interpolate(args):
         mark = {"wise": [str(run_a), str(run_b)], "weight": args.weight, "scale": args.scale}
         for name in ("config.json", "done.json"):
             write_json(out / name, read_json(run_b / name) | mark)
+    print(f"Look at {place}: the adapter between {run_a} and {run_b}"
+          + (", to be measured as any run" if is_run else ""))
 
 
 def adapter_folder(run):

@@ -4,6 +4,7 @@ import argparse
 
 from metrics import KS
 from report import people
+from report.live import live
 from report.report import report
 from support import registry
 from support.files import command
@@ -24,14 +25,24 @@ def report_command(sub):
     add = r.add_argument
     add("runs", nargs="+", metavar="RUN",
         help="folder of a measured run; runs whose config.json names the same arm are its seeds")
-    add("--out", required=True, metavar="FOLDER", help="folder for the report, made if need be")
+    add("--out", default="report", metavar="FOLDER", help="folder for the report, made if need be")
     add("--against", metavar="ARM", help="arm from which paired differences are taken")
     add("--primary", nargs="+", metavar="ARM",
         help="after the runs: test the primary endpoint of the first arm against each of the "
              "others: Pass@5 superior, then Pass@1 not inferior, then Pass@10 superior")
     add("--ks", type=numbers, default=KS, metavar="K,K", help="the k of Pass@k")
-    r.set_defaults(run=lambda args: report(args.runs, args.out, args.against, args.ks,
-                                           endpoint=args.primary))
+    add("--live", action="store_true",
+        help="rebuild the page while the runs train, until all are measured or Ctrl-C; a RUN may "
+             "then be the folder of a whole study")
+    add("--every", type=float, default=30, metavar="SECONDS", help="with --live: how often")
+    r.set_defaults(run=run_report)
+
+
+def run_report(args):
+    if args.live:
+        live(args.runs, args.out, args.against, args.ks, args.primary, args.every)
+    else:
+        report(args.runs, args.out, args.against, args.ks, endpoint=args.primary)
 
 
 def people_commands(sub):

@@ -8,6 +8,7 @@ without it all of them are shown."""
 
 import base64
 import hashlib
+import math
 import re
 from html import escape
 
@@ -91,25 +92,13 @@ def measured_as(summary):
     return f"Measured on {summary['posts']} posts: {', '.join(settings)}"
 
 
-def html_page(summary, tables, notes, pictures, samples):
+def html_page(summary, tables, notes, pictures, samples, status=None, refresh=0):
     """The whole page as a text. tables: [(title, header, rows)]; pictures: [(SVG, the same for
     phones), ..], drawn by this program; samples: [{"seed", "post", "sets": {arm: [(completion, is
-    it right), ..]}}]."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-              "base-uri 'none'; form-action 'none'")
+    it right), ..]}}]; status, refresh: see opening."""
     first, *others = [html_table(*table) for table in tables]
-    parts = ['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
-             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-             f"<title>Polychromic LoRA: report</title><style>{STYLE}</style></head><body><main>",
-             "<h1>Drafts that differ: the report</h1>", f'<p class="question">{QUESTION}</p>',
-             f'<p class="soft">{plain(measured_as(summary))}.</p>', first,
-             '<h2>Pictures</h2><div class="figures">']
-    for wide, narrow in pictures:
-        parts.append(f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
-                     "</figure>")
-    parts += ["</div>", *others, "<h2>Notes</h2><ul>"]
+    parts = [*opening(status, refresh), f'<p class="soft">{plain(measured_as(summary))}.</p>',
+             first, *figures(pictures), *others, "<h2>Notes</h2><ul>"]
     parts += [f"<li>{plain(note)}</li>" for note in notes]
     parts += ["</ul>", "<h2>The runs</h2><ul>"]
     for arm, entry in summary["arms"].items():
@@ -118,8 +107,42 @@ def html_page(summary, tables, notes, pictures, samples):
             runs.append(f"{run} (seed {seed})")
         parts.append(f"<li><b><bdi>{plain(arm)}</bdi></b>: <bdi>{plain(', '.join(runs))}</bdi>"
                      "</li>")
-    parts += ["</ul>", *samples_part(samples), f"</main><script>{SCRIPT}</script></body></html>"]
+    parts += ["</ul>", *samples_part(samples), *CLOSING]
     return "\n".join(parts) + "\n"
+
+
+def waiting_page(status, notes, pictures, refresh):
+    """The page of a study of which no run is measured yet."""
+    parts = [*opening(status, refresh), *(f"<p>{plain(note)}</p>" for note in notes),
+             *figures(pictures), *CLOSING]
+    return "\n".join(parts) + "\n"
+
+
+CLOSING = [f"</main><script>{SCRIPT}</script></body></html>"]
+
+
+def opening(status, refresh):
+    """The page's beginning. status: a table of runs that are still at work, or None; refresh: the
+    seconds after which the browser reads the page again, or 0."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+              "base-uri 'none'; form-action 'none'")
+    parts = ['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
+             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+             '<meta name="viewport" content="width=device-width, initial-scale=1">']
+    if refresh:
+        parts.append(f'<meta http-equiv="refresh" content="{math.ceil(refresh)}">')
+    parts += [f"<title>Polychromic LoRA: report</title><style>{STYLE}</style></head><body><main>",
+              "<h1>Drafts that differ: the report</h1>", f'<p class="question">{QUESTION}</p>']
+    return parts + ([html_table(*status)] if status else [])
+
+
+def figures(pictures):
+    parts = ['<h2>Pictures</h2><div class="figures">']
+    for wide, narrow in pictures:
+        parts.append(f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+                     "</figure>")
+    return [*parts, "</div>"] if pictures else []
 
 
 def html_table(title, header, rows):

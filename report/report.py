@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from metrics import KS
+from report.ending import ending
 from report.page import html_page
 from report.pictures import draw_all
 from report.runs import SHOWN_POSTS, group_runs
@@ -17,19 +18,21 @@ from support.files import InputError, write_text
 
 
 def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
-    """Compare measured runs: report.json, .html, .md, .txt, .csv and SVGs in out_folder.
-    -> report.json's dict.
+    """Compare measured runs: report.json, .html, .md, .txt, .csv and SVGs in out_folder; print the
+    ending (ending.py). -> report.json's dict.
 
     Runs of one arm are its seeds. `against` names the arm from which paired differences are taken,
     endpoint an arm and its rivals in the primary comparison. Writes nothing on an InputError."""
     arms = group_runs(run_folders, ks)
     summary = summarise(arms, against, ks)
+    results = []
     if endpoint and not summary["refused"]:
         arm, *rivals = endpoint
         if not rivals:
             raise InputError(f"--primary {arm} names no rival: give the arms to compare it with")
-        for rival in rivals:
-            summary["notes"] += primary(arms, arm, rival)
+        results = [primary(arms, arm, rival) for rival in rivals]
+    summary["primary"] = [sentence for result in results for sentence in result]
+    summary["primary_arm"] = endpoint[0] if results else None
     text, page, sheet = write_tables(summary)
     files = {"report.json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
              "report.md": page, "report.txt": text, "report.csv": sheet}
@@ -40,7 +43,7 @@ def report(run_folders, out_folder, against=None, ks=KS, endpoint=None):
                                      samples_of(arms))
     for name, content in files.items():
         write_text(Path(out_folder) / name, content)
-    print(text, end="")
+    print("\n".join(ending(summary, out_folder)))
     return summary
 
 

@@ -79,6 +79,11 @@ def sign_flip(differences):
     return float((sums >= abs(d.sum()) - 1e-12).mean())
 
 
+def least_p(n):
+    """The smallest p that sign_flip can give for n differences."""
+    return 2 / 2 ** n if n <= 16 else 1 / 20_001
+
+
 def holm(p):
     """Holm's adjustment of {name: p}: all together keep the level."""
     adjusted = {}

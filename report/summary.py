@@ -9,7 +9,7 @@ import numpy as np
 
 from metrics import KS
 from report.limits import front, mean_limit
-from report.stats import holm, interval, pareto_front, sign_flip
+from report.stats import holm, interval, least_p, pareto_front, sign_flip
 from support.files import InputError
 
 
@@ -57,8 +57,9 @@ def metric_row(runs, name):
 
 
 def paired(runs, others, name):
-    """The difference `runs` - `others` in a metric, paired by seed and post: mean, interval, p;
-    None without two seeds or posts in common."""
+    """The difference `runs` - `others` in a metric, paired by seed and post: mean, interval, p, and
+    `least`, the smallest p that so many seeds (of one seed: intents) can give; None without two
+    seeds or posts in common."""
     by_seed = {run["seed"]: run for run in others}
     ours = [run for run in runs if run["seed"] in by_seed]
     if not ours:
@@ -74,12 +75,14 @@ def paired(runs, others, name):
         return None
     mean, low, high = interval(values, clusters, shared)
     if len(ours) > 1:
-        p = sign_flip([v.mean() for v in values])
+        flipped = [v.mean() for v in values]
     else:
         _, where = np.unique(clusters[0], return_inverse=True)
-        p = sign_flip(np.bincount(where, values[0]))
+        flipped = np.bincount(where, values[0])
+    p = sign_flip(flipped)
+    least = least_p(len(flipped))
     return {"mean": mean, "low": low, "high": high, "p": p, "smallest": (high - low) / 2,
-            "seeds": len(ours)}
+            "seeds": len(ours), "least": least}
 
 
 # ---- The summary ---------------------------------------------------------------------------------
@@ -98,7 +101,8 @@ def summarise(arms, against=None, ks=KS):
     shared = all(run["posts"] == first["posts"] for run in every)
     out = {"version": 2, "measured": first["shared"], "posts": len(first["posts"]), "ks": ks,
            "same_posts_for_all_seeds": shared, "against": against, "arms": {}, "differences": {},
-           "stages": [], "limits": {}, "scale": first["scale"], "refused": None, "notes": []}
+           "stages": [], "limits": {}, "scale": first["scale"], "refused": None, "notes": [],
+           "can_reject": False}
     for arm, runs in arms.items():
         out["arms"][arm] = arm_row(runs, names)
         out["stages"] += stage_rows(arm, runs)
@@ -135,8 +139,10 @@ def arm_row(runs, names):
 
 
 def add_differences(out, arms, against, names):
-    """Each arm's paired differences from `against`, with p after Holm over all of them."""
+    """Each arm's paired differences from `against`, with p after Holm over all of them; and whether
+    any of these could be below 0.05: else they are not shown."""
     tests = {}
+    least = []
     for arm in arms:
         if arm == against:
             continue
@@ -149,6 +155,8 @@ def add_differences(out, arms, against, names):
             if row:
                 rows[name] = row
                 tests[arm, name] = row["p"]
+                least.append(row["least"])
+    out["can_reject"] = bool(least) and len(least) * min(least) <= 0.05
     for (arm, name), p in holm(tests).items():
         out["differences"][arm][name]["p_holm"] = p
 
@@ -281,6 +289,7 @@ def primary(arms, arm, against, margin=0.02):
         out.append(f"{metric}: {arm} is {verdict} to {against}: {row['mean']:+.3f} "
                    f"[{row['low']:+.3f}, {row['high']:+.3f}] over {row['seeds']} seeds{note}")
         if not held:
-            out.append("The steps after it are not tested.")
+            if metric != "pass@10":
+                out[-1] += ", and what follows is not tested"
             break
     return out

@@ -117,13 +117,21 @@ def difference_table(summary):
     for name in COMPARED:
         if any(name in rows for rows in differences.values()):
             names.append(name)
-    form = "{:+.3f} [{low:+.3f}, {high:+.3f}] p {p_holm:.3f}"
+    title = f"Difference from {summary['against']}, paired by seed and post, 95% interval"
+    if summary["can_reject"]:
+        title += ", p after Holm"
     rows = []
     for arm, row in differences.items():
-        rows.append([arm, *(cell(row.get(name), form) for name in names)])
-    title = (f"Difference from {summary['against']}, paired by seed and post, 95% interval, "
-             "p after Holm")
+        rows.append([arm, *(difference_cell(row.get(name), summary) for name in names)])
     return title, ["arm", *names], rows
+
+
+def difference_cell(row, summary):
+    """A difference with its interval, and with its p where so many seeds could reject at all."""
+    form = "{:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if row and summary["can_reject"] and row["least"] <= 0.05:
+        form += " p {p_holm:.3f}"
+    return cell(row, form)
 
 
 def stage_table(summary):
@@ -185,7 +193,7 @@ def notes_of(summary):
     best = ", ".join(summary["pareto"])
     out.append(f"On the Pareto front of valid drafts and semantic diversity: {best}.")
     out += knob_notes(summary) + power_notes(summary) + short_notes(summary)
-    return out + summary["notes"]
+    return out + summary["notes"] + [f"{sentence}." for sentence in summary["primary"]]
 
 
 def interval_words(summary):
@@ -251,21 +259,22 @@ def knob_notes(summary):
 def power_notes(summary):
     """What differences so few seeds and posts could show."""
     smallest = []
-    seeds = []
+    least = []
     for rows in summary["differences"].values():
         for name, row in rows.items():
             if name == "pass@5":
                 smallest.append(row["smallest"])
-            if row["seeds"] > 1:
-                seeds.append(row["seeds"])
-    if not smallest:
-        return []
-    out = ["The smallest difference in Pass@5 that this study could see: "
-           f"{max(smallest):.3f}."]
-    least = 2 / 2 ** min(seeds, default=9)
-    if least > 0.05:
-        out.append(f"So few seeds cannot reject anything by flipping signs: the smallest "
-                   f"possible p is {least:.3g}, before Holm.")
+            least.append(row["least"])
+    out = []
+    if smallest:
+        out.append("The smallest difference in Pass@5 that this study could see: "
+                   f"{max(smallest):.3f}.")
+    if least and not summary["can_reject"]:
+        out.append(f"p values are left out: so few seeds cannot reject anything by flipping signs "
+                   f"(the smallest possible p is {min(least):.3g}, before Holm's factor of "
+                   f"{len(least)} for as many tests).")
+    elif least and max(least) > 0.05:
+        out.append("p values are left out where so few seeds cannot reject anything.")
     return out
 
 

@@ -17,6 +17,7 @@ from support.files import (WHOLE_HASH, InputError, Tracker, adapter_hash, base_h
                            chat_hash, combined_hash, content_hash, environment, fetch, file_hash,
                            printable, read_json, recorded_hash, seed_of, write_json, write_text)
 from support.hub import tensor_files
+from support.progress import outlook
 
 try:
     import fcntl
@@ -314,6 +315,7 @@ class RunFolder:
             write_json(self.folder / "done.json", summary)
             self.tidy()
             self.lock.close()
+            print(printable(outlook(self.folder, summary.get("stage"))), flush=True)
 
     def tidy(self):
         """Delete what a finished run does not need. A later start repeats it, in case a kill came

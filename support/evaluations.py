@@ -5,11 +5,12 @@ A run that was measured already, with equal settings, is not measured again."""
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.checkpoint import checkpoint_hash, embedder_hash
-from support.files import InputError, adapter_hash, read_object, write_text
+from support.files import InputError, adapter_hash, printable, read_object, write_text
 from support.peft_files import read_adapter_config
 from support.posts import normalise
 from support.registry import DECODERS, MEASURES, REWARDS
@@ -55,12 +56,12 @@ def measured(folder, settings):
 
 
 def write_evaluation(folder, result, config, end):
-    """evaluation.json; config.json if there is a config; a line in metrics.jsonl."""
+    """config.json if there is a config; a line in metrics.jsonl; last, evaluation.json."""
     if config:
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "evaluation.json", json.dumps(result, ensure_ascii=False) + "\n")
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(end) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(result, ensure_ascii=False) + "\n")
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------
@@ -80,6 +81,14 @@ def jobs_of(session, runs):
         job = job_of(args, settings, run, run not in runs, f"@{name}" if name else "")
         jobs.append(job)
     return jobs
+
+
+def compare_words(folders):
+    """The sentence that ends a measurement: where it is, and the command that shows it."""
+    runs = " ".join(map(shlex.quote, map(str, folders))) if len(folders) < 4 else "RUN .."
+    return (f"Look at evaluation.json in {printable(', '.join(map(str, folders[:3])))}"
+            f"{' and the others' * (len(folders) > 3)}: a record a post, with its drafts; for "
+            f"Pass@k: python evaluate.py report {runs} --out report")
 
 
 def job_of(args, settings, run, is_base, suffix):

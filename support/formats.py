@@ -1,14 +1,10 @@
-"""Formats of data: when two posts are the same text, which fields of a line are read, and what to
-do with a file in another format."""
+"""Posts and lines: when two posts are the same text, and which fields of a line are read."""
 
-import csv
-import gzip
 import json
-import os
 import re
-import shlex
 import unicodedata
 
+from support.convert_formats import ANSWERS, OTHER_ANSWERS, format_of
 from support.registry import DOMAINS
 
 
@@ -84,30 +80,6 @@ READ = {"id", "post", "tweet_id", "tweet", "prompt", "intent", "tests", "label",
         # of tasks of code
         "task_id", "entry_point", "canonical_solution", "test", "text", "code", "test_list",
         "test_imports", "test_setup_code"}
-
-
-# Fields that hold a reply in formats that are not read: a line's prompt would lose its reply.
-OTHER_REPLIES = ("rejected", "output", "answer", "target", "completions", "responses", "solution",
-                 "generation", "generated_text", "assistant", "answers", "outputs", "story", "text",
-                 "code", "canonical_solution", "reference", "references", "ideal", "expected",
-                 "summary", "label")
-
-PAIR = 'write {"prompt": .., "completion": ..}, one a line'
-
-
-# Formats known by their fields: a line is of the first whose fields it all has.
-OTHER_FORMATS = [
-    (("messages",), f'chat messages: {PAIR}, of a user\'s turn and the answer to it'),
-    (("conversations",), f'ShareGPT conversations: {PAIR}, of a human turn and the answer to it'),
-    (("conversation",), f'a conversation: {PAIR}, of a user\'s turn and the answer to it'),
-    (("instruction", "output"), f"Alpaca's format: {PAIR}, of instruction, with input, and output"),
-    (("chosen", "rejected"), 'preferences without a prompt: write {"prompt": .., "chosen": .., '
-                             '"rejected": ..}, each a text, one a line'),
-    (("question", "answer"), f"questions and answers: {PAIR}"),
-    (("input", "output"), f"inputs and outputs: {PAIR}"),
-    (("instruction", "response"), f"instructions and responses: {PAIR}"),
-    (("query", "response"), f"queries and responses: {PAIR}"),
-    (("text",), 'plain texts: write {"post": .., "reply": ..}, one a line')]
 
 
 def read_object(line):
@@ -196,12 +168,9 @@ def check_reply_fields(d, given, is_prompt):
     chats = [name for name in ("prompt", *given) if is_chat(d.get(name))]
     if chats:
         raise ValueError(f"{shown(chats)} is a list of chat messages: write its text alone")
-    if d.get("label") is False and given == ["completion"]:
-        raise ValueError('"label" is false: a completion that people did not like is nothing to '
-                         "learn from")
     if given or not is_prompt:
         return
-    lost = [name for name in OTHER_REPLIES if d.get(name)]
+    lost = [name for name in (*ANSWERS, *OTHER_ANSWERS) if d.get(name)]
     if lost:
         raise ValueError(f'a "prompt" whose {shown(lost)} would be lost: call a reply '
                          '"completion", or leave the field out')
@@ -212,104 +181,11 @@ def is_chat(value):
 
 
 def no_post(d):
-    """Why a line has no post, and what to write if its format is known."""
+    """Why a line has no post, and how to make some of it if its format is known."""
     problem = 'no "post" (or "tweet", or "prompt") text'
-    for names, advice in OTHER_FORMATS:
-        if all(d.get(name) is not None for name in names):
-            return f"{problem}; it has {shown(names)}, as {advice}"
+    form = format_of([d])
+    if form:
+        return (f"{problem}; it has {shown(form.fields(d))}, as {form.about}: data.py convert "
+                "makes posts of these")
     fields = shown(list(d)[:8]) or "none"
     return f'{problem}; its fields are {fields}: write {{"post": .., "reply": ..}}'
-
-
-# ---- A file --------------------------------------------------------------------------------------
-
-UTF_16 = "is UTF-16: save it as UTF-8"
-
-STARTS = [
-    (b"PAR1", "is a Parquet file", "pandas"),
-    (b"ARROW1", "is an Arrow file", "arrow"), (b"\xff\xff\xff\xff", "is an Arrow file", "arrow"),
-    (b"PK\x03\x04", "is a zip archive or an Excel workbook: unpack it, or save it as CSV UTF-8",
-     ""),
-    (b"\x1f\x8b", "is packed with gzip: give it a name that ends in .gz", ""),
-    (b"BZh", "is packed with bzip2: unpack it", ""),
-    (b"\xfd7zXZ", "is packed with xz: unpack it", ""),
-    (b"\x28\xb5\x2f\xfd", "is packed with zstd: unpack it", ""),
-    (b"SQLite format 3", "is an SQLite database", ""),
-    (b"\xff\xfe", UTF_16, ""), (b"\xfe\xff", UTF_16, ""),
-    (b"version https://git-lfs", "is a Git LFS pointer in place of the file: run git lfs pull", ""),
-    (b"<!doctype html", "is a web page: download the file itself", ""),
-    (b"<html", "is a web page: download the file itself", "")]
-
-MAKE = "one JSON object a line is wanted; to make them: python -c "
-
-RECIPES = {
-    "pandas": "import pandas; pandas.read_parquet({0!r}).to_json('posts.jsonl', orient='records', "
-              "lines=True)",
-    "array": "import json; [print(json.dumps(x)) for x in json.load(open({0!r}, "
-             "encoding='utf-8-sig'))]",
-    "table": "import csv, json; [print(json.dumps(x)) for x in csv.DictReader(open({0!r}, "
-             "encoding='utf-8-sig', newline=''), delimiter={1!r})]"}
-
-LARGEST_WHOLE = 2 ** 26          # bytes of a file that is parsed as one JSON value
-
-
-def other_format(path):
-    """What a file without JSON lines is, and what to do about it; None if it may be JSON lines that
-    are damaged."""
-    if not os.path.isfile(path):             # a pipe cannot be read again
-        return None
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            head = file.read(LARGEST_WHOLE)
-    except (OSError, EOFError):
-        return None
-    for start, what, recipe in STARTS:
-        if head[:40].lstrip().lower().startswith(start.lower()):
-            if recipe == "arrow":
-                return f"{what}: one JSON object a line is wanted (datasets: to_json)"
-            return f"{what}: {recipe_for(recipe, path)}" if recipe else what
-    text = head.decode("utf-8-sig", errors="replace").lstrip()
-    if text[:1] in ("[", "{"):
-        return one_value(text, path)
-    first = text.partition("\n")[0]
-    mark = max(",\t;", key=first.count)
-    names = [name.strip() for name in next(csv.reader([first], delimiter=mark), [])]
-    if len(names) > 1 and all(re.fullmatch(r"[\w .-]{1,40}", name) for name in names):
-        kind = "TSV" if mark == "\t" else "CSV"
-        return (f"is a table ({kind}) with the columns {shown(names[:8])}: "
-                f"{recipe_for('table', path, mark)} > posts.jsonl, with the columns \"post\" and "
-                '"reply"')
-    return None
-
-
-def one_value(text, path):
-    """other_format's answer for a file that begins as JSON."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        if text.startswith("[") and re.match(r"\[\s*(\{|$)", text):
-            return f"begins as a JSON array, [..]: {recipe_for('array', path)} > posts.jsonl"
-        return several_lines(text, path)
-    if isinstance(value, list):
-        return f"is a JSON array, [..]: {recipe_for('array', path)} > posts.jsonl"
-    if "\n" not in text.strip():             # a line like others, and bad for another reason
-        return None
-    held = [name for name, x in value.items() if isinstance(x, list)]
-    inside = f" (its objects may be in {shown(held[:3])})" if held else ""
-    return f"is one JSON object over several lines{inside}: one JSON object a line is wanted"
-
-
-def several_lines(text, path):
-    """one_value's answer for a file that begins with an object over several lines; else None."""
-    try:
-        _, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if "\n" not in text[:end]:
-        return None
-    return ("has JSON objects over several lines: one object a line is wanted; to make them: "
-            f"jq -c . {shlex.quote(str(path))} > posts.jsonl")
-
-
-def recipe_for(name, path, *more):
-    return MAKE + shlex.quote(RECIPES[name].format(str(path), *more))

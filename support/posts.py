@@ -17,8 +17,9 @@ from itertools import count as counter
 
 import numpy as np
 
+from support.convert_files import other_format
 from support.files import InputError, atomic_write, groups, hashed
-from support.formats import READ, fields_of, other_format, read_object, same_text
+from support.formats import READ, fields_of, read_object, same_text
 from support.registry import DOMAINS
 
 
@@ -82,6 +83,8 @@ class PostFile(Sequence):
         self.kinds = {}                      # see kinds_of
         self.unread = Counter()              # {field that is not read: lines}
         self.unpicked = 0                    # lines without a pick, see is_unpicked
+        self.disliked = 0                    # lines left out because their "label" is false
+        self.replies_read = 0                # of the lines that are kept
         table = LineTable()
         bad = []                             # numbers of bad lines
         reason = ""                          # what is wrong with the first of them
@@ -93,6 +96,9 @@ class PostFile(Sequence):
                     if is_unpicked(fields):
                         self.unpicked += 1
                         continue
+                    if fields.get("label") is False:       # a reply that people did not like
+                        self.disliked += 1
+                        continue
                     post = post_of(fields, number, max_chars)
                 except ValueError as e:
                     if not skip_bad_lines:
@@ -102,6 +108,7 @@ class PostFile(Sequence):
                     continue
                 kind = self.kinds.setdefault(kind_of(post), len(self.kinds))
                 table.add(post, kind, number, self.keep(line, offset))
+                self.replies_read += len(post.replies)
                 self.unread.update(fields.keys() - READ)
         except FileNotFoundError:
             raise InputError(f"there is no file {path}: give --data a file of posts") from None
@@ -110,10 +117,18 @@ class PostFile(Sequence):
         if not len(table) and bad:
             raise InputError(bad_line(path, bad[0], reason, True, every=True))
         if not len(table):
-            why = "none of its drafts was picked" if self.unpicked else "it is empty"
+            why = "it is empty"
+            if self.unpicked:
+                why = "none of its drafts was picked"
+            if self.disliked:
+                why = 'every "label" is false'
             raise InputError(f"{path} holds no posts: {why}")
+        if self.disliked:
+            print(f'{path}: {self.disliked} lines left out, whose "label" is false: only '
+                  "rewards.py train learns from them", file=sys.stderr)
         if bad:
             print(f"{path}: {len(bad)} bad lines left out (first: line {bad[0]})", file=sys.stderr)
+        self.line_count = len(table)         # that hold posts
         self.index(*table.arrays())
 
     def read_lines(self):

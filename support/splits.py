@@ -3,11 +3,13 @@
 import argparse
 import random
 import re
+import shlex
 from array import array
 
 import numpy as np
 
 from support.chats import CONTROL
+from support.convert import convert, convert_flags
 from support.files import (InputError, await_file, begin, file_hash, first_rank, hashed, printable,
                            read_json, write_json)
 from support.formats import shown
@@ -18,8 +20,9 @@ from support.registry import DOMAINS, WORLDS, add_flags
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def data_parser(check, split):
-    """The parser of data.py, whose commands call these two functions."""
-    parser = argparse.ArgumentParser(description="Posts and replies: look at a file, split it.")
+    """The parser of data.py, whose commands call these two functions, and convert."""
+    parser = argparse.ArgumentParser(
+        description="Posts and replies: look at a file, split it, make one of another format.")
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = add_command(commands, "check", "read a file of posts and say what is in it")
     check_flags(check_parser)
@@ -28,6 +31,10 @@ def data_parser(check, split):
     split_parser = add_command(commands, "split", about)
     split_flags(split_parser)
     split_parser.set_defaults(run=split)
+    about = "make a file of posts of a file in another format: chats, preferences, tables, .."
+    convert_parser = add_command(commands, "convert", about)
+    convert_flags(convert_parser)
+    convert_parser.set_defaults(run=convert)
     return parser
 
 
@@ -58,6 +65,8 @@ def split_flags(parser):
     add = parser.add_argument
     add("--data", required=True, help=f"JSON lines (.gz too), or a toy task: {', '.join(WORLDS)}")
     add("--sizes", required=True, help="posts in each part: sft=2500,grpo=2500,eval=500")
+    add("--fit", action="store_true",
+        help="where there are fewer posts than --sizes asks for, make all parts smaller alike")
     add("--out", required=True, help="folder for NAME.jsonl, domain.json and split.json")
     add("--seed", type=int, default=0, help="of the shuffle, and of the toy task")
     add("--by", default="post", choices=("post", "intent"),
@@ -85,6 +94,19 @@ def parse_sizes(text):
             raise InputError(f"--sizes {text}: write NAME=N,NAME=N, each name once, N at least 1")
         sizes[found[1]] = int(found[2])
     return sizes
+
+
+def fitted(sizes, count):
+    """The sizes {name: posts}, or where `count` posts are too few for them, sizes of the same
+    proportions that they suffice for, which is printed."""
+    total = sum(sizes.values())
+    if count >= total or count < len(sizes):
+        return sizes
+    smaller = {name: max(1, size * count // total) for name, size in sizes.items()}
+    while sum(smaller.values()) > count:
+        smaller[max(smaller, key=smaller.get)] -= 1
+    print(f"{count} posts, fewer than the {total} asked for: all parts are smaller")
+    return smaller
 
 
 def split_record(args, sizes):
@@ -159,7 +181,7 @@ def write_split(out, parts, record, wanted):
     write_json(out / "split.json", wanted)
     mark.unlink(missing_ok=True)
     sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-    print(f"{out}: {sizes} posts")
+    print(f"{out}: {sizes} posts; look at domain.json there, by which later stages judge replies")
 
 
 # ---- What is printed -----------------------------------------------------------------------------
@@ -174,9 +196,13 @@ def report_posts(path, posts, domain):
             with_control += bool(CONTROL.search(reply))
     different = len(np.unique(np.frombuffer(marks, np.uint64)))
     styles = f", styles {printable(', '.join(domain.styles))}" if domain.styles else ""
-    print(f"{path}: {len(posts)} posts, {len(marks)} replies ({different} different), "
+    lines = f"{posts.line_count} lines, " if hasattr(posts, "line_count") else ""
+    print(f"{path}: {lines}{len(posts)} posts, {len(marks)} replies ({different} different), "
           f"domain {domain.name}{styles}")
     report_reading(posts)
+    repeated = getattr(posts, "replies_read", 0) - len(marks)
+    if repeated > 0 and not posts.dropped:
+        print(f"{repeated} replies are repeated: equal ones of one post count once")
     if with_control:
         print(f"{with_control} replies have control strings such as <|im_end|>, which are left out")
 
@@ -188,6 +214,16 @@ def show_posts(posts, number):
         for i, reply in enumerate(post.replies):
             style = f"{post.styles[i]}: " if post.styles else ""
             print(printable(f"    {style}{reply}"))
+
+
+def suggest_split(path, count):
+    """Print the command that splits so many posts; they are looked at above."""
+    small = max(1, count // 11)
+    if count > 2:
+        words = ["python", "data.py", "split", "--data", str(path), "--sizes",
+                 f"sft={(count - small) // 2},grpo={(count - small) // 2},eval={small}", "--out",
+                 "parts"]
+        print(f"\nNext, if these posts look right: {printable(shlex.join(words))}")
 
 
 def report_reading(posts):

@@ -543,3 +543,20 @@ def test_a_verdict_is_of_its_post_and_completion_and_few_are_kept(monkeypatch):
     monkeypatch.setattr(data, "MOST_VERDICTS", 5)
     for i in range(23):
         assert domain.styles_of(a, f"no {i}") == () and len(domain.verdicts) <= 5
+
+
+def test_parts_of_a_file_that_is_too_small_are_smaller_alike(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"post": f"Post {i}", "reply": "r"}) + "\n"
+                            for i in range(24)))
+    flags = ["split", "--data", str(path), "--out", str(tmp_path / "s")]
+    sizes = "sft=2500,grpo=2500,eval=500"
+    assert data.main([*flags, "--sizes", sizes]) == 2
+    assert data.main([*flags, "--sizes", sizes, "--fit"]) == 0
+    assert "24 posts, fewer than the 5500 asked for" in capsys.readouterr().out
+    found = [len(data.load_posts(tmp_path / "s" / f"{name}.jsonl"))
+             for name in ("sft", "grpo", "eval")]
+    assert found == [10, 10, 2]
+    assert data.main([*flags, "--sizes", sizes, "--fit"]) == 0          # is kept
+    assert splits.fitted({"a": 5, "b": 5}, 10) == {"a": 5, "b": 5}
+    assert splits.fitted({"a": 900, "b": 1, "c": 1}, 4) == {"a": 2, "b": 1, "c": 1}

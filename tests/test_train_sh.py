@@ -72,7 +72,7 @@ def test_two_ranks_run_the_whole_study_and_bash_finds_it_done(tmp_path):
     assert first.returncode == 0, first.stderr[-3000:]
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
     assert list(report["arms"]) == ["base", *ARMS]
-    assert "pass@10" in first.stdout and report["differences"]["dpp-grpo"]["stances"]
+    assert "Pass@10" in first.stdout and report["differences"]["dpp-grpo"]["stances"]
     records = lines(tmp_path / "study" / "seed7" / "dpp-grpo")
     ends = [record for record in records if record.get("event") == "end"]
     assert [end["stage"] for end in ends] == ["grpo", "measure"]
@@ -295,6 +295,17 @@ def test_what_is_asked_for_every_command_reaches_every_command(tmp_path):
     for args in [*parsed(commands, "grpo"), measured]:
         assert (args.reward, args.reward_model) == ("model", "my scorer")
     assert parsed(commands, "data")[0].sizes == "sft=20,grpo=20,eval=4"
+
+
+@pytest.mark.multirank
+def test_data_is_read_as_check_reads_it_and_a_small_file_makes_small_parts(tmp_path):
+    """985 posts were too few for the 5,500 of the default."""
+    posts = write_posts(tmp_path)
+    asks = ["--model", "m", "--data", posts]
+    split, = parsed(asked(tmp_path, *asks, "--domain", "replies", "--skip-bad-lines"), "data")
+    assert (split.domain, split.skip_bad_lines, split.fit) == ("replies", True, True)
+    split, = parsed(asked(tmp_path, *asks, "--posts", "20"), "data")
+    assert (split.domain, split.skip_bad_lines, split.fit) == ("auto", False, False)
 
 
 @pytest.mark.multirank

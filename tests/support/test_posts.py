@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shlex
 
 import numpy as np
 import pytest
@@ -316,21 +317,29 @@ def test_sft_learns_from_prompts_and_completions_and_refuses_a_prompt_alone(tmp_
     ({"prompt": "Say it.", "answer": "it"}, '"answer"'),
     ({"prompt": "Say it.", "text": "it"}, '"text"'),
     ({"prompt": "Add.", "code": "a + b"}, '"code"'),
-    ({"prompt": "Say it.", "completion": "no", "label": False}, '"label"'),
+    ({"prompt": "Say it.", "completion": "no", "label": False}, 'every "label" is false'),
     ({"prompt": "Say it.", "completion": "a", "response": "b"}, '"completion", "response"'),
     ({"post": "Say it.", "reply": "a", "replies": ["b"]}, '"replies", "reply"'),
-    ({"prompt": [{"role": "user", "content": "Say it."}], "completion": "a"}, 'chat messages'),
-    ({"prompt": "Say it.", "chosen": [{"role": "assistant", "content": "a"}]}, 'chat messages'),
+    ({"prompt": [{"role": "user", "content": "Say it."}], "completion": "a"},
+     '"prompt", "completion"'),
+    ({"prompt": "Say it.", "chosen": [{"role": "assistant", "content": "a"}]},
+     'a list of chat messages'),
     ({"messages": [{"role": "user", "content": "Hi"}]}, "chat messages"),
     ({"conversations": [{"from": "human", "value": "Hi"}]}, "ShareGPT"),
     ({"instruction": "Say it.", "input": "", "output": "it"}, "Alpaca"),
-    ({"chosen": "a", "rejected": "b"}, "without a prompt"),
-    ({"question": "a", "answer": "b"}, "questions and answers"),
+    ({"chosen": "a", "rejected": "b"}, "preferences"),
+    ({"question": "a", "answer": "b"}, '"question", "answer"'),
     ({"headline": "a", "comment": "b"}, '"headline", "comment"')])
 def test_a_line_whose_fields_would_be_lost_is_refused_and_they_are_named(tmp_path, capsys, row,
                                                                          named):
-    said = refused(capsys, write(tmp_path / "a.jsonl", row))
-    assert "a.jsonl, line 1: " in said and named in said
+    path = write(tmp_path / "a.jsonl", row)
+    said = refused(capsys, path)
+    assert named in said and ("data.py convert" in said or "a.jsonl, line 1: " in said
+                              or "holds no posts" in said)
+    # a later line is named with its number
+    write(path, {"prompt": "One", "completion": "two"}, row)
+    if row.get("label") is not False:
+        assert "a.jsonl, line 2: " in refused(capsys, path)
 
 
 def test_fields_that_are_not_read_are_named(tmp_path, capsys):
@@ -477,7 +486,7 @@ OTHER = {
     "indented.json": (json.dumps(ROWS, indent=2).encode(), "JSON array"),
     "objects.json": ("\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
                      "over several lines"),
-    "object.json": (json.dumps({"data": ROWS}, indent=1).encode(), "over several lines"),
+    "object.json": (json.dumps({"data": ROWS}, indent=1).encode(), 'a list "data"'),
     "posts.csv": (b"post,reply\nhello there,yes\n", "CSV"),
     "tabs.tsv": (b"id\tpost\treply\n1\ta\tb\n", "TSV"),
     "semicolons.csv": (b"\xef\xbb\xbfpost;reply\na;b\n", "CSV"),
@@ -506,16 +515,15 @@ def test_a_file_of_another_format_is_called_by_its_name(tmp_path, capsys, name):
     assert wanted in str(e.value) or name == "empty.jsonl"
 
 
-@pytest.mark.parametrize("name", ["array.json", "indented.json", "posts.csv", "semicolons.csv"])
+@pytest.mark.parametrize("name", ["array.json", "indented.json", "objects.json", "object.json",
+                                  "posts.csv", "tabs.tsv", "semicolons.csv"])
 def test_the_command_that_a_message_gives_makes_the_file(tmp_path, capsys, monkeypatch, name):
-    import subprocess
-    import sys
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(OTHER[name][0])
     said = refused(capsys, name)
-    command = said[said.index("python -c"):said.index("posts.jsonl") + len("posts.jsonl")]
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    assert len(data.load_posts("posts.jsonl")) == (3 if "json" in name else 1)
+    words = shlex.split(said[said.index("python "):])
+    assert data.main(words[2:]) == 0
+    assert len(data.load_posts(words[-1])) == (3 if "json" in name else 1)
 
 
 def test_a_folder_in_place_of_a_file_is_called_a_folder(tmp_path, capsys):
