@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ class Sizes:
 
 FULL = Sizes("8b", "0.6b", 5, 8, 300, 80, 8, 128, (1, 8, 64, 256), 256, 32, 9)
 QUICK = Sizes("8b", "0.6b", 3, 8, 300, 80, 8, 64, (1, 64, 256), 256, 8, 4)
-TINY = Sizes("tiny", "tiny", 3, 4, 8, 4, 3, 6, (1, 4), 12, 4, 15)
+TINY = Sizes("tiny", "tiny", 2, 2, 8, 4, 3, 4, (1, 4), 12, 3, 30)
 CPU = "cpu"
 GPU = "cuda"
 PRETENDED = "pretended"          # tests/pretend_gpu.py: CPU tensors that say they are on cuda:0
@@ -105,6 +106,8 @@ class Record:
 
 
 def shown(value):
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -381,59 +384,74 @@ def relative(got, want):
 @part("parity", 60, 40)
 def parity(c):
     """Logits, log-probabilities and LoRA's gradient of a small model, against the CPU's."""
-    from model import pack, token_logprobs
     shape = "small" if c.on_gpu else "tiny"
-    prompts = [list(range(2, 30)), list(range(40, 52))]
-    groups = [(p, [[5 + i, 9, 60 + i, 3] for i in range(3)]) for p in prompts]
-    for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 0.1)):
-        found = {}
-        reference = with_adapter(random_model(config_of(shape), "cpu", dtype), 4)
-        state = reference.state_dict()
-        for place in (torch.device("cpu"), c.torch_device):
+    exact = random_model(config_of(shape), "cpu", torch.bfloat16).float()
+    state = with_adapter(exact, 4).state_dict()
+    found = {}
+    for place in {"cpu", c.torch_device.type}:
+        for dtype in (torch.float32, torch.bfloat16):
             model = with_adapter(random_model(config_of(shape), place, dtype), 4)
             model.load_state_dict(state)
-            rows, = pack(groups, 4096, place)
-            logp, entropy = token_logprobs(model, rows)
-            params = [p for p in model.parameters() if p.requires_grad]
-            gradient = torch.autograd.grad(logp.sum(), params)
-            found[place.type] = {
-                "logits": model(torch.tensor(prompts[:1], device=place)),
-                "log-probabilities": logp, "entropies": entropy,
-                "gradients": torch.cat([g.flatten() for g in gradient])}
-        for name, want in found["cpu"].items():
-            off = relative(found[c.torch_device.type][name], want)
-            c.record.check(f"{str(dtype)[6:]} {name} as on the CPU", off <= tolerance, off)
+            found[place, dtype] = passes_of(model)
+    for name, want in found["cpu", torch.float32].items():
+        off = relative(found[c.torch_device.type, torch.float32][name], want)
+        c.record.check(f"float32 {name} as on the CPU", off <= 2e-4, off)
+        # Both round to bf16, each in its own order: the device must not be much worse.
+        cpu = relative(found["cpu", torch.bfloat16][name], want)
+        off = relative(found[c.torch_device.type, torch.bfloat16][name], want)
+        c.record.check(f"bfloat16 {name}: the error is at most twice the CPU's", off <= 2 * cpu,
+                       f"{off:.2g} and {cpu:.2g}")
+
+
+def passes_of(model):
+    """{name: tensor}: logits of a prompt, and what training computes for packed samples."""
+    from model import pack, token_logprobs
+    prompts = [list(range(2, 30)), list(range(40, 52))]
+    groups = [(p, [[5 + i, 9, 60 + i, 3] for i in range(3)]) for p in prompts]
+    rows, = pack(groups, 4096, model.device)
+    logp, entropy = token_logprobs(model, rows)
+    params = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(logp.sum(), params)
+    return {"logits": model(torch.tensor(prompts[:1], device=model.device)),
+            "log-probabilities": logp, "entropies": entropy,
+            "gradients": torch.cat([g.flatten() for g in gradients])}
 
 
 @part("graphs", 60, 40)
 def graphs(c):
-    """Samples by CUDA graphs against plain steps, over refills, smaller batches and a second
-    adapter."""
+    """Samples by CUDA graphs against plain steps and against the plain loop, over refills, smaller
+    batches and a second adapter."""
     from engine import generate
+    from generate import generate_plain
     from lora import adapter_state
-    if c.device == CPU:
-        c.record.note("no graphs on a CPU: plain steps only")
     shape = "small" if c.on_gpu else "tiny"
-    prompts = [[3 + i] * (4 + 5 * i % 7) for i in range(7)]
-    # In fp32 the same kernels give the same ids. In bf16 batches of other sizes round differently.
+    settings = {"k": 4, "max_new_tokens": 24 if c.on_gpu else 10, "stop_ids": range(40, 60)}
+    prompts = [[3 + i] * (4 + 5 * i % 7) for i in range(7 if c.on_gpu else 4)]
     for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        ways = {"graphs": [], "plain steps": [], "the plain loop": []}
         model = with_adapter(random_model(config_of(shape), c.torch_device, dtype), 4)
-        different = 0
-        total = 0
-        for adapter in range(2):
-            samples = []
-            for use in (c.device != CPU, False):
+        for seed in range(2):
+            for use in (True, False) if c.device != CPU else (False,):
                 model.graphs = use
-                out = generate(model, prompts, k=4, max_new_tokens=24, max_rows=12,
-                               stop_ids=range(40, 60), seed=adapter)
-                samples.append([ids for group in out.tokens for ids in group])
-            different += sum(a != b for a, b in zip(*samples))
-            total += len(samples[0])
+                out = generate(model, prompts, max_rows=8, seed=seed, **settings)
+                ways["graphs" if use else "plain steps"] += sum(out.tokens, [])
+            if dtype == torch.float32:
+                out = generate_plain(model, prompts, seed=seed, **settings)
+                ways["the plain loop"] += sum(out.tokens, [])
             with torch.no_grad():
                 for p in adapter_state(model).values():
                     p.add_(0.05)
-        c.record.check(f"{str(dtype)[6:]}: samples by graphs as by plain steps", not different,
-                       f"{different} of {total} differ")
+        for way in ("graphs", "the plain loop"):
+            if not ways[way]:                # no graphs on a CPU
+                continue
+            different = sum(a != b for a, b in zip(ways[way], ways["plain steps"], strict=True))
+            share = different / len(ways[way])
+            if dtype == torch.bfloat16:      # the batches' widths differ, and so does rounding
+                c.record.figure(f"{name}: samples by {way} that differ from plain steps'", share)
+            else:
+                c.record.check(f"{name}: samples by {way} as by plain steps (at most 5% differ)",
+                               share <= 0.05, share)
 
 
 @part("resume", 90, 50)
@@ -446,7 +464,7 @@ def resume(c):
     program = "tests/pretend_gpu.py polylora" if c.device == PRETENDED else "polylora.py"
     words = [sys.executable, *program.split(), "sft", "--model", folder, "--data", data, "--steps",
              8, "--batch", 4, "--k", 3, "--lambda", 0.3, "--draft-posts", 2, "--max-new-tokens", 6,
-             "--rank", 4, "--save-every", 2, "--resume", "--device",
+             "--rank", 4, "--save-every", 2, "--resume", "--dtype", "float32", "--device",
              "cpu" if c.device == CPU else "cuda"]
     whole, cut = c.out / "resume-whole", c.out / "resume-cut"
     for out in (whole, cut):
@@ -458,10 +476,11 @@ def resume(c):
     adapters = []
     for out in (whole, cut):
         adapters.append(load_file(out / "adapter" / "adapter_model.safetensors"))
-    off = max(relative(adapters[1][name], want) if want.any() else 0.0
-              for name, want in adapters[0].items())
-    # Atomic additions on a GPU come in any order.
-    c.record.check("resumed as undisturbed", off <= (0.05 if c.on_gpu else 0), off)
+    whole, cut = (torch.cat([t.flatten() for _, t in sorted(a.items())]) for a in adapters)
+    off = float((cut - whole).norm() / whole.norm())
+    # A GPU adds in any order, so that runs agree up to rounding alone.
+    c.record.check("resumed as undisturbed (relative distance of the adapters)",
+                   off <= (0.05 if c.on_gpu else 0), off)
 
 
 def run(words):
@@ -501,7 +520,7 @@ def sft(c):
     folder = model_folder(c, c.sizes.small)
     words = training_words(c, c.sizes.small, seed=11)
     ran = command(c, polylora.main, "sft", "sft", "--model", folder, *words, "--lambda", 0.3,
-                  "--draft-posts", 4, "--gate", "none")
+                  "--draft-posts", min(4, c.sizes.batch), "--gate", "none")
     c.record.figure("SFT with D, 0.6B: a step", ran.mean("seconds"), "s")
     c.record.check("SFT with D, 0.6B: D is above 0", ran.mean("D") > 0, ran.mean("D"))
     memory_figures(c, "SFT with D, 0.6B", ran)
@@ -522,8 +541,8 @@ def grpo(c):
                   "--diversity-weight", 1, "--gate", "none", "--lr", 1e-4)
     c.record.figure("GRPO with D and KL, 0.6B: a step", ran.mean("seconds"), "s")
     mismatch = ran.mean("mismatch")
-    c.record.check("sampled and scored log-probabilities agree (mean below 0.05)",
-                   mismatch < (0.05 if c.device != CPU else 1e-4), mismatch)
+    c.record.check("mismatch of sampled and scored log-probabilities (0.2 in bf16, 1e-4 in fp32)",
+                   mismatch < (1e-4 if c.device == CPU else 0.2), mismatch)
     c.record.figure("tokens whose two log-probabilities are 0.1 apart", ran.mean("far_off"))
     memory_figures(c, "GRPO, 0.6B", ran)
 
@@ -582,7 +601,7 @@ def bytes_of_a_token(c, model, rows, new):
 
 
 def decoding_figures(c, model, name, rows_list):
-    new = 8 * c.sizes.new // 8
+    new = c.sizes.new
     for rows in rows_list:
         c.reset_peak()
         seconds = decode(c, model, rows, new)
@@ -713,20 +732,22 @@ def attention(c):
     widths = [8 * (i + 9) for i in range(12)] if c.on_gpu else [16, 24]
     new = {"device": c.torch_device, "dtype": c.dtype}
     before = torch.backends.cuda.cudnn_sdp_enabled()
+    heads = config.num_attention_heads, config.num_key_value_heads
+
+    def step(width, masked):
+        q = torch.randn(8, width, heads[0], config.head_dim, **new, requires_grad=True)
+        k = torch.randn(8, width, heads[1], config.head_dim, **new)
+        mask = torch.ones(8, 1, width, width, dtype=torch.bool, device=c.torch_device)
+        attend = full_attention(mask.tril() if masked else None)
+        attend(0, q, k, k).float().sum().backward()
     for masked in (False, True):
         for cudnn in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            step(8, masked)                  # loads kernels
             times = []
             for width in widths:
-                q = torch.randn(8, width, config.num_attention_heads, config.head_dim, **new,
-                                requires_grad=True)
-                k = torch.randn(8, width, config.num_key_value_heads, config.head_dim, **new)
-                mask = torch.ones(8, 1, width, width, dtype=torch.bool, device=c.torch_device)
-                attend = full_attention(mask.tril() if masked else None)
-
-                def step():
-                    attend(0, q, k, k).float().sum().backward()
-                times.append((c.seconds(step), c.seconds(step)))
+                work = partial(step, width, masked)
+                times.append((c.seconds(work), c.seconds(work)))
             name = (f"attention{' with a mask' if masked else ''}, cuDNN "
                     f"{'on' if cudnn else 'off'}")
             first, second = (1000 * sum(column) / len(times) for column in zip(*times))
@@ -758,11 +779,10 @@ def sizes_of(args):
     return TINY if args.tiny else QUICK if args.quick else FULL
 
 
-def run_parts(args, device, names, deadline):
-    """All parts on one device, each in a process of its own; {part: its record}."""
+def run_parts(args, device, names, deadline, records):
+    """All parts on one device, each in a process of its own: {part: its record} in `records`."""
     folder = args.out / device
     (folder / "work").mkdir(parents=True, exist_ok=True)
-    records = {}
     for name in names:
         _, limit, quick = PARTS[name]
         limit = 300 if args.tiny else quick if args.quick else limit
@@ -778,7 +798,6 @@ def run_parts(args, device, names, deadline):
         records[name] = record | {"status": status, "seconds": time.monotonic() - began}
         file.write_text(json.dumps(records[name], indent=2) + "\n")
         print(f"{device}: {name}: {status}, {records[name]['seconds']:.0f} s", flush=True)
-    return records
 
 
 def supervised(args, device, name, limit):
@@ -788,13 +807,15 @@ def supervised(args, device, name, limit):
     log = args.out / device / f"{name}.log"
     with open(log, "w") as errors:
         child = subprocess.Popen([*map(str, words)], stderr=errors, start_new_session=True)
+    code = None
     try:
         code = child.wait(limit)
     except subprocess.TimeoutExpired:
-        code = None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # and what it has started
-    child.wait()
+        pass
+    finally:                                 # also when this process is stopped
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if code is None:
         return f"cut off after {limit:.0f} s"
     if code:
@@ -858,18 +879,18 @@ def main(argv=None):
     args.out = (args.out or Path(tempfile.gettempdir()) / f"gpu_check-{stamp}").resolve()
     devices = [args.device] if args.device else [CPU, PRETENDED] if args.tiny else [GPU]
     deadline = time.monotonic() + 60 * sizes_of(args).minutes
-    good = True
-    text = ""
-    for device in devices:
-        names = [name for name in ORDER if name in args.only.split(",")]
-        records = run_parts(args, device, names, deadline)
-        good = good and all(map(passed, records.values()))
-        text += f"\n## {device}\n\n{tables(records)}"
+    names = [name for name in ORDER if name in args.only.split(",")]
+    found = {device: {} for device in devices}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        for device in devices:
+            run_parts(args, device, names, deadline, found[device])
+            shutil.rmtree(args.out / device / "work", ignore_errors=True)
+    finally:
+        text = "\n".join(f"## {device}\n\n{tables(found[device])}" for device in devices)
         (args.out / "table.md").write_text(text)
-        shutil.rmtree(args.out / device / "work", ignore_errors=True)
-    print(text)
-    print(f"results: {args.out}")
-    return 0 if good else 1
+        print(f"{text}\nresults: {args.out}", flush=True)
+    return 0 if all(passed(r) for records in found.values() for r in records.values()) else 1
 
 
 if __name__ == "__main__":
