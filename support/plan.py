@@ -5,6 +5,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from support import cost
+from support.embedders import TOKENS_A_PASS
+
 
 MIB = 2 ** 20
 
@@ -57,6 +60,52 @@ def step_work(session):
             sampled_prompts = min(args.draft_posts, args.batch) / args.draft_every
     longest = getattr(args, "k", 0) * getattr(args, "max_new_tokens", 0)
     return Work(reply_tokens + sampled_prompts * (prompt_length + 2 * longest), sampled_prompts)
+
+
+def longest_of(session, some):
+    """Tokens of the longest of these prompts."""
+    return max(len(session.prompt(i)) for i in some)
+
+
+def load_of(session, checkpointing=None):
+    """The cost.Load of a session's step on one rank."""
+    args = session.args
+    model = session.model
+    world = session.ranks.world
+    some = range(min(64, len(session.posts)))
+    prompt = longest_of(session, some)
+    k = getattr(args, "k", 1)
+    new_tokens = getattr(args, "max_new_tokens", 0)
+    batch = math.ceil(args.batch / world)
+    grpo = session.stage == "grpo"
+    sampled = batch if grpo else 0
+    passes = []                              # (rows, tokens of a row)
+    if not grpo:
+        reply = max(len(session.encode_reply(session.posts[i].replies[0])) for i in some)
+        passes.append((batch, prompt + reply - 1))
+        if getattr(args, "lam", 0) or getattr(args, "lambda_share", 0):
+            sampled = math.ceil(min(args.draft_posts, args.batch) / world)
+    if sampled:
+        row = min(prompt + k * (new_tokens - 1), max(args.micro_tokens, prompt + new_tokens))
+        passes.append((sampled, row))
+    largest = max(passes, key=lambda p: min(p[0], max(1, args.micro_tokens // p[1])) * p[1])
+    rows = min(largest[0], max(1, args.micro_tokens // largest[1]))
+    embeds = getattr(session, "embedder", None) is not None
+    params = sum(p.numel() for p in session.params)
+    return cost.Load(
+        train_tokens=sum(n * row for n, row in passes), pass_tokens=rows * largest[1],
+        row=largest[1], shared=bool(sampled) and largest is passes[-1] and k > 1, prompts=sampled,
+        places=max(1, min(sampled, args.max_rows // k)) if sampled else 0, k=k, prompt=prompt,
+        new_tokens=new_tokens, adapter=params, copies=int(bool(sampled)),
+        rank=getattr(args, "rank", 16),
+        embedded=min(TOKENS_A_PASS, sampled * k * new_tokens) if embeds else 0,
+        itemsize=model.dtype.itemsize, nf4=getattr(args, "nf4", False),
+        checkpointing=model.checkpointing if checkpointing is None else checkpointing,
+        vocab=model.vocab)
+
+
+def memory(session):
+    return cost.memory(session.model.config, load_of(session))
 
 
 def pass_bytes(session, work):
