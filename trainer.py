@@ -27,6 +27,7 @@ from model import Qwen3, pack, token_logprobs
 from support.checkpoint import RunFolder, learnt_enough, leave, peak_bytes, replay
 from support.embedders import sentence_format
 from support.files import InputError, duration, fetch, printable, read_json, seed_of, short
+from support.plan import plan_without_weights
 from support.ranks import Ranks, Signals, choose_dtype, shard
 from support.registry import EMBEDDERS
 
@@ -269,6 +270,7 @@ class Session:
     def load(self):
         """The data, then the frozen model: a bad line is found before gigabytes are read."""
         self.load_posts()
+        plan_without_weights(self)           # a dry run of a model that is not there ends here
         self.load_model()
 
     def load_posts(self):

@@ -101,6 +101,15 @@ class Load:
         """Completions sampled at a time."""
         return self.places * self.k
 
+    def embedding(self, most):
+        """The same with its completions embedded, at most so many tokens at a time."""
+        tokens = self.prompts * self.k * self.new_tokens
+        return replace(self, embedded=min(tokens, most))
+
+    def recomputing(self, checkpointing):
+        """The same with or without --checkpointing."""
+        return replace(self, checkpointing=checkpointing)
+
 
 class Memory(NamedTuple):
     """Bytes on one rank."""
@@ -187,3 +196,77 @@ def reading_bytes(c, load, tokens):
     """Bytes of a pass without gradient."""
     h, i, _, _ = widths(c)
     return tokens * (load.itemsize * (3 * i + 2 * h) + 4 * h) + dense_bytes(c, load) * bool(tokens)
+
+
+# ---- Time ----------------------------------------------------------------------------------------
+
+class Card(NamedTuple):
+    """A GPU by what its steps attain: memory in GiB, products in FLOP/s, moved and received bytes/s
+    (LINK: from other GPUs)."""
+    name: str
+    gib: float
+    products: float
+    moved: float
+    link: float
+
+
+LINK = 200e9                     # bytes a second that a GPU receives over NVLink, attained
+
+ATTAINED = 0.4                   # of a data sheet's bf16 products and of its memory bandwidth
+
+NF4_MOVED = 23                   # bytes moved for a weight that is made dense (methods/nf4.py)
+
+
+def step_seconds(c, load, card):
+    """The seconds of a step: sampling, passes without gradient, training passes."""
+    return (sampling_seconds(c, load, card) + training_seconds(c, load, card)
+            + reading_seconds(c, load, card))
+
+
+def gathered_seconds(c, load, card):
+    """What a pass waits for the blocks' weights of other ranks (--shard)."""
+    blocks = c.num_hidden_layers * block_numbers(c) * load.itemsize
+    return (1 - 1 / load.shards) * blocks / card.link
+
+
+def dense_seconds(c, load, card):
+    """What a pass takes to make NF4 weights dense."""
+    return load.nf4 * c.num_hidden_layers * block_numbers(c) * NF4_MOVED / card.moved
+
+
+def sampling_seconds(c, load, card):
+    """Each token of a round reads all weights and the cache; rounds follow one another."""
+    if not load.places:
+        return 0
+    blocks = c.num_hidden_layers * block_numbers(c)
+    head = load.vocab * c.hidden_size
+    width = 2 * load.itemsize * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    cache = width * (load.places * load.prompt + load.rows * load.new_tokens / 2)
+    weights = (0 if load.nf4 else blocks * load.itemsize) + head * load.itemsize
+    step = max((weights + cache) / card.moved, 2 * (blocks + head) * load.rows / card.products)
+    step += dense_seconds(c, load, card) + gathered_seconds(c, load, card)
+    rounds = load.prompts / load.places
+    prompts = 2 * blocks * load.prompts * load.prompt / card.products
+    return rounds * load.new_tokens * step + prompts
+
+
+def training_seconds(c, load, card):
+    """Forward and backward to the activations alone, since weights are frozen; once more forward
+    with --checkpointing."""
+    if not load.pass_tokens:
+        return 0
+    blocks = c.num_hidden_layers * block_numbers(c)
+    each = 3 if load.checkpointing else 2    # passes through the blocks
+    head = 2 * load.vocab * c.hidden_size    # logits, and the gradient of the states
+    products = 2 * load.train_tokens * (each * blocks + head) / card.products
+    passes = each * -(-load.train_tokens // load.pass_tokens)
+    return products + passes * (dense_seconds(c, load, card) + gathered_seconds(c, load, card))
+
+
+def reading_seconds(c, load, card):
+    """Embedding the completions by the base."""
+    tokens = load.prompts * load.k * load.new_tokens if load.embedded else 0
+    blocks = c.num_hidden_layers * block_numbers(c)
+    passes = -(-tokens // max(load.embedded, 1))
+    return (2 * blocks * tokens / card.products
+            + passes * (dense_seconds(c, load, card) + gathered_seconds(c, load, card)))

@@ -86,8 +86,9 @@ def common_flags(groups, *, lr, steps, batch, schedule="cosine"):
     add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
     add("--micro-tokens", type=int, default=16384,
         help="tokens in one forward and backward pass: lower it to save memory")
-    add("--checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations in the backward pass: less memory, up to half more time; by "
+             "default where the plan's estimate without it exceeds the free memory")
     add("--track", choices=list(Tracker.PACKAGES),
         help="send the log's numbers there too; the package must be installed")
     model_flags(groups.run)

@@ -349,7 +349,7 @@ def planned(case, part, monkeypatch):
     """The plan's figures for a part, a cost.Memory: from a session whose model has one block."""
     with pretended(monkeypatch):
         session, _ = step_of(replace(case, layers=1), part, small_model(case))
-        load = plan.load_of(session)
+        load = plan.load_of(session, case.checkpointing)
     whole = cost.shape_of(case.name)
     return cost.memory(whole, replace(load, adapter=cost.adapter_numbers(whole, 16)))
 
