@@ -52,7 +52,8 @@ def split_posts(posts, sizes, seed):
     places = array("Q", places_of_unique(posts))
     if sum(sizes) > len(places):
         raise InputError(f"{sum(sizes)} posts are asked for ({' + '.join(map(str, sizes))}) and "
-                         f"there are {len(places)} different ones: ask for fewer")
+                         f"there are {len(places)} different ones: ask for fewer (--sizes; "
+                         "--posts of train.sh)")
     random.Random(f"split {seed}").shuffle(places)
     parts = []
     for size, end in zip(sizes, accumulate(sizes)):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lora import base
 from model import full_attention
 from support.draws import draw, uniforms
-from support.embedders import SentenceFormat
+from support.embedders import SentenceFormat, passes_of
 from support.files import InputError
 
 
@@ -195,6 +195,7 @@ class Embedder:
     embedded, never its prompt; an empty reply is the end-of-text token alone."""
 
     def __init__(self, model, tokenizer, *, pooling="mean", corpus=(), batch=256, form=None):
+        """batch: the most texts of a pass; its padded tokens are at most TOKENS_A_PASS."""
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling
@@ -216,8 +217,7 @@ class Embedder:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         vectors = [None] * len(ids)
         with base(self.model):
-            for start in range(0, len(ids), self.batch):
-                some = order[start:start + self.batch]
+            for some in passes_of(order, [len(row) for row in ids], self.batch):
                 pooled = self.pooled([ids[i] for i in some])
                 for i, vector in zip(some, pooled):
                     vectors[i] = vector

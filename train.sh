@@ -15,7 +15,7 @@
 #   --diversity NAME   D of the polychromic arms: dpp, the best measured, or cosine, the plain form
 #   --posts N, --steps BOTH or SFT,GRPO, --base-steps N, --samples N, --reward, --reward-model,
 #   --embedder, --nf4, --shard, --allow-code-execution [as-root], --domain, --skip-bad-lines: --help
-#   --dry-run          each command with its cost, and the total; trains a base's first step at most
+#   --dry-run          each command's cost, and the total; fetches no weights, leaves nothing behind
 #
 # A stage that is done is skipped, an interrupted one resumes: after a crash, the same again.
 set -euo pipefail
@@ -53,9 +53,9 @@ if [[ -n "$model" ]]; then
   sizes="sft=$n,grpo=$n,eval=$(( n < 2500 ? n / 5 : 500 ))"
   [[ -n "$posts" ]] || split+=" --fit"   # parts of a smaller file are smaller
   batch=$(( WORLD_SIZE > 16 ? WORLD_SIZE : 16 )) drafting=$(( WORLD_SIZE > 8 ? WORLD_SIZE : 8 ))
-  sft="--rank 16 --alpha 16 --lr 2e-4 --batch $batch --steps ${sft_steps:-0} --checkpointing"
+  sft="--rank 16 --alpha 16 --lr 2e-4 --batch $batch --steps ${sft_steps:-0}"
   sft+=" --draft-posts $drafting"        # every rank has a post
-  grpo="--lr 2e-5 --batch $batch --steps ${grpo_steps:-0} --checkpointing"
+  grpo="--lr 2e-5 --batch $batch --steps ${grpo_steps:-0}"
   D="--lambda-share 0.3 --gate likelihood" D_grpo="--diversity-share 1 --gate auto"
   passk="--advantage maxk --set-size 4"
 else

@@ -28,8 +28,9 @@ from support.card import prompt_of, write_card
 from support.checkpoint import RunFolder, learnt_enough, leave, peak_bytes, replay
 from support.embedders import sentence_format
 from support.files import InputError, duration, fetch, printable, read_json, seed_of, short
+from support.plan import plan_without_weights
 from support.progress import numbers_of
-from support.ranks import Ranks, Signals, shard
+from support.ranks import Ranks, Signals, choose_dtype, shard
 from support.registry import EMBEDDERS
 
 
@@ -246,6 +247,7 @@ class Session:
     def load(self):
         """The data, then the frozen model: a bad line is found before gigabytes are read."""
         self.load_posts()
+        plan_without_weights(self)           # a dry run of a model that is not there ends here
         self.load_model()
 
     def load_posts(self):
@@ -320,11 +322,10 @@ class Session:
 def load_model(path, args, device, revision=None, nf4=False, shard=False):
     """The Qwen3 at `path` as the flags want it; one to be spread over ranks is read into the
     host's memory."""
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-             "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    dtype = choose_dtype(args.dtype, device)
     where = "cpu" if shard else device
     model = Qwen3.from_pretrained(path, revision=revision, device=where, dtype=dtype, nf4=nf4)
-    model.checkpointing = getattr(args, "checkpointing", False)
+    model.checkpointing = bool(getattr(args, "checkpointing", False))  # None: support/plan.py
     model.graphs = False if getattr(args, "no_graphs", False) else None
     return model
 

@@ -48,6 +48,25 @@ class SentenceFormat:
         return pooled
 
 
+TOKENS_A_PASS = 16384            # padded ones: memory grows with them, not with the texts
+
+
+def passes_of(order, lengths, most):
+    """Parts of `order`, places sorted by length (tokens of each text): of at most `most` texts and
+    TOKENS_A_PASS padded tokens, or of a single longer text."""
+    passes = []
+    part = []
+    for place in order:
+        padded = (len(part) + 1) * lengths[place]    # the longest so far
+        if part and (len(part) == most or padded > TOKENS_A_PASS):
+            passes.append(part)
+            part = []
+        part.append(place)
+    if part:
+        passes.append(part)
+    return passes
+
+
 def sentence_format(folder, pooling, width, device="cpu"):
     """The SentenceFormat of a folder whose encoder gives vectors of `width` numbers, pooled as
     `pooling` ("mean" of all tokens, or the "last" one). A folder without modules.json is a plain

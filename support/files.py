@@ -21,6 +21,8 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
+from support.out_of_memory import advice, is_out_of_memory
+
 
 class InputError(ValueError):
     """Wrong input from the user: one sentence that says what is wrong, where, and how to fix it.
@@ -57,7 +59,7 @@ OLD_COMMANDS = {"wise": "interpolate"}
 
 def command(parser, argv=None):
     """Run a program's command; its exit code: 0 when it worked; 2, with one sentence on stderr, for
-    wrong input; 130 after Ctrl-C."""
+    wrong input or too little memory; 130 after Ctrl-C."""
     write_any_character()
     words = list(sys.argv[1:] if argv is None else argv)
     words[:1] = [OLD_COMMANDS.get(word, word) for word in words[:1]]
@@ -78,6 +80,12 @@ def command(parser, argv=None):
             message += f" (rank {rank})"
         print(message, file=sys.stderr)
         give_up_stdout()                     # a full disk must not be reported twice
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(printable(f"error: {advice(e, args)}{where}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:                # before or after the steps, which handle it themselves
         print("stopped", file=sys.stderr)

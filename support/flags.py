@@ -108,8 +108,8 @@ def common_flags(groups, *, lr, steps, batch, schedule="cosine"):
     add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--micro-tokens", type=int, default=16384,
         help="tokens in one forward and backward pass: lower it to save memory")
-    add("--checkpointing", action="store_true",
-        help="recompute activations: less memory, a third more time")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
+        help="recompute activations: less memory, up to half more time; default: if memory is short")
     add = groups.rare.add_argument
     add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")

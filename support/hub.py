@@ -5,12 +5,15 @@ folder or inside the hub client's own cache alone, headers are checked before me
 
 import json
 import math
+import os
 import re
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import (hf_hub_download, snapshot_download,
+                             split_torch_state_dict_into_shards)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -83,6 +86,42 @@ def trusted_places(folder):
     return [cache, (model / "blobs").resolve(), (cache / "blobs").resolve()]
 
 
+def config_without_weights(path, revision=None):
+    """config.json (a dict) of a checkpoint whose weights are not on this machine; None if they are,
+    or if `path` names no checkpoint. Of a hub name config.json alone is fetched, into a folder that
+    is removed again."""
+    if os.path.isdir(path):
+        folder = Path(path)
+        if has_weights(folder) or not (folder / "config.json").exists():
+            return None
+        return read_json(folder / "config.json")
+    name = str(path)
+    if os.path.exists(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return None
+    try:
+        if has_weights(Path(snapshot_download(name, revision=revision, local_files_only=True))):
+            return None
+    except (OSError, ValueError):
+        pass                                 # the hub client's cache has nothing of it
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = hf_hub_download(name, "config.json", revision=revision, local_dir=folder)
+        except Exception as e:  # the hub client has many kinds: offline, no such name, no access
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise InputError(f"config.json of {name!r} could not be fetched from the hub "
+                             f"({reason}): check the name, the revision and the connection"
+                             ) from None
+        return read_json(file)
+
+
+def has_weights(folder):
+    """Whether every file that holds a checkpoint's tensors is there."""
+    try:
+        return bool(tensor_files(folder))
+    except InputError:
+        return False
+
+
 def missing_message(folder, path):
     """Says why a checkpoint's file is not there, as far as the folder shows it."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -116,6 +155,10 @@ def opened(paths, read, device="cpu", rename=str):
                     out[rename(name)] = read(f, name)
         except InputError as e:
             raise InputError(f"{path}: {e}") from None
+        except torch.OutOfMemoryError:
+            raise InputError(f"the weights in {path.parent} do not fit into the memory of {device}:"
+                             " add --nf4, or --shard on several GPUs, or give a smaller model"
+                             ) from None
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as e:
             raise InputError(f"{path} cannot be read as safetensors ({str(e)[:100]}): download it "
                              "again") from None

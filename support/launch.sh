@@ -7,6 +7,8 @@ if [[ -z "${RANK:-}" || -z "${WORLD_SIZE:-}" ]]; then        # one alone is a le
     ${given[@]+"${given[@]}"}
 fi
 gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+(( gpus == 0 || ${LOCAL_WORLD_SIZE:-1} <= gpus )) ||
+  fail "${LOCAL_WORLD_SIZE:-1} ranks for $gpus GPUs: start torchrun --nproc-per-node=$gpus"
 # Several processes share the cores: each has one thread.
 (( gpus > 0 )) || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
@@ -43,6 +45,8 @@ end() {  # STATUS: end what still runs in this process group, other seeds' progr
 }
 trap 'end 143' TERM
 trap 'end 130' INT
+# A dry run leaves nothing behind, however it ends.
+[[ -z "$dry" || "$RANK" != 0 ]] || trap 'rm -rf "$out"' EXIT
 
 side_by_side() {  # FUNCTION SEED..: FUNCTION for every seed, some at a time; a failure ends all
   local function="$1" going="" left="" number=0 limit pid seed
@@ -93,5 +97,4 @@ plan() {  # FUNCTION SEED..: the commands of one seed with their costs, and what
     END { total *= crowd / cores
           if (total) printf "The whole study: about %.0f minutes (%d x %.0f s)\n",
                             rounds * total / 60, rounds, total }'
-  [[ "$RANK" != 0 ]] || rm -rf "$out"
 }

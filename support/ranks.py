@@ -52,6 +52,8 @@ def rank_and_world():
 
 # ---- Ranks ---------------------------------------------------------------------------------------
 
+LONGEST_WAIT = timedelta(days=1)  # of a rank for the others
+
 class Ranks:
     """This process among those of the launch; alone when not under torchrun.
 
@@ -85,11 +87,14 @@ class Ranks:
                              "single process, unset WORLD_SIZE and RANK") from None
         number = os.environ.get("STUDY_STAGE", "")  # set by train.sh: a stage may come twice
         store = dist.PrefixStore(f"{number}{stage}/{self.restarts}", store)
-        self.monitor = PeerMonitor(self, store, host)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         # One rank may fetch a model for an hour while others wait; the monitor finds dead ranks.
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
-                                timeout=timedelta(days=1))
+        # The store has a limit of its own, 300 s, and NCCL connects its ranks through it.
+        store.set_timeout(LONGEST_WAIT)
+        self.monitor = PeerMonitor(self, store, host)
+        gpu = self.device if self.device.type == "cuda" else None
+        # With device_id NCCL connects now, and not in the first collective.
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=self.rank,
+                                world_size=self.world, timeout=LONGEST_WAIT, device_id=gpu)
 
     def sum(self, values):
         """The sums of a list of floats over all ranks, on every rank."""
@@ -130,6 +135,8 @@ class Ranks:
         process."""
         try:
             yield
+        except torch.OutOfMemoryError:       # this rank's own failure: say so at once
+            raise
         except RuntimeError:
             if self.monitor is not None:
                 time.sleep(5 * GRACE)
@@ -182,11 +189,33 @@ def choose_device(name):
         raise InputError(f"--device {name}: there is no such device on this machine: use cpu, cuda "
                          "or cuda:N")
     local = environment_number("LOCAL_RANK", 0)
+    ranks = environment_number("LOCAL_WORLD_SIZE", 1)
     count = torch.cuda.device_count()
     if name == "cuda" and 0 < count <= local:
         raise InputError(f"LOCAL_RANK is {local}, and this machine has {count} GPUs: start one "
-                         "rank per GPU, or, without torchrun, unset LOCAL_RANK")
+                         f"rank per GPU (torchrun --nproc-per-node={count}), or, without torchrun, "
+                         "unset LOCAL_RANK")
+    if name == "cuda" and 0 < count < ranks:  # ranks that have one would wait for the others
+        raise InputError(f"{ranks} ranks were started on this machine, which has {count} GPUs: "
+                         f"start one rank per GPU (torchrun --nproc-per-node={count})")
+    if name.startswith("cuda:") and ranks > 1:
+        raise InputError(f"--device {name} would put all {ranks} ranks of this machine on one GPU: "
+                         "leave --device out")
     return torch.device(f"cuda:{local}" if name == "cuda" else name)
+
+
+def choose_dtype(name, device):
+    """The torch.dtype of --dtype; auto: bfloat16 on a GPU, else float32. Raises InputError for
+    bfloat16 on a GPU whose processors lack it."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name == "bfloat16" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise InputError(f"{torch.cuda.get_device_name(device)} (compute capability {major}."
+                             f"{minor}) does not compute in bfloat16, which needs 8.0: give "
+                             "--dtype float32, or use another GPU")
+    return getattr(torch, name)
 
 
 # ---- If a rank exits early -----------------------------------------------------------------------

@@ -376,6 +376,103 @@ def test_more_ranks_than_gpus_are_a_sentence(monkeypatch):
         Ranks("stage", "cuda")
 
 
+@pytest.mark.parametrize("name, match", [
+    ("cuda", "4 ranks were started on this machine, which has 2 GPUs.*--nproc-per-node=2"),
+    (None, "4 ranks were started"), ("cuda:0", "all 4 ranks of this machine on one GPU")])
+def test_every_rank_says_that_there_are_more_ranks_than_gpus(monkeypatch, name, match):
+    """Ranks that have a GPU waited five minutes for those that have none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(InputError, match=match):
+        ranks.choose_device(name)
+    assert ranks.choose_device("cpu").type == "cpu"
+
+
+def test_a_gpu_without_bfloat16_is_a_sentence(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for name in ("auto", "bfloat16"):
+        with pytest.raises(InputError, match="Tesla T4.*7.5.*bfloat16.*--dtype float32"):
+            ranks.choose_dtype(name, gpu)
+    assert ranks.choose_dtype("float32", gpu) == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ranks.choose_dtype("auto", gpu) == torch.bfloat16
+    cpu = torch.device("cpu")
+    assert [ranks.choose_dtype(n, cpu) for n in ("auto", "bfloat16")] == [torch.float32,
+                                                                         torch.bfloat16]
+
+
+# ---- How ranks meet ------------------------------------------------------------------------------
+
+LATE = """
+import sys, time
+from datetime import timedelta
+from functools import partial
+import torch.distributed as dist
+from support.ranks import Ranks
+dist.TCPStore = partial(dist.TCPStore, timeout=timedelta(seconds=1))     # torch's own: 300 s
+ranks = Ranks("late", "cpu")
+store = dist.distributed_c10d._get_default_store()
+if ranks.rank == 1:
+    time.sleep(2.5)                              # a download
+    store.set("address", "here")
+print(store.get("address").decode())             # as NCCL's first collective does
+ranks.barrier()
+ranks.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_ranks_wait_in_the_store_longer_than_its_own_limit():
+    """NCCL asks the store for the other ranks' addresses: it gave up after 300 s, whatever the
+    process group's timeout."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+                        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    two = [subprocess.Popen([sys.executable, "-c", LATE], cwd=ROOT, text=True,
+                            env=env | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE) for r in "01"]
+    try:
+        said = [p.communicate(timeout=120) for p in two]
+    finally:
+        [p.kill() for p in two]
+    assert [out.strip() for out, _ in said] == ["here", "here"], said[0][1][-2000:]
+
+
+@pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_nccl_is_told_its_gpu_and_connects_at_once(monkeypatch, device, backend):
+    told = {}
+    for name in ("is_available", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: True)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"),
+                        ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    store = SimpleNamespace(set_timeout=lambda limit: told.update(limit=limit))
+    monkeypatch.setattr(dist, "TCPStore", lambda *a, **k: None)
+    monkeypatch.setattr(dist, "PrefixStore", lambda *a: store)
+    monkeypatch.setattr(ranks, "PeerMonitor", lambda *a: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: told.update(k, backend=a[0]))
+    Ranks("stage", device)
+    gpu = torch.device("cuda", 1) if device == "cuda" else None
+    assert (told["backend"], told["device_id"]) == (backend, gpu)
+    assert told["limit"] == told["timeout"] and told["timeout"].days == 1
+
+
+def test_a_rank_without_memory_does_not_wait_for_a_lost_peer(monkeypatch):
+    """Its own failure is not a peer's: it was said ten seconds late."""
+    waited = []
+    monkeypatch.setattr(ranks.time, "sleep", waited.append)
+    alone = Ranks("stage", "cpu")
+    alone.monitor = object()
+    for error, seconds in ((torch.OutOfMemoryError, []), (RuntimeError, [5 * ranks.GRACE])):
+        with pytest.raises(error), alone.together():
+            raise error("CUDA out of memory")
+        assert waited == seconds
+
+
 @pytest.mark.multirank
 @pytest.mark.parametrize("variables", [{"RANK": "3"}, {"RANK": ""}, {"RANK": "", "WORLD_SIZE": ""}],
                          ids=str)
