@@ -1,14 +1,18 @@
 """The same sampling as generate.py's plain loop, fast, and tested equal to it, token for token.
 
 A prompt is read once for its k completions and its keys and values are stored once (DecodeBatch);
-blocks have fewer and larger products (FusedBlocks); a finished prompt gives its place to a waiting
-one, and the batch shrinks when none wait (Scheduler); on a GPU a step is replayed as a CUDA graph.
-Each completion has random numbers of its own and does not depend on what else is in the batch."""
+blocks have fewer and larger products and fewer kernels (FusedBlocks, Pointwise); a finished
+completion gives its slot to a waiting one, and the batch shrinks when none wait (Scheduler); on a
+GPU a step is replayed as a CUDA graph. Each completion has random numbers of its own and does not
+depend on what else is in the batch."""
 
+import functools
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -19,6 +23,9 @@ from lora import Parts
 from model import full_attention, rms_norm, rotary
 from support.draws import uniforms
 from support.files import InputError
+from support.layouts import Layout, first_layout, fitting, smaller
+from support.packing import rounded_up
+from support.products import logits_of, scores_of
 
 
 # ---- The fast engine: blocks with fewer and larger products --------------------------------------
@@ -33,18 +40,26 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
-def joined(weights):
-    """Weights (out_i, in) as one tensor (sum of out_i, in). They become views of it: nothing is
-    stored twice. Weights that already lie one after the other in one storage stay where they are,
-    so that a second call gives the same tensor."""
-    if not adjacent(weights):
-        whole = torch.cat([w.data for w in weights])
-        sizes = [len(w) for w in weights]
-        for weight, part in zip(weights, whole.split(sizes)):
-            weight.data = part
-    rows = sum(len(w) for w in weights)
+def joined(weights, spare=0):
+    """Weights (out_i, in) as one tensor (sum of out_i + spare, in), its last `spare` rows free for
+    the caller. They become views of it: nothing is stored twice. Weights that already lie one after
+    the other in one storage stay where they are, so that a second call gives the same tensor."""
+    sizes = [len(w) for w in weights]
+    rows = sum(sizes) + spare
     columns = weights[0].shape[1]
+    if not adjacent(weights) or spare_rows(weights) < spare:
+        parts = [w.data for w in weights]
+        whole = torch.cat([*parts, parts[0].new_zeros(spare, columns)])
+        whole.untyped_storage().spare_rows = spare
+        for weight, part in zip(weights, whole.split([*sizes, spare])):
+            weight.data = part
     return weights[0].data.as_strided((rows, columns), (columns, 1))
+
+
+def spare_rows(weights):
+    """Free rows behind adjacent weights. Only `joined` marks a storage: behind other weights a
+    checkpoint's next ones may lie."""
+    return getattr(weights[0].untyped_storage(), "spare_rows", 0)
 
 
 def adjacent(weights):
@@ -67,9 +82,10 @@ def decoding_parts_of(layer, dtype):
 class FusedLinear:
     """Linear layers that read the same input, as one matrix product: (.., in) -> (.., sum of outs).
     Low-rank updates are products of their own, all A as one and all B as one block-diagonal: added
-    to W they would be rounded in bf16."""
+    to W they would be rounded in bf16. `extend`: A lies behind W, and one product reads both; a
+    kernel less on a GPU."""
 
-    def __init__(self, layers, dtype):
+    def __init__(self, layers, dtype, extend=False):
         self.layers = layers
         self.scale = 1.0
         self.A = None                                  # (sum of r, in)
@@ -81,9 +97,11 @@ class FusedLinear:
         if self.whole:
             return
         self.nf4 = [p.weight for p in parts if getattr(p.weight, "quantised", False)]
-        self.weight = None if self.nf4 else joined([p.weight for p in parts])
+        self.extended = extend and not self.nf4 and any(p.A is not None for p in parts)
+        self.rows = sum(p.weight.shape[0] for p in parts)
         self.fuse_updates(parts)
         self.fuse_gains(parts, dtype)
+        self.fuse_weights(parts)
         self.tensors = [t for t in (self.A, self.B, self.gain) if t is not None]
 
     def fuse_updates(self, parts):
@@ -108,6 +126,16 @@ class FusedLinear:
             gains.append(ones if part.gain is None else part.gain)
         self.gain = torch.cat(gains).to(dtype)
 
+    def fuse_weights(self, parts):
+        self.weight = None
+        if self.nf4:
+            return
+        spare = rounded_up(len(self.A), 8) if self.extended else 0  # rows of y stay aligned
+        self.weight = joined([p.weight for p in parts], spare)
+        if self.extended:
+            behind = self.weight[self.rows:self.rows + len(self.A)]
+            self.A = behind.copy_(self.A)
+
     def key(self):
         """What a captured graph takes for granted of it."""
         if self.whole:
@@ -124,17 +152,89 @@ class FusedLinear:
         else:
             y = linear(x, self.weight)
         if self.A is not None:
-            low = linear(x, self.A).flatten(0, -2)
-            y.flatten(0, -2).addmm_(low, self.B, alpha=self.scale)
+            low = y[..., self.rows:self.rows + len(self.A)] if self.extended else linear(x, self.A)
+            y = y[..., :self.rows]
+            y.flatten(0, -2).addmm_(low.flatten(0, -2), self.B, alpha=self.scale)
         return y if self.gain is None else y * self.gain
+
+
+# ---- The fast engine: element-wise parts ---------------------------------------------------------
+
+def add_norm(x, y, weight, eps):
+    """x + y, and its norm."""
+    x = x + y
+    return x, rms_norm(x, weight, eps)
+
+
+def norm_and_rotate(heads, weight, cos, sin, eps):
+    """Queries and keys (B, T, heads, D): normalised by weight (heads, D), then rotated."""
+    x = rms_norm(heads, weight, eps)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def attention_weights(bias, shared, own, scale, dtype):
+    """The softmax over scores of the prompts' columns and of a completion's own, (.., L + M)."""
+    scores = torch.cat((shared, own), -1)
+    return torch.add(bias, scores, alpha=scale).softmax(-1).to(dtype)
+
+
+def add_heads(shared, own):
+    """shared + own (P, KV, k, G, D) as (P k, 1, H, D)."""
+    places, kv, count, group, dim = own.shape
+    return (shared + own).transpose(1, 2).reshape(places * count, 1, kv * group, dim)
+
+
+class Compiled:
+    """A function by torch.compile, in the eager function's order of roundings; by itself where the
+    compiler fails, which is said once."""
+
+    def __init__(self, function):
+        self.function = function
+        self.fast = torch.compile(function, dynamic=True, fullgraph=True,
+                                  options={"emulate_precision_casts": True})
+
+    def __call__(self, *args):
+        if self.fast is None:
+            return self.function(*args)
+        try:
+            return self.fast(*args)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:               # the compiler has errors of many classes
+            self.fast = None
+            why = (str(e).splitlines() or [type(e).__name__])[0]
+            print(f"decoding: {self.function.__name__} could not be compiled ({why}): it runs "
+                  "uncompiled, a little slower", file=sys.stderr)
+            return self.function(*args)
+
+
+compiled = functools.cache(Compiled)
+
+
+class Pointwise:
+    """The element-wise parts of a block, one kernel each where Triton compiles them (on a GPU); as
+    they are written elsewhere: the reference."""
+
+    def __init__(self, device):
+        triton = device.type == "cuda" and find_spec("triton") is not None
+        make = compiled if triton else (lambda function: function)
+        self.add_norm = make(add_norm)
+        self.norm_and_rotate = make(norm_and_rotate)
+        self.swiglu = make(swiglu)
+        self.attention_weights = make(attention_weights)
+        self.add_heads = make(add_heads)
 
 
 @dataclass
 class FusedBlock:
     """A transformer block for decoding: its norms and its four products."""
     norm: object
-    q_norm: object
-    k_norm: object
+    qk_weight: torch.Tensor                  # (H + KV, D): the weights of q's and of k's norm
     mlp_norm: object
     qkv: FusedLinear
     out: FusedLinear
@@ -142,15 +242,20 @@ class FusedBlock:
     down: FusedLinear
 
     @classmethod
-    def of(cls, block, dtype):
+    def of(cls, block, model, extend):
+        dtype = model.dtype
+        config = model.config
         attention = block.self_attn
         mlp = block.mlp
-        return cls(block.input_layernorm, attention.q_norm, attention.k_norm,
-                   block.post_attention_layernorm,
-                   FusedLinear((attention.q_proj, attention.k_proj, attention.v_proj), dtype),
-                   FusedLinear((attention.o_proj,), dtype),
-                   FusedLinear((mlp.gate_proj, mlp.up_proj), dtype),
-                   FusedLinear((mlp.down_proj,), dtype))
+        qk_weight = torch.cat((
+            attention.q_norm.weight.detach().expand(config.num_attention_heads, -1),
+            attention.k_norm.weight.detach().expand(config.num_key_value_heads, -1)))
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        return cls(block.input_layernorm, qk_weight, block.post_attention_layernorm,
+                   FusedLinear((q, k, v), dtype, extend),
+                   FusedLinear((attention.o_proj,), dtype, extend),
+                   FusedLinear((mlp.gate_proj, mlp.up_proj), dtype, extend),
+                   FusedLinear((mlp.down_proj,), dtype, extend))
 
     def products(self):
         return [self.qkv, self.out, self.gate_up, self.down]
@@ -159,15 +264,17 @@ class FusedBlock:
 class FusedBlocks:
     """The blocks for decoding, without gradient: one product for q, k and v, one for gate and up; q
     and k are normalised and rotated together. A step has few rows: the number of operations decides
-    its time."""
+    its time. `extend`: see FusedLinear; by default on a GPU."""
 
-    def __init__(self, model, length):
+    def __init__(self, model, length, extend=None):
         self.config = model.config
+        extend = model.device.type == "cuda" if extend is None else extend
+        self.pointwise = Pointwise(model.device)
         positions = torch.arange(length, device=model.device)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, model.dtype)
         self.cos = torch.cat((cos, cos), -1)                                   # (length, 1, D)
         self.sin = torch.cat((-sin, sin), -1)                                  # (length, 1, D)
-        self.blocks = [FusedBlock.of(block, model.dtype) for block in model.model.layers]
+        self.blocks = [FusedBlock.of(block, model, extend) for block in model.model.layers]
 
     def products(self):
         found = []
@@ -176,10 +283,12 @@ class FusedBlocks:
         return found
 
     def tensors(self):
-        """What was computed from adapters: to be refreshed before each rollout."""
+        """What was computed from weights that may train: to be refreshed before each rollout."""
         found = []
-        for product in self.products():
-            found.extend(product.tensors)
+        for block in self.blocks:
+            found.append(block.qk_weight)
+            for product in block.products():
+                found.extend(product.tensors)
         return found
 
     def key(self):
@@ -192,12 +301,18 @@ class FusedBlocks:
         positions = positions.clamp(max=len(self.cos) - 1)
         cos = self.cos[positions]
         sin = self.sin[positions]
+        add = self.pointwise.add_norm
+        first = self.blocks[0].norm
+        normed = rms_norm(x, first.weight, first.eps)
         for layer, block in enumerate(self.blocks):
-            q, k, v = self.heads(block, block.qkv(block.norm(x)), cos, sin)
-            x = x + block.out(attend(layer, q, k, v).flatten(2))
-            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, -1)
-            x = x + block.down(F.silu(gate) * up)
-        return x
+            q, k, v = self.heads(block, block.qkv(normed), cos, sin)
+            attended = block.out(attend(layer, q, k, v).flatten(2))
+            x, normed = add(x, attended, block.mlp_norm.weight, block.mlp_norm.eps)
+            y = block.down(self.pointwise.swiglu(block.gate_up(normed)))
+            if block is self.blocks[-1]:
+                return x + y
+            following = self.blocks[layer + 1].norm
+            x, normed = add(x, y, following.weight, following.eps)
 
     def heads(self, block, qkv, cos, sin):
         """q (B, T, H, D), k and v (B, T, KV, D); q and k normalised and rotated."""
@@ -205,70 +320,90 @@ class FusedBlocks:
         heads = c.num_attention_heads
         both = heads + c.num_key_value_heads
         qkv = qkv.unflatten(-1, (-1, c.head_dim))                              # (B, T, H + 2 KV, D)
-        weight = torch.cat((block.q_norm.weight.expand(heads, -1),
-                            block.k_norm.weight.expand(both - heads, -1)))
-        qk = rms_norm(qkv[..., :both, :], weight, c.rms_norm_eps)
-        qk = qk * cos + qk.roll(c.head_dim // 2, -1) * sin
+        qk = self.pointwise.norm_and_rotate(qkv[..., :both, :], block.qk_weight, cos, sin,
+                                            c.rms_norm_eps)
         return qk[..., :heads, :], qk[..., heads:, :], qkv[..., both:, :]
 
 
 # ---- The fast engine: the batch of completions and its cache -------------------------------------
 
 class DecodeBatch:
-    """A batch of completions on the device: P places for prompts, k completions each. Called as
+    """A batch of completions on the device: P places of w slots, one completion each. Called as
     `attend`, it is the cache of keys and values (with M columns of each completion's own):
 
-        place 0   prompt prompt prompt | sample 0:  5 6 . 3 4     the ring: step s of the batch
-                                       | sample 1:  5 6 . 3 4     writes column s mod M of every row
-        place 1   prompt prompt        | sample 0:  . 6 . . .     it entered one step ago, and sees
-                                       | sample 1:  . 6 . . .     the newest column only
+        place 0   prompt prompt prompt | slot 0:  5 6 . 3 4       the ring: step s of the batch
+                                       | slot 1:  5 6 . 3 4       writes column s mod M of every row
+        place 1   prompt prompt        | slot 0:  . 6 . . .       it entered one step ago, and sees
+                                       | slot 1:  5 6 . 3 4       the newest column only
 
-    A prompt's keys and values are stored once, (P, KV, L, D), and shared by its k completions; the
-    completions' own are a ring (P, KV, k, M, D). A prompt that entered `age` steps ago sees the
-    last `age` columns, so a new prompt takes a finished one's place without moving anything:
-    softmax does not depend on the order of columns, and rotary positions are in k already.
+    A prompt's keys and values are stored once, for all its completions, in a page of its place's
+    strip: H prompts take turns in its columns, (P, KV, L H, D). The completions' own are a ring
+    (P, KV, w, M, D). A completion that entered `age` steps ago sees the last `age` columns, so a new
+    one takes a finished one's slot without moving anything: softmax does not depend on the order of
+    columns, and rotary positions are in k already.
 
-    Results are written to tables with a line for each completion that the batch began with; their
-    last column takes what idle places write. `slot` says which line a row writes. All state is
-    tensors that stay where they are, and a smaller batch is a prefix of the same memory. `step`
-    reads nothing on the host, so that one CUDA graph serves for `window` columns of the ring."""
+    Results are written to tables with a line for each of the k completions of each page; their last
+    column takes what idle slots write, their last line is nobody's. `slot` says which line a row
+    writes. A place's lines begin in the order of its prompts: `next` counts those that have begun,
+    `given` those that may; a slot whose completion has ended takes the next one (`enter`), on the
+    device. All state is tensors that stay where they are, and a smaller batch is a prefix of the
+    same memory. `step` reads nothing on the host, so that one CUDA graph serves for `window` columns
+    of the ring."""
 
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1,
-                 graphs=False):
+                 graphs=False, pages=1, slots=None):
         self.model = model
         self.sampling = sampling
         self.window = window
         self.ring = length                   # M: the longest completion
+        self.k = k
         self.graphs = graphs                 # replay steps as CUDA graphs?
         self.pool = None                     # the graphs' memory
-        self.captured = {}                   # (places, k, columns used) -> graph
+        self.captured = {}                   # the shape of a step -> graph
+        self.warm = set()                    # shapes of steps that were made once
+        self.strips = {}                     # pages -> (token, page) of the columns of a strip
         self.fused = None if model.lockstep else FusedBlocks(model, prompt_length + length)
+        self.pointwise = Pointwise(model.device)
+        slots = slots or k
+        rows = places * slots
+        lines = places * pages * k
         c = model.config
+        column = c.num_key_value_heads * c.head_dim            # numbers of one token's k or v
         layers = c.num_hidden_layers
-        kv = c.num_key_value_heads
         new = {"device": model.device}
-        self.prompt_cache = torch.zeros(layers, 2, places, kv, prompt_length, c.head_dim, **new,
+        self.prompt_cache = torch.zeros(layers, 2, places * pages * prompt_length * column, **new,
                                         dtype=model.dtype)
-        self.own_cache = torch.zeros(layers, 2, places * kv * k * length * c.head_dim, **new,
-                                     dtype=model.dtype)
+        self.own_cache = torch.zeros(layers, 2, rows * length * column, **new, dtype=model.dtype)
+        self.prompt_length = prompt_length   # L: the longest prompt
         self.columns = torch.arange(max(prompt_length, length), **new)
         self.clock = torch.zeros(1, dtype=torch.long, **new)
+        self.last = torch.zeros(1, dtype=torch.long, **new)    # the last token's number
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, **new)
-        rows = places * k
-        self.tokens = torch.zeros(rows, length + 1, dtype=torch.long, **new)
-        self.noise = torch.zeros(rows, length + 1, dtype=torch.float64, **new)
-        self.logprobs = torch.zeros(rows, length + 1, **new)
-        self.stopped = torch.zeros(rows, dtype=torch.bool, **new)
-        self.all_places = torch.zeros(2, places, dtype=torch.long, **new)
-        self.all_rows = torch.zeros(2, rows, dtype=torch.long, **new)
-        self.restart(places, k)
+        self.tokens = torch.zeros(lines + 1, length + 1, dtype=torch.long, **new)
+        self.noise = torch.zeros(lines + 1, length + 1, dtype=torch.float64, **new)
+        self.logprobs = torch.zeros(lines + 1, length + 1, **new)
+        self.ended = torch.zeros(lines + 1, dtype=torch.bool, **new)
+        self.nobody = lines
+        self.all_pages = torch.zeros(places * pages, dtype=torch.long, **new)
+        self.numbers = torch.arange(max(rows, places * pages), **new)
+        self.all_places = torch.zeros(2, len(self.numbers), dtype=torch.long, **new)
+        self.all_rows = torch.zeros(4, rows, dtype=torch.long, **new)
+        self.restart(Layout(places, slots, pages), length, prompt_length)
 
-    def restart(self, places, k):
-        """An empty batch of that many places, at most as many as it was made for."""
+    def restart(self, layout, length, width):
+        """An empty batch of that shape, at most as large as it was made for, for completions of at
+        most `length` tokens and prompts of at most `width`."""
         self.steps = 0
+        self.used = self.window
         self.clock.zero_()
-        self.resize(places, k)
-        torch.arange(places * k, out=self.slot.view(-1))
+        self.last.fill_(length - 1)
+        self.set_width(width)
+        self.resize(layout)
+        self.queued = layout.slots < self.k or layout.pages > 1
+        self.ended.fill_(True)
+        for state in (self.all_pages, self.all_places, self.all_rows):
+            state.zero_()
+        self.slot.fill_(self.nobody)
 
     def clear(self):
         """Forget what earlier rollouts wrote. A masked column weighs 0, but 0 * NaN is NaN: one NaN
@@ -276,21 +411,35 @@ class DecodeBatch:
         for cache in (self.prompt_cache, self.own_cache, self.logprobs):
             cache.zero_()
 
-    def resize(self, places, k):
-        """Use the first part of the memory, for `places` prompts of k completions."""
-        self.lengths = self.all_places[0, :places]             # (P,) of the prompts
-        self.age = self.all_places[1, :places]                 # (P,) steps since the prompt entered
-        rows = self.all_rows[:, :places * k].view(2, places, k)
-        self.slot = rows[0]                                    # (P, k) line of the tables
-        self.newest = rows[1]                                  # (P, k) the last token sampled
-        _, _, _, kv, _, dim = self.prompt_cache.shape
-        own = self.own_cache[..., :places * kv * k * self.ring * dim]
-        own = own.view(-1, 2, places, kv, k, self.ring, dim)
+    def set_width(self, width):
+        """Attend to that many columns of a prompt: the longest one's, rounded up with graphs."""
+        self.width = min(self.prompt_length, rounded_up(width, self.window))
+
+    def resize(self, layout):
+        """Use the first part of the memory for a batch of that shape."""
+        self.layout = layout
+        places, slots, pages = layout.places, layout.slots, layout.pages
+        rows = self.all_rows[:, :layout.rows].view(4, places, slots)
+        self.slot = rows[0]                                    # (P, w) line of the tables
+        self.newest = rows[1]                                  # (P, w) the last token sampled
+        self.age = rows[2]                                     # (P, w) steps since it entered
+        self.page = rows[3]                                    # (P, w) the page of its prompt
+        self.lengths = self.all_pages[:places * pages].view(places, pages)     # of the prompts
+        self.next = self.all_places[0, :places]                # (P,) lines that have begun
+        self.given = self.all_places[1, :places]               # (P,) lines that may begin
+        if pages not in self.strips:
+            columns = torch.arange(self.prompt_length * pages, device=self.clock.device)
+            self.strips[pages] = columns // pages, columns % pages
+        c = self.model.config
+        kv = c.num_key_value_heads
+        strip = self.prompt_length * pages
+        prompt = self.prompt_cache[..., :places * strip * kv * c.head_dim]
+        prompt = prompt.view(-1, 2, places, kv, strip, c.head_dim)
+        own = self.own_cache[..., :layout.rows * self.ring * kv * c.head_dim]
+        own = own.view(-1, 2, places, kv, slots, self.ring, c.head_dim)
         self.caches = []                                       # per layer: k, v, own k, own v
-        for prompt_layer, own_layer in zip(self.prompt_cache, own):
-            prompt_k, prompt_v = prompt_layer[:, :places]
-            own_k, own_v = own_layer
-            self.caches.append((prompt_k, prompt_v, own_k, own_v))
+        for prompt_layer, own_layer in zip(prompt, own):
+            self.caches.append((*prompt_layer, *own_layer))
 
     def hidden(self, tokens, positions, attend):
         if self.fused is None:               # the weights are spread over ranks
@@ -298,76 +447,113 @@ class DecodeBatch:
         backbone = self.model.model
         return backbone.norm(self.fused(backbone.embed_tokens(tokens), positions, attend))
 
-    def prefill_posts(self, places, prompts, noise):
-        """The prompts (id lists) take the places `places` (a list): one prefill for the k
-        completions of each, whose first tokens come from its last logits. noise (prompts, k,
-        length) of `uniforms`."""
+    def logits(self, hidden):
+        """(N, V) in fp32 of hidden states (N, hidden)."""
+        return logits_of(hidden, self.model.head_weight(), linear)
+
+    # -- Prompts enter
+
+    def prefill_posts(self, places, pages, prompts, noise):
+        """The prompts (id lists) take the given pages of the given places (two lists): one prefill
+        for the k completions of each, whose first tokens come from its last logits; they begin as
+        slots are free. noise (prompts, k, length) of `uniforms`."""
         device = self.clock.device
         longest = max(len(prompt) for prompt in prompts)
+        width = rounded_up(longest, self.window)
         padded = []
         for prompt in prompts:
-            padded.append([*prompt, *[0] * (longest - len(prompt))])
+            padded.append([*prompt, *[0] * (width - len(prompt))])
         tokens = torch.tensor(padded, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         places = torch.tensor(places, device=device)
-        slots = self.slot[places].flatten()
-        self.noise[slots, :noise.shape[-1]] = noise.flatten(0, 1).to(device)
-        self.stopped[slots] = False
-        self.lengths[places] = lengths
-        self.age[places] = 0
-        size = max(1, 2 ** 14 // longest)    # prompts a pass: prefills batch well, to a limit
+        pages = torch.tensor(pages, device=device)
+        blocks = places * self.layout.pages + pages                            # (n,)
+        lines = blocks[:, None] * self.k + torch.arange(self.k, device=device)
+        self.noise[lines.flatten(), :noise.shape[-1]] = noise.flatten(0, 1).to(device)
+        self.leave(blocks)
+        self.ended[lines] = False
+        self.lengths[places, pages] = lengths
+        self.given.index_add_(0, places, torch.full_like(places, self.k))
+        size = max(1, 2 ** 14 // width)      # prompts a pass: prefills batch well, to a limit
         for start in range(0, len(prompts), size):
             some = slice(start, start + size)
-            self.prefill(tokens[some], lengths[some], places[some])
+            self.prefill(tokens[some], lengths[some], places[some], pages[some], lines[some])
+        self.enter()
 
-    def prefill(self, tokens, lengths, places):
-        """Read prompts (n, T) of the given lengths (n,) into the places (n,); sample the first
-        token of each completion."""
+    def leave(self, blocks):
+        """Slots let go of the lines of these blocks (n,), which get new prompts."""
+        own = (self.slot // self.k)[..., None] == blocks                       # (P, w, n)
+        self.slot.masked_fill_(own.any(-1), self.nobody)
+
+    def prefill(self, tokens, lengths, places, pages, lines):
+        """Read prompts (n, T) of the given lengths (n,) into the pages; sample the first token of
+        each completion, for the lines (n, k)."""
         width = tokens.shape[1]
 
         def attend(layer, q, k, v, causal=full_attention()):
-            prompt_k, prompt_v, _, _ = self.caches[layer]
-            prompt_k[places, :, :width] = k.transpose(1, 2)
-            prompt_v[places, :, :width] = v.transpose(1, 2)
+            for strip, new in zip(self.caches[layer], (k, v)):
+                strip = strip.unflatten(2, (self.prompt_length, -1))
+                strip[places, :, :width, pages] = new.transpose(1, 2)
             return causal(layer, q, k, v)
         hidden = self.hidden(tokens, self.columns[None, :width], attend)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        logits = linear(last, self.model.head_weight()).float()                # (n, V)
-        self.record(logits[:, None].expand(-1, self.slot.shape[1], -1), places)
+        logits = self.logits(last)                                             # (n, V)
+        self.record(logits[:, None].expand(-1, self.k, -1), lines, torch.zeros_like(lines))
 
-    def record(self, logits, rows):
-        """Sample one token for each completion of the places `rows` from logits (rows, k, V) and
-        write it to the tables."""
-        slot = self.slot[rows]
-        age = self.age[rows, None]
-        column = age.clamp(max=self.ring).expand_as(slot)
-        noise = self.noise[slot, column].flatten()
+    def enter(self):
+        """Slots whose completions have ended take the next ones of their place."""
+        free = self.ended[self.slot]                                           # (P, w)
+        number = free.cumsum(1).sub_(1).add_(self.next[:, None])
+        begins = free & (number < self.given[:, None])
+        lines = self.k * self.layout.pages   # of a place
+        number = number % lines
+        line = number + (self.numbers[:len(number)] * lines)[:, None]
+        line = torch.where(begins, line, self.slot)
+        self.slot.copy_(line)
+        self.newest.copy_(torch.where(begins, self.tokens[line, 0], self.newest))
+        self.page.copy_(torch.where(begins, number // self.k, self.page))
+        self.age.masked_fill_(begins, 0)
+        self.next.add_(begins.sum(1))
+
+    # -- Steps
+
+    def record(self, logits, lines, age):
+        """Sample one token from logits (a, b, V) for each of the lines (a, b), as number `age` of
+        its completion, and write it to the tables. Returns the tokens (a, b)."""
+        column = age.clamp(max=self.ring)
+        noise = self.noise[lines, column].flatten()
         token, logprob = sample(logits.flatten(0, 1), noise, **self.sampling)
-        token = token.view_as(slot)
-        self.tokens[slot, column] = token
-        self.logprobs[slot, column] = logprob.view_as(slot)
-        self.newest[rows] = token
+        token = token.view_as(lines)
+        self.tokens[lines, column] = token
+        self.logprobs[lines, column] = logprob.view_as(lines)
         stops = (token[..., None] == self.stops).any(-1)
-        self.stopped[slot] |= stops & (age < self.ring)
+        self.ended[lines] |= stops | (age >= self.last)
+        return token
 
     def step(self):
         """Sample one more token of every completion."""
-        prompt = self.columns[:self.prompt_cache.shape[-2]] < self.lengths[:, None]
-        own = (self.clock - self.columns[:self.used]) % self.ring <= self.age[:, None]
-        unseen = ~torch.cat((prompt, own), 1)                                  # (P, L + used)
+        if self.queued:
+            self.enter()
+        lengths = self.lengths.gather(1, self.page)                            # (P, w)
+        token, page = (x[:self.width * self.layout.pages] for x in self.strips[self.layout.pages])
+        prompt = token < lengths[..., None]                                    # (P, w, L H)
+        if self.layout.pages > 1:
+            prompt &= page == self.page[..., None]
+        own = (self.clock - self.columns[:self.used]) % self.ring <= self.age[..., None]
+        unseen = ~torch.cat((prompt, own), -1)                                 # (P, w, L H + used)
         bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -math.inf)
-        attend = partial(self, bias[:, None, None, None], self.clock % self.ring)
-        positions = (self.lengths + self.age)[:, None].expand_as(self.newest).reshape(-1, 1)
-        hidden = self.hidden(self.newest.reshape(-1, 1), positions, attend)[:, 0]
+        attend = partial(self, bias[:, None, :, None], self.clock % self.ring)
+        positions = (lengths + self.age).view(-1, 1)
+        hidden = self.hidden(self.newest.view(-1, 1), positions, attend)[:, 0]
         self.clock.add_(1)
         self.age.add_(1)
-        logits = linear(hidden, self.model.head_weight()).float()              # (P k, V)
-        self.record(logits.view(*self.slot.shape, -1), slice(None))
+        logits = self.logits(hidden).view(*self.slot.shape, -1)                # (P, w, V)
+        self.newest.copy_(self.record(logits, self.slot, self.age))
 
     def __call__(self, bias, column, layer, q, k, v):
         """Attention of one new token per completion over [the prompt's cache, its own]: bias (P, 1,
-        1, 1, L + used) says who sees what, column (1,) where the new k and v go. q (P k, 1, H, D),
-        k and v (P k, 1, KV, D)."""
+        w, 1, L H + used) says who sees what, column (1,) where the new k and v go. q (P w, 1, H, D),
+        k and v (P w, 1, KV, D)."""
         prompt_k, prompt_v, own_k, own_v = self.caches[layer]
         places, kv, count, _, dim = own_k.shape
         for cache, new in ((own_k, k), (own_v, v)):
@@ -375,27 +561,32 @@ class DecodeBatch:
             cache.index_copy_(3, column, new)
         own_k = own_k[..., :self.used, :]
         own_v = own_v[..., :self.used, :]
-        q = q.view(places, count, kv, -1, dim).transpose(1, 2).contiguous()    # (P, KV, k, G, D)
+        columns = self.width * self.layout.pages
+        prompt_k = prompt_k[:, :, :columns]
+        prompt_v = prompt_v[:, :, :columns]
+        q = q.view(places, count, kv, -1, dim).transpose(1, 2).contiguous()    # (P, KV, w, G, D)
         shape = q.shape[2:4]
-        shared = q.flatten(2, 3) @ prompt_k.transpose(-1, -2)  # all k against the one copy
-        own = q @ own_k.transpose(-1, -2)
-        scores = torch.cat((shared.unflatten(2, shape), own), -1)
-        p = torch.add(bias, scores, alpha=dim ** -0.5).softmax(-1).to(q.dtype)
-        p_shared, p_own = p.split((prompt_k.shape[2], self.used), -1)
-        out = (p_shared.flatten(2, 3) @ prompt_v).unflatten(2, shape) + p_own @ own_v
-        return out.transpose(1, 2).reshape(places * count, 1, -1, dim)
+        shared = scores_of(q.flatten(2, 3), prompt_k)  # all slots against the one copy
+        own = scores_of(q, own_k)
+        p = self.pointwise.attention_weights(bias, shared.unflatten(2, shape), own, dim ** -0.5,
+                                             q.dtype)
+        p_shared, p_own = p.split((columns, self.used), -1)
+        shared = (p_shared.flatten(2, 3) @ prompt_v).unflatten(2, shape)
+        return self.pointwise.add_heads(shared, p_own @ own_v)
 
     def advance(self):
-        """One step; replayed as a CUDA graph from the second time in a shape on."""
+        """One step; replayed as a CUDA graph from the third time in a shape on."""
         self.steps += 1
-        self.used = min(self.ring, math.ceil(self.steps / self.window) * self.window)
-        shape = (*self.slot.shape, self.used)
+        self.used = min(self.ring, rounded_up(self.steps, self.window))
+        layout = self.layout
+        shape = (layout.places, layout.slots, layout.pages, self.width, self.used, self.queued)
         if shape in self.captured:
             self.captured[shape].replay()
             return
         self.step()                          # the first time kernels are loaded
-        if self.graphs:
+        if self.graphs and shape in self.warm:
             self.captured[shape] = self.capture()
+        self.warm.add(shape)
 
     def capture(self):
         """A CUDA graph of `step`: kernels are recorded, not run."""
@@ -409,30 +600,43 @@ class DecodeBatch:
         self.pool = graph.pool()             # one memory pool for all of them
         return graph
 
-    def shrink(self, places, samples):
-        """Keep the given places (P',) and, in each, the given completions (P', k')."""
+    def shrink(self, small):
+        """Go on as a Smaller batch, in which nothing waits."""
+        device = self.clock.device
+        slots, pages, page = (torch.as_tensor(x, device=device)
+                              for x in (small.slots, small.pages, small.page))
         old_caches = self.caches
-        lengths = self.lengths[places]
-        age = self.age[places]
-        slot = self.slot[places].gather(1, samples)
-        newest = self.newest[places].gather(1, samples)
-        kv, _, ring, dim = old_caches[0][2].shape[1:]
-        own = samples[:, None, :, None, None].expand(-1, kv, -1, ring, dim)
-        self.resize(*samples.shape)
-        self.lengths.copy_(lengths)
-        self.age.copy_(age)
-        self.slot.copy_(slot)
-        self.newest.copy_(newest)
+        idle = slots < 0
+        slots = slots.clamp(min=0)
+        lines = self.slot.flatten()[slots].masked_fill(idle, self.nobody)
+        newest = self.newest.flatten()[slots]
+        age = self.age.flatten()[slots]
+        lengths = self.lengths.flatten()[pages]
+        slot_place, slot = slots // self.layout.slots, slots % self.layout.slots
+        page_place, from_page = pages // self.layout.pages, pages % self.layout.pages
+        self.resize(small.layout)
+        self.queued = False
+        for new, value in ((self.slot, lines), (self.newest, newest), (self.age, age),
+                           (self.page, page), (self.lengths, lengths)):
+            new.copy_(value)
         for old, new in zip(old_caches, self.caches):
-            prompt_k, prompt_v, own_k, own_v = old
-            new[0].copy_(prompt_k[places])
-            new[1].copy_(prompt_v[places])
-            new[2].copy_(own_k[places].gather(2, own))
-            new[3].copy_(own_v[places].gather(2, own))
+            strips = []
+            for strip in old[:2]:
+                strip = strip.unflatten(2, (self.prompt_length, -1))
+                strip = strip[page_place, :, :, from_page]                     # (P', H', KV, L, D)
+                strips.append(strip.permute(0, 2, 3, 1, 4).flatten(2, 3))
+            rings = [ring[slot_place, :, slot].transpose(1, 2) for ring in old[2:]]
+            for target, value in zip(new, (*strips, *rings)):
+                target.copy_(value)
+
+
+WORTH = 3 / 4                # a smaller batch is worth its copying if it costs so much or less
 
 
 class Scheduler:
-    """The scheduler: waiting prompts, idle places, finished completions."""
+    """Who is sampled where: waiting prompts, the prompts of each place's pages, finished
+    completions. The device takes a place's completions in turn; the host gives it prompts, reads
+    what is finished and, when nothing waits, makes the batch smaller."""
 
     def __init__(self, batch, prompts, k, length, seeds):
         self.batch = batch
@@ -440,81 +644,101 @@ class Scheduler:
         self.seeds = seeds
         self.k = k
         self.length = length
-        places = len(batch.slot)
+        self.pages = batch.layout.pages
         self.waiting = list(range(len(prompts)))
-        self.idle = list(range(places))
-        self.post = [None] * places          # the prompt of a place
-        self.block = list(range(places))     # the part of the tables that a place writes
-        # Tokens each place may still sample: counted on the host, so nobody waits for the device.
-        self.tokens_left = [math.inf] * places
+        if len(prompts) > batch.layout.places:  # pages of similar length at a time, longest first
+            self.waiting.sort(key=lambda p: -len(prompts[p]))
+        self.given = [0] * batch.layout.places  # how many prompts a place has got
+        # The prompt of a block, the k lines of the tables of a page: place * pages + page, as the
+        # batch began.
+        self.post = {}
+        # Steps until a completion may reach its length: counted on the host, so that nobody waits
+        # for the device.
+        self.steps_left = math.inf
+        self.writing = True                  # is any completion being sampled?
+        self.pending = 0                     # completions that wait for a slot
         self.written = [None] * len(prompts)  # (tokens, logprobs), each (k, length)
 
+    def free_pages(self):
+        """(place, page) pairs for the next prompts, those of the idlest places first: a place's
+        prompts take its pages in turn."""
+        found = []
+        for place, given in enumerate(self.given):
+            for ahead in range(self.pages):
+                page = (given + ahead) % self.pages
+                if place * self.pages + page in self.post:
+                    break
+                found.append((ahead - self.pages, place, page))
+        busy = {place: 0 for place in range(len(self.given))}
+        for block in self.post:
+            busy[block // self.pages] += 1
+        found.sort(key=lambda entry: (busy[entry[1]] + entry[0] + self.pages, entry[1]))
+        return [(place, page) for _, place, page in found]
+
+    def may_refill(self):
+        """Prefills batch well: do prompts wait, and are enough pages free?"""
+        if not self.waiting:
+            return False
+        return not self.writing or len(self.free_pages()) >= max(1, len(self.given) // 4)
+
     def refill(self):
-        """Idle places take the next prompts; returns how many."""
-        count = min(len(self.idle), len(self.waiting))
-        places = self.idle[:count]
-        taken = self.waiting[:count]
-        self.idle = self.idle[count:]
-        self.waiting = self.waiting[count:]
+        """Free pages take the next prompts; returns how many."""
+        places, pages = zip(*self.free_pages()[:len(self.waiting)])
+        taken = self.waiting[:len(places)]
+        self.waiting = self.waiting[len(places):]
+        for place, page, post in zip(places, pages, taken):
+            self.post[place * self.pages + page] = post
+            self.given[place] += 1
+        if self.batch.queued:
+            self.batch.set_width(max(len(self.prompts[p]) for p in self.post.values()))
         noise = uniforms([self.seeds[p] for p in taken], self.k, self.length)
-        self.batch.prefill_posts(places, [self.prompts[p] for p in taken], noise)
-        for place, post in zip(places, taken):
-            self.post[place] = post
-            self.tokens_left[place] = self.length - 1
-        return count
+        self.batch.prefill_posts(list(places), list(pages), [self.prompts[p] for p in taken], noise)
+        self.steps_left = min(self.steps_left, self.length - 1)
+        self.writing = True
+        return len(taken)
 
     def advance(self):
         self.batch.advance()
-        self.tokens_left = [n - 1 for n in self.tokens_left]
+        self.steps_left -= 1
 
     def collect_finished(self):
-        """Read the places whose completions are all finished; if no prompt waits, shrink to the
-        others. Returns whether any place is still sampling."""
-        left = np.array(self.tokens_left)
-        stopped = self.batch.stopped[self.batch.slot].cpu().numpy()            # (P, k)
-        writing = ~stopped & (left > 0)[:, None]
-        writing[self.idle] = False
-        done = (~writing.any(1)).nonzero()[0].tolist()
-        finished = [place for place in done if left[place] < math.inf]
-        self.read(finished)
-        self.idle = sorted(self.idle + finished)
-        for place in self.idle:              # never due for a look
-            self.tokens_left[place] = math.inf
-        busy = writing.any(1).nonzero()[0].tolist()
-        widest = int(writing.sum(1).max())
-        if not self.waiting and 0 < 2 * len(busy) * widest <= writing.size:
-            self.shrink(busy, writing, widest)
-        return bool(busy)
+        """Read the prompts whose completions are all finished; if nothing waits, go on with a
+        smaller batch. Returns whether anything is still to be sampled."""
+        batch = self.batch
+        shape = batch.slot.shape
+        parts = [batch.ended, batch.given - batch.next]
+        parts += [x.flatten() for x in (batch.slot, batch.age, batch.page)]
+        state = torch.cat(parts).cpu().numpy()                                 # one wait
+        ended, pending, slot, age, page = np.split(state, np.cumsum([len(x) for x in parts[:-1]]))
+        self.pending = int(pending.sum()) if batch.queued else 0
+        ended = ended.astype(bool)
+        whole = ended[:-1].reshape(-1, self.k).all(1)
+        self.read([block for block in self.post if whole[block]])
+        writing = ~ended[slot].reshape(shape)                                  # (P, w)
+        self.writing = bool(writing.any()) or self.pending > 0
+        left = self.length - 1 - age.reshape(shape)[writing]
+        soonest = int(left.min()) if len(left) else 1
+        self.steps_left = max(1, soonest) if self.writing else math.inf
+        if self.writing and not self.waiting and not self.pending:
+            small = smaller(batch.layout, writing, page.reshape(shape), batch.width,
+                            len(batch.all_pages), WORTH, fixed=batch.graphs)
+            if small:
+                batch.shrink(small)
+        return self.writing
 
-    def shrink(self, busy, writing, widest):
-        """Go on with the busy places, each with the `widest` completions that come first when the
-        unfinished ones are put first: rows stay rectangular."""
-        order = np.argsort(~writing[busy], axis=1, kind="stable")[:, :widest]
-        self.tokens_left = [self.tokens_left[place] for place in busy]
-        self.post = [self.post[place] for place in busy]
-        self.block = [self.block[place] for place in busy]
-        self.idle = []
-        device = self.batch.clock.device
-        self.batch.shrink(torch.as_tensor(busy, device=device),
-                          torch.as_tensor(order, device=device))
-
-    def read(self, places):
-        """Copy the tables' lines of finished places to the host. Non-finite logits give a
+    def read(self, blocks):
+        """Copy the tables' lines of finished blocks to the host. Non-finite logits give a
         log-probability of NaN: they are noticed here, where the host waits anyway."""
-        if not places:
+        if not blocks:
             return
-        lines = []
-        for place in places:
-            first = self.block[place] * self.k
-            lines.extend(range(first, first + self.k))
-        lines = torch.tensor(lines, device=self.batch.clock.device)
-        shape = (len(places), self.k, self.length)
-        tokens = self.batch.tokens[lines, :self.length].cpu().view(shape)
-        logprobs = self.batch.logprobs[lines, :self.length].cpu().view(shape)
+        lines = torch.tensor(blocks, device=self.batch.clock.device)[:, None] * self.k
+        lines = lines + self.batch.numbers[:self.k]                            # (blocks, k)
+        tokens = self.batch.tokens[lines, :self.length].cpu()
+        logprobs = self.batch.logprobs[lines, :self.length].cpu()
         if bool(logprobs.isnan().any()):
             raise InputError(NOT_FINITE)
-        for i, place in enumerate(places):
-            self.written[self.post[place]] = tokens[i], logprobs[i]
+        for i, block in enumerate(blocks):
+            self.written[self.post.pop(block)] = tokens[i], logprobs[i]
 
     def samples(self, stop_ids):
         """The Samples: each completion cut after its first stop id (a sampled one: a prompt may
@@ -544,16 +768,41 @@ def end_of(ids, stops):
     return len(ids)
 
 
-def batch_for(model, places, k, prompt_length, length, sampling, stop_ids):
+def free_bytes(device):
+    """Memory of the device that is free, what torch holds in reserve included; None: no limit."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return None
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def layout_for(model, count, k, max_rows, prompt_length, length):
+    """The Layout for `count` prompts of k completions: what half of the device's free memory
+    holds."""
+    layout = first_layout(count, k, max_rows, prompt_length)
+    free = free_bytes(model.device)
+    if free is None:
+        return layout
+    if model.kept_batch is not None:
+        free += model.kept_batch.prompt_cache.nbytes + model.kept_batch.own_cache.nbytes
+    c = model.config
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+    return fitting(layout, token * length, token * prompt_length, free)
+
+
+def batch_for(model, layout, k, prompt_length, length, sampling, stop_ids):
     """A DecodeBatch for this work. With CUDA graphs the last one is kept with the model: one that
-    is large enough is used again; one that is too small is replaced by one that covers both."""
+    is large enough is used again; one that is too small is replaced by one that covers both; one
+    that is more than twice too long is let go."""
     graphs = model.device.type == "cuda" if model.graphs is None else model.graphs
     if model.lockstep or not graphs:
-        return DecodeBatch(model, places, k, prompt_length, length, sampling, stop_ids)
+        return DecodeBatch(model, layout.places, k, prompt_length, length, sampling, stop_ids,
+                           pages=layout.pages, slots=layout.slots)
     rules = k, sampling, tuple(stop_ids), model.vocab
-    sizes = (places, prompt_length, length)
+    # Prompts are rounded up, that rollouts of about the same lengths find the same batch.
+    sizes = (layout.rows, layout.places * layout.pages, rounded_up(prompt_length, 64), length)
     kept = model.kept_batch
-    if kept is not None and kept.rules == rules:
+    if kept is not None and kept.rules == rules and kept.sizes[2] <= 2 * sizes[2]:
         fused = FusedBlocks(model, 0)
         same_weights = kept.fused.key() == fused.key()
         large_enough = all(a >= b for a, b in zip(kept.sizes, sizes))
@@ -561,17 +810,16 @@ def batch_for(model, places, k, prompt_length, length, sampling, stop_ids):
             for old, new in zip(kept.fused.tensors(), fused.tensors()):
                 old.copy_(new)               # adapters have trained since
             kept.clear()
-            kept.restart(places, k)
+            kept.restart(layout, length, prompt_length)
             return kept
         sizes = tuple(map(max, kept.sizes, sizes))
     model.kept_batch = kept = None           # first free, then allocate
-    places_made, prompt_length, length = sizes
-    prompt_length = math.ceil(prompt_length / 64) * 64
-    batch = DecodeBatch(model, places_made, k, prompt_length, length, sampling, stop_ids, window=64,
-                       graphs=True)
+    rows, pages, prompt_length_made, length_made = sizes
+    batch = DecodeBatch(model, 1, k, prompt_length_made, length_made, sampling, stop_ids, window=64,
+                        graphs=True, pages=pages, slots=rows)
     batch.rules = rules
-    batch.sizes = (places_made, prompt_length, length)
-    batch.restart(places, k)
+    batch.sizes = sizes
+    batch.restart(layout, length, prompt_length)
     model.kept_batch = batch
     return batch
 
@@ -582,29 +830,30 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
              stop_ids=(), seed=0, max_rows=256, look_every=None, progress=None):
     """k completions for each prompt (a list of ids) -> Samples.
 
-    At most `max_rows` completions (at least one prompt's k) are sampled at a time: while prompts
-    wait, one takes the place of each whose k completions are finished; when none wait, the batch
-    shrinks to what is unfinished.
+    At most `max_rows` completions (at least one prompt's k) are sampled at a time, fewer where the
+    memory is short: while some wait, one takes the slot of each that is finished; when none wait,
+    the batch shrinks to what is unfinished.
     `seed`: an int (prompt p then draws from (seed, p)) or one int or tuple per prompt; completion d
-    of a prompt with seed s depends on (s, d) only. Finished completions are looked for every
-    `look_every` tokens: by default 1 on a CPU, 16 on a GPU, where looking waits for the device.
+    of a prompt with seed s depends on (s, d) only. Finished prompts are looked for every
+    `look_every` tokens: by default 1 on a CPU; on a GPU, where looking waits for the device, 16, and
+    8 when nothing waits any more, since the batch then shrinks.
     `progress(n)` is called with the number of prompts just begun. InputError for settings that
     cannot be used."""
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     check_generation(model, prompts, k, max_new_tokens, **sampling)
     if not prompts:
         return Samples([], [], [])
-    look_every = look_every or (16 if model.device.type == "cuda" else 1)
-    places = max(1, min(len(prompts), max_rows // k))
     longest = max(len(prompt) for prompt in prompts)
-    batch = batch_for(model, places, k, longest, max_new_tokens, sampling, stop_ids)
+    layout = layout_for(model, len(prompts), k, max_rows, longest, max_new_tokens)
+    batch = batch_for(model, layout, k, longest, max_new_tokens, sampling, stop_ids)
     decoder = Scheduler(batch, prompts, k, max_new_tokens, seed)
+    on_gpu = model.device.type == "cuda"
     writing = True
     step = 0
     # Operations cost less in inference mode; FSDP does not work in it.
     with nullcontext() if model.lockstep else torch.inference_mode():
         while writing or decoder.waiting:
-            if decoder.waiting and len(decoder.idle) >= max(1, places // 4):  # prefills batch well
+            if decoder.may_refill():
                 taken = decoder.refill()
                 writing = True
                 if progress:
@@ -612,8 +861,9 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
             elif writing:
                 decoder.advance()
             step += 1
-            due = stop_ids and step % look_every == 0
-            if due or min(decoder.tokens_left) <= 0:
+            often = 16 if decoder.waiting or decoder.pending else 8
+            due = stop_ids and step % (look_every or (often if on_gpu else 1)) == 0
+            if due or decoder.steps_left <= 0:
                 writing = decoder.collect_finished()
     if model.lockstep:
         model.lockstep.wait()

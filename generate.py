@@ -16,6 +16,7 @@ from model import full_attention
 from support.draws import draw, uniforms
 from support.embedders import SentenceFormat, passes_of
 from support.files import InputError
+from support.products import logits_of
 
 
 @dataclass
@@ -85,7 +86,7 @@ class DecodingState:
         return out.transpose(1, 2)
 
     def logits(self):
-        logits = F.linear(self.hidden, self.model.head_weight()).float()       # (rows, V)
+        logits = logits_of(self.hidden, self.model.head_weight())              # (rows, V)
         if not bool(torch.isfinite(logits).all()):
             raise InputError(NOT_FINITE)
         return logits

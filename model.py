@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from support.files import InputError, fetch, read_json
 from support.hub import load_model, save_model
 from support.model_config import config_fields
-from support.packing import plan_batches
+from support.packing import plan_batches, rounded_up
+from support.products import logits_of
 from support.registry import FORMATS
 
 
@@ -61,10 +62,11 @@ class Config:
 def rms_norm(x, weight, eps):
     """x over its root mean square along the last dimension, times weight (D,) or (heads, D)."""
     # fp32 statistics, back to the input's dtype, and only then the weight: the other order flips a
-    # quarter of all bf16 outputs against the released model.
+    # quarter of all bf16 outputs against the released model. F.rms_norm takes the statistics in
+    # fp32 for any dtype.
     if x.dtype == torch.float32 and weight.dim() == 1:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    return weight * F.rms_norm(x, x.shape[-1:], None, eps)
 
 
 class RMSNorm(nn.Module):
@@ -137,6 +139,11 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, layer):
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# cuDNN's attention makes a plan for each new (batch, width), about a second each: a rollout and its
+# scoring have new ones at every step. The other kernels make none.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def full_attention(mask=None):
@@ -303,18 +310,20 @@ class Rows:
 
 def pack(groups, tokens_per_batch, device="cpu", members=1):
     """Groups (prompt ids, [completion ids, ...]) -> list of Rows, each of at most
-    `tokens_per_batch` padded tokens, of rows of similar length.
+    `tokens_per_batch` padded tokens, of rows of similar length. On a GPU a batch is a multiple of 64
+    tokens wide: fewer shapes, for which the allocator finds the last batch's memory again.
 
     A group too long for the budget is split between its completions (each part reads the prompt
     again). So is one whose completions belong to the members of an ensemble: completion d to member
     d mod M."""
-    batches = plan_batches(groups, tokens_per_batch, members)
-    return [rows_tensors(rows, device, members) for rows in batches]
+    unit = 64 if torch.device(device).type == "cuda" else 1
+    batches = plan_batches(groups, tokens_per_batch, members, unit)
+    return [rows_tensors(rows, device, members, unit) for rows in batches]
 
 
-def rows_tensors(rows, device, members):
+def rows_tensors(rows, device, members, unit=1):
     """The planned rows of one batch, the longest first -> Rows."""
-    width = rows[0].length
+    width = rounded_up(rows[0].length, unit)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     owner = np.full((len(rows), width), -2)
@@ -373,7 +382,7 @@ class SelectedLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprob)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         for some in chunks(len(hidden), len(weight), hidden.device):
-            logits = F.linear(hidden[some], weight).float().div_(temperature)  # (chunk, V)
+            logits = logits_of(hidden[some], weight).div_(temperature)         # (chunk, V)
             total = logits.logsumexp(-1, keepdim=True)
             chosen = target[some, None]
             logprob[some] = logits.gather(-1, chosen).sub_(total).squeeze(-1)

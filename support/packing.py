@@ -19,9 +19,15 @@ class PlannedRow:
         self.length += len(completion) - 1
 
 
-def plan_batches(groups, tokens_per_batch, members=1):
+def rounded_up(n, unit):
+    """n rounded up to a multiple of `unit`."""
+    return -(-n // unit) * unit
+
+
+def plan_batches(groups, tokens_per_batch, members=1, unit=1):
     """Groups (prompt ids, [completion ids, ...]) -> lists of PlannedRows: the rows of one batch
-    of at most `tokens_per_batch` padded tokens, the longest row first.
+    of at most `tokens_per_batch` padded tokens, the longest row first. A batch is as wide as its
+    longest row, rounded up to a multiple of `unit`.
 
     Rows are sorted by length, so that those of a batch are of similar length."""
     rows = []
@@ -34,7 +40,8 @@ def plan_batches(groups, tokens_per_batch, members=1):
     batches = []
     start = 0
     while start < len(rows):
-        count = max(1, tokens_per_batch // rows[start].length)
+        width = rounded_up(rows[start].length, unit)
+        count = max(1, tokens_per_batch // width)
         batches.append(rows[start:start + count])
         start += count
     return batches
