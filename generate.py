@@ -207,8 +207,9 @@ class Embedder:
 
     @torch.no_grad()
     def vectors(self, texts):
-        """(texts, dim) in fp32, not centred."""
-        ids = self.token_ids([self.form.text(text) for text in texts])
+        """(texts, dim) in fp32, not centred; each of the texts is read once."""
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        ids = self.token_ids([self.form.text(text) for text in place])
         ids = [self.cut(row) for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         vectors = [None] * len(ids)
@@ -220,7 +221,7 @@ class Embedder:
                     vectors[i] = vector
         if self.model.lockstep:
             self.model.lockstep.wait()
-        return torch.stack(vectors)
+        return torch.stack([vectors[place[text]] for text in texts])
 
     def cut(self, ids):
         """A text's ids without what is too long: it loses its end, but not its last mark."""

@@ -271,9 +271,11 @@ class DGradient(NamedTuple):
 
 
 class EmbedderRow(NamedTuple):
-    """A model_type for --embedder. function(path, tokenizer, device) -> generate.Embedder."""
+    """A model_type for --embedder. function(path, tokenizer, device) -> generate.Embedder; of a
+    row that claims names, function(name, session)."""
     function: Callable
     about: str
+    claims: Callable | None = None           # (name) -> is it this row's, whatever it is a name of?
 
 
 class Metric(NamedTuple):
