@@ -36,7 +36,7 @@ from support.flags import (common_flags, diversity_flags, flag_groups, name_flag
                            reward_flags, start_flags)
 from support.plan import announce
 from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_flags,
-                              set_scale)
+                              prepare_features, set_scale)
 from support.shaping import shaping_of
 from support.steplog import GRPO_LOGGED, add_mismatch, log_rollout, log_update
 from trainer import Session, Tally, batch_visits, load_embedder, train
@@ -115,14 +115,15 @@ def maxk_advantages(rewards, k):
     return set_advantages(rewards[:, sets].amax(-1), member.to(rewards))
 
 
-@OBJECTIVES.add("coverage", "users pleased by a set of completions, over all styles",
+@OBJECTIVES.add("coverage", "users pleased by a set of completions, over all styles or replies",
                 needs=("right", "shares", "set_size"), gradient_scale=set_scale)
 def coverage_advantages(right, shares, n):
     """Pass@k training averaged over users: f = the popularity of the styles in which some
-    completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= n < N.
+    completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= n < N. It is
+    E_w[max w . r] of VPO (arXiv 2605.22817) for users w who like one style each.
 
-    It asks the verifier about every style and knows the styles' popularity, where Pass@k training
-    hears one user's verdict."""
+    It knows every style's verdict and popularity, Pass@k training one user's verdict. Without
+    styles it covers people's replies (methods/people.py)."""
     total = right.shape[1]
     check_size(n, total)
     sets, member = subsets(total, n)
@@ -384,8 +385,6 @@ def run_grpo(args):
     same_domain(Path(args.start), session.domain)
     same_base(args.start, args)
     objective = OBJECTIVES[args.advantage]
-    if "right" in objective.needs and not session.domain.styles:
-        raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of styles")
     if start is None:                        # a dry run may come before its start
         add_lora(session.model, 16, 16)
     else:
@@ -399,6 +398,7 @@ def run_grpo(args):
     of_D = DIVERSITIES[args.diversity].needs if weighs_D else ()
     if "embeddings" in (*of_D, *objective.needs):
         load_embedder(session)
+    prepare_features(session, objective.needs)
     session.reward = make_reward(args.reward, session)
     session.gate = Gate(session, args.gate)
     rollouts = math.ceil(len(session.posts) * args.epochs / args.batch)

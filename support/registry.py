@@ -113,6 +113,13 @@ def add_flags(registry, parser):
             row.flags(parser)
 
 
+def prepare_features(session, names):
+    """Prepare those of the named features that need it."""
+    for name in names:
+        if name in FEATURES and FEATURES[name].prepare is not None:
+            FEATURES[name].prepare(session)
+
+
 def add_commands(program, sub):
     """Add the commands that files in methods/ or report/ register for a program."""
     for row in COMMANDS.values():
@@ -169,6 +176,7 @@ class Feature(NamedTuple):
     function(session, posts, texts, seeds) -> its value."""
     function: Callable
     about: str
+    prepare: Callable | None = None          # (session), once posts and model are loaded
 
 
 class Loss(NamedTuple):
