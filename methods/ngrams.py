@@ -74,6 +74,7 @@ def is_kind(name):
     return name in KINDS
 
 
-@EMBEDDERS.add("ngrams", f"--embedder {' or '.join(KINDS)}: hashed counts, no model", claims=is_kind)
+@EMBEDDERS.add("ngrams", "--embedder char-ngrams or word-ngrams: hashed counts, no model",
+               claims=is_kind)
 def load_ngrams(name, session):
     return NgramEmbedder(KINDS[name])

@@ -106,7 +106,7 @@ def is_code(session):
 # ---- Dirichlet weights ---------------------------------------------------------------------------
 
 def dirichlet_weights(shares, seeds, count=PEOPLE):
-    """(P, count, S) weights w of users, each summing to 1, drawn from a Dirichlet with concentration
+    """(P, count, S) weights w of users, each summing to 1, drawn from a Dirichlet of concentration
     S times the shares (P, S), by the prompts' seeds; 0 where the share is 0."""
     drawn = []
     for row, seed in zip(shares, seeds.tolist()):
@@ -120,7 +120,7 @@ def dirichlet_weights(shares, seeds, count=PEOPLE):
     return torch.stack(drawn)
 
 
-@OBJECTIVES.add("coverage-dirichlet", "coverage of users who like several styles (arXiv 2605.22817)",
+@OBJECTIVES.add("coverage-dirichlet", "coverage, users like several styles (arXiv 2605.22817)",
                 needs=("right", "shares", "seeds", "set_size"), gradient_scale=set_scale)
 def dirichlet_coverage(right, shares, seeds, n):
     """VPO's set reward (arXiv 2605.22817): f = E_w[max over the set of w . r], r the verdicts by
