@@ -158,12 +158,21 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """One token per row: ids and log-probs (R,), from fp32 logits (R, V) and uniform numbers (R,)
     in [0, 1).
 
-    Temperature first, then top-k, top-p, min-p, each on what the former kept (Hugging Face's
-    order); the log-prob is that of the renormalised rest. Temperature 0 takes the largest logit;
-    its log-prob is the model's own, at T = 1."""
+    The log-prob is that of the renormalised rest of `weights`. Temperature 0 takes the largest
+    logit; its log-prob is the model's own, at T = 1."""
     if temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
         return token, logp
+    p = weights(logits, temperature, top_k, top_p, min_p)
+    token, total = draw(p, uniform)
+    logp = (p.gather(-1, token) / total).log().float()
+    return token.squeeze(-1), logp.squeeze(-1)
+
+
+def weights(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The tokens' probabilities (R, V) at a temperature above 0, those that are not kept at 0, the
+    others not renormalised. Temperature first, then top-k, top-p, min-p, each on what the former
+    kept (Hugging Face's order)."""
     p = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_k:
         likeliest = p.topk(min(top_k, p.shape[-1])).values
@@ -176,9 +185,7 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
         p = torch.empty_like(p).scatter_(-1, index, ordered)
     if min_p:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
-    token, total = draw(p, uniform)
-    logp = (p.gather(-1, token) / total).log().float()
-    return token.squeeze(-1), logp.squeeze(-1)
+    return p
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -212,8 +219,11 @@ class Embedder:
 
     @torch.no_grad()
     def vectors(self, texts):
-        """(texts, dim) in fp32, not centred."""
-        ids = self.token_ids([self.form.text(text) for text in texts])
+        """(texts, dim) in fp32, not centred; each of the texts is read once."""
+        place = {}
+        for text in texts:
+            place.setdefault(text, len(place))
+        ids = self.token_ids([self.form.text(text) for text in place])
         ids = [self.cut(row) for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         vectors = [None] * len(ids)
@@ -224,7 +234,7 @@ class Embedder:
                     vectors[i] = vector
         if self.model.lockstep:
             self.model.lockstep.wait()
-        return torch.stack(vectors)
+        return torch.stack(vectors)[list(map(place.get, texts))]
 
     def cut(self, ids):
         """A text's ids without what is too long: it loses its end, but not its last mark."""

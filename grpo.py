@@ -31,12 +31,12 @@ from rewards import diversity_weight, make_reward, overlong_penalty
 from support import registry
 from support.checkpoint import same_base
 from support.checks import check_binary, check_grpo, check_size, same_domain
-from support.files import InputError, command
+from support.files import command
 from support.flags import (common_flags, diversity_flags, flag_groups, name_flag, policy_flags,
                            reward_flags, start_flags)
 from support.plan import announce
 from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_features,
-                              add_flags, set_scale)
+                              add_flags, prepare_features, set_scale)
 from support.shaping import shaping_of
 from support.steplog import GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update
 from trainer import Session, batch_visits, finish_adapter, load_embedder, train
@@ -116,14 +116,15 @@ def maxk_advantages(rewards, k):
     return set_advantages(rewards[:, sets].amax(-1), member.to(rewards))
 
 
-@OBJECTIVES.add("coverage", "users pleased by a set of completions, over all styles",
+@OBJECTIVES.add("coverage", "users pleased by a set of completions, over all styles or replies",
                 needs=("right", "shares", "set_size"), gradient_scale=set_scale)
 def coverage_advantages(right, shares, k):
     """Pass@k training averaged over users: f = the popularity of the styles in which some
-    completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= k < N.
+    completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= k < N. It is
+    E_w[max w . r] of VPO (arXiv 2605.22817) for users w who like one style each.
 
-    It asks the verifier about every style and knows the styles' popularity, where Pass@k training
-    hears one user's verdict."""
+    It knows every style's verdict and popularity, Pass@k training one user's verdict. Without
+    styles it covers people's replies (methods/people.py)."""
     n = right.shape[1]
     check_size(k, n)
     sets, member = subsets(n, k)
@@ -371,8 +372,6 @@ def run_grpo(args):
     same_domain(Path(args.start), session.domain)
     same_base(args.start, args)
     objective = OBJECTIVES[args.advantage]
-    if "right" in objective.needs and not session.domain.styles:
-        raise InputError(f"--advantage {args.advantage} needs a domain with a verifier of styles")
     if start is None:                        # a dry run may come before its start
         add_lora(session.model, 16, 16)
     else:
@@ -386,6 +385,7 @@ def run_grpo(args):
     of_D = DIVERSITIES[args.diversity].needs if weighs_D else ()
     if "embeddings" in (*of_D, *objective.needs):
         load_embedder(session)
+    prepare_features(session, objective.needs)
     session.reward = make_reward(args.reward, session)
     session.gate = make_gate(session, args.gate)
     rollouts = math.ceil(len(session.posts) * args.epochs / args.batch)

@@ -85,16 +85,16 @@ one_seed() {
     base="$R/base-model/model"
     run polylora.py base --data "$dir/base.jsonl" --out "$R/base-model" --seed "$1" --resume $small
   fi
-  local common=(--model "$base" --seed "$1" --max-new-tokens "$tokens")
-  common+=(${everywhere[@]+"${everywhere[@]}"})
+  local held=(--model "$base" ${everywhere[@]+"${everywhere[@]}"})
+  local common=("${held[@]}" --seed "$1" --max-new-tokens "$tokens")
   local SFT=(polylora.py sft --data "$dir/sft.jsonl" "${common[@]}" --resume $sft)
   local GRPO=(grpo.py --data "$dir/grpo.jsonl" "${common[@]}" --resume $grpo --k 8 "${judge[@]}")
-
+  # Does the embedder, and so D, see what people see? One line; a warning where it does not.
+  [[ -z "$model" ]] || run evaluate.py embedder "$dir/sft.jsonl" "${held[@]}" --embedder "$embedder"
   run "${SFT[@]}" --out "$R/lora"                                    # standard LoRA
   run "${SFT[@]}" --out "$R/$poly" --k 8 --diversity "$diversity" $D $rate --embedder "$embedder"
   run "${SFT[@]}" --out "$R/sft-gem" --loss gem --k 8 $faster        # baselines: other losses
   run "${SFT[@]}" --out "$R/sft-ba-lora" --loss ba-lora --k 8 $faster
-
   run "${GRPO[@]}" --out "$R/lora-grpo" --start "$R/lora"            # plain in both phases
   run "${GRPO[@]}" --out "$R/$poly_grpo" --start "$R/$poly" --diversity "$diversity" $D_grpo
   run "${GRPO[@]}" --out "$R/lora-passk" --start "$R/lora" $passk    # baseline: Pass@k training

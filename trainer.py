@@ -385,33 +385,38 @@ def sampling_of(args):
 def load_embedder(session):
     """Set session.embedder by --embedder: the base model, a registered kind, or a
     Qwen3-Embedding."""
+    if session.run and session.args.embedder != "base":
+        session.run.made_from("embedder")
+    session.embedder = named_embedder(session, session.args.embedder)
+
+
+def named_embedder(session, name):
+    """The embedder that --embedder NAME means."""
     args = session.args
-    if args.embedder == "base":
+    if name == "base":
         texts = (reply for post in session.posts for reply in post.replies or (post.post,))
         corpus = list(islice(texts, 2048))
-        session.embedder = Embedder(session.model, session.tokenizer, corpus=corpus)
-        return
-    if session.run:
-        session.run.made_from("embedder")
+        return Embedder(session.model, session.tokenizer, corpus=corpus)
+    for row in EMBEDDERS.values():
+        if row.claims is not None and row.claims(name):
+            return row.function(name, session)
     device = session.ranks.device
-    tokenizer = data.load_tokenizer(args.embedder)
-    folder = fetch(args.embedder)
+    tokenizer = data.load_tokenizer(name)
+    folder = fetch(name)
     config = read_json(folder / "config.json")
     kind = str(config.get("model_type", "qwen3")) if isinstance(config, dict) else short(config)
-    if kind in EMBEDDERS:
-        session.embedder = EMBEDDERS[kind].function(args.embedder, tokenizer, device)
-    elif kind == "qwen3":
-        session.embedder = qwen3_embedder(args, folder, tokenizer, device)
-    else:
-        raise InputError(f"--embedder {args.embedder}: its config.json describes a {short(kind)} "
-                         "model: give a Qwen3-Embedding, a BERT encoder such as all-MiniLM-L6-v2, "
-                         "or base")
+    if kind in EMBEDDERS and EMBEDDERS[kind].claims is None:
+        return EMBEDDERS[kind].function(name, tokenizer, device)
+    if kind == "qwen3":
+        return qwen3_embedder(name, args, folder, tokenizer, device)
+    raise InputError(f"--embedder {name}: its config.json describes a {short(kind)} model: give a "
+                     "Qwen3-Embedding, a BERT encoder such as all-MiniLM-L6-v2, or base")
 
 
-def qwen3_embedder(args, folder, tokenizer, device):
+def qwen3_embedder(name, args, folder, tokenizer, device):
     if tokenizer.token_to_id("<|endoftext|>") is None:
         raise InputError(f"{folder}/tokenizer.json has no token <|endoftext|>, whose state is the "
                          "embedding: give a Qwen3-Embedding or a BERT encoder")
-    model = load_model(args.embedder, args, device)
+    model = load_model(name, args, device)
     form = sentence_format(folder, "last", model.config.hidden_size, device)
     return Embedder(model, tokenizer, pooling="last", form=form)

@@ -43,8 +43,8 @@ def by_post(write):
     the k completions of one post."""
     def decode(session, visits, k, progress=None, helper=None):
         if session.model.lockstep:
-            raise InputError("--decoder beams and contrastive write post by post, which weights "
-                             "spread over ranks cannot: leave out --shard")
+            raise InputError("--decoder beams, contrastive and quasi write post by post, which "
+                             "weights spread over ranks cannot: leave out --shard")
         out = Samples([], [], [])
         for visit in visits:
             prompt = session.prompt(visit.index)

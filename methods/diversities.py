@@ -53,6 +53,21 @@ def distinct_answers(embeddings, quality=None, classes=None):
     return (counted / alike(classes).sum(-1)).mean(-1)
 
 
+@DIVERSITIES.add("nearest", "distance to the nearest other, as in MoDA (arXiv 2609.14896)",
+                 into="of")
+def nearest_distance(embeddings, quality=None, classes=None):
+    """The mean over completions of the cosine distance to the nearest other one (P,): min over
+    others in place of the mean (MoDA, arXiv 2609.14896). With quality, q_i min_j (1 - q_j e_i .
+    e_j): a wrong completion is near to nobody, and earns nothing itself."""
+    e = embeddings.float()
+    cosines = e @ e.mT
+    if quality is not None:
+        cosines = cosines * quality.float()[..., None, :]
+    itself = torch.eye(e.shape[1], dtype=torch.bool, device=e.device)
+    nearest = (1 - cosines).masked_fill(itself, float("inf")).amin(-1)         # (P, k)
+    return (nearest if quality is None else nearest * quality.float()).mean(-1)
+
+
 def word_distances(texts, distance):
     """(P, k, k): distance(words, words) of each two of the texts, P lists of k."""
     groups = []

@@ -1,19 +1,28 @@
-"""Features of completions that only some objectives and diversities need: verdicts by style, the
-popularity of the styles, equal answers."""
+"""Features of completions that only some objectives and diversities need: verdicts by style or
+person, their shares, equal answers."""
 
 import torch
 
+from methods.people import (agreement_by_reply, equal_shares, is_code, passes_by_test,
+                            prepare_people, unit_tests)
 from support.draws import with_label_noise
 from support.posts import normalise
 from support.registry import FEATURES
 
 
-@FEATURES.add("right", "verdicts by style, label noise included")
-def right_by_style(session, posts, texts, seeds):
-    """(P, k, S) in 0, 1: is the completion right in each of the domain's styles?"""
-    domain = session.domain
-    rows = [style_rows(domain, post, group) for post, group in zip(posts, texts)]
-    return with_label_noise(torch.tensor(rows), session.args.flip, seeds, "voices")
+@FEATURES.add("right", "whom each completion pleases: users by style, people who replied, tests",
+              prepare=prepare_people)
+def right_by_person(session, posts, texts, seeds):
+    """(P, k, S) in 0, 1: is the completion right in each of the domain's styles, does it pass each
+    of a task's unit tests, or does it agree with each of people's replies? Label noise included."""
+    if is_code(session):
+        verdicts = passes_by_test(session, posts, texts)
+    elif session.domain.styles:
+        rows = [style_rows(session.domain, post, group) for post, group in zip(posts, texts)]
+        verdicts = torch.tensor(rows)
+    else:
+        verdicts = agreement_by_reply(session, posts, texts)
+    return with_label_noise(verdicts, session.args.flip, seeds, "voices")
 
 
 def style_rows(domain, post, texts):
@@ -25,9 +34,14 @@ def style_rows(domain, post, texts):
     return rows
 
 
-@FEATURES.add("shares", "the popularity of the styles")
-def style_popularity(session, posts, texts, seeds):
-    """(P, S): the share of a post's users that likes each style."""
+@FEATURES.add("shares", "the share of users that each style, person or test stands for")
+def shares_of_people(session, posts, texts, seeds):
+    """(P, S): the share of a post's users that likes each style; people who replied, and unit
+    tests, have equal shares."""
+    if is_code(session):
+        return equal_shares([len(unit_tests(post)) for post in posts])
+    if not session.domain.styles:
+        return equal_shares([len(post.replies) for post in posts])
     rows = []
     for post in posts:
         popularity = session.domain.popularity_of(post)

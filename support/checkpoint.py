@@ -18,6 +18,7 @@ from support.files import (WHOLE_HASH, InputError, Tracker, adapter_hash, base_h
                            printable, read_json, recorded_hash, seed_of, write_json, write_text)
 from support.hub import tensor_files
 from support.progress import outlook
+from support.registry import EMBEDDERS
 
 try:
     import fcntl
@@ -83,7 +84,11 @@ def checkpoint_hash(path, revision=None):
 
 
 def embedder_hash(path):
-    """checkpoint_hash; of an embedder that has no weights, the hash of its other files."""
+    """checkpoint_hash; of an embedder that has no weights, the hash of its other files; of a name
+    of no files, such as char-ngrams, the name's."""
+    if path == "base" or any(row.claims and row.claims(path) for row in EMBEDDERS.values()):
+        parts = path.split("+")
+        return combined_hash(path, *map(embedder_hash, parts if len(parts) > 1 else ()))
     folder = fetch(path)
     if any(folder.glob("*.safetensors")):
         return checkpoint_hash(path)

@@ -26,7 +26,10 @@ run() {  # PROGRAM WORD..: print a command so that it can be pasted, and run it
     shown+="$(printf ' %q' "$word")"
   done
   [[ "$RANK" != 0 ]] || echo "$shown"
-  [[ -z "$dry" || "$1 $2" == "data.py split" ]] || set -- "$@" --dry-run
+  case "$1 $2" in
+    "data.py split"|"evaluate.py embedder") ;;                # nothing is trained
+    *) [[ -z "$dry" ]] || set -- "$@" --dry-run ;;
+  esac
   "$python" "$here/$1" "${@:2}" || status=$?
   (( status == 0 )) || {
     echo "train.sh: rank $RANK: $1 ended with exit code $status; to repeat it alone: $shown" >&2

@@ -120,6 +120,13 @@ def add_features(features, names, session, posts, texts, seeds):
             setattr(features, name, FEATURES[name].function(session, posts, texts, seeds))
 
 
+def prepare_features(session, names):
+    """Prepare those of the named features that need it."""
+    for name in names:
+        if name in FEATURES and FEATURES[name].prepare is not None:
+            FEATURES[name].prepare(session)
+
+
 def add_commands(program, sub):
     """Add the commands that files in methods/ or report/ register for a program."""
     for row in COMMANDS.values():
@@ -176,6 +183,7 @@ class Feature(NamedTuple):
     function(session, posts, texts, seeds) -> its value."""
     function: Callable
     about: str
+    prepare: Callable | None = None          # (session), once posts and model are loaded
 
 
 class Loss(NamedTuple):
@@ -278,9 +286,11 @@ class DGradient(NamedTuple):
 
 
 class EmbedderRow(NamedTuple):
-    """A model_type for --embedder. function(path, tokenizer, device) -> generate.Embedder."""
+    """A model_type for --embedder. function(path, tokenizer, device) -> generate.Embedder; of a
+    row that claims names, function(name, session)."""
     function: Callable
     about: str
+    claims: Callable | None = None           # (name) -> is it this row's, whatever it is a name of?
 
 
 class Metric(NamedTuple):

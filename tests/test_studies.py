@@ -19,13 +19,15 @@ from support import studies
 
 NAMES = sorted(path.stem for path in (ROOT / "studies").glob("[!_]*.toml"))
 
+GIVEN_A_MODEL = ("small-model", "smollm2")
+
 OF_THE_TOY_TASK = """primary trials rates map cover fresh lambda full losses adapters diversities
     objectives controls paths temperature free valid few noisy blind valid-trials blind-trials
     noisy-trials few-trials""".split()
 
 
 def load(name, *flags):
-    model = ["--model", "some/model"] if name == "small-model" else []
+    model = ["--model", "some/model"] if name.startswith(GIVEN_A_MODEL) else []
     return studies.load(study.parser().parse_args(["show", name, *model, *flags]))
 
 
@@ -36,7 +38,7 @@ def arms_of(name, *flags):
 def commands_of(name, *flags, seed=11):
     """[(program, namespace)] of one seed, with the report."""
     loaded = load(name, *flags)
-    model = "some/model" if name == "small-model" else None
+    model = "some/model" if name.startswith(GIVEN_A_MODEL) else None
     listed, _ = study.stages(loaded, seed, "out", model)
     commands = [study.command_of(stage) for stage in listed]
     args = study.parser().parse_args(["show", name, "--out", "out"])
@@ -102,12 +104,16 @@ def test_arms_of_the_studies():
         assert found == {"4"}
 
 
-@pytest.mark.parametrize("name", ["valid-trials", "blind-trials", "noisy-trials", "few-trials"])
+@pytest.mark.parametrize("name", ["valid-trials", "blind-trials", "noisy-trials", "few-trials",
+                                  "smollm2-styles-trials", "smollm2-replies-trials"])
 def test_trials_give_each_method_as_many_settings(name):
     counted = {}
     for arm in arms_of(name):
         counted[arm.partition("+")[0]] = counted.get(arm.partition("+")[0], 0) + 1
     methods = ("lora-passk", "lora-cover", "dpp-then-cover", "dpp-cover")
+    if name.startswith("smollm2"):
+        assert set(counted.values()) == {3} and len(counted) == 10
+        return
     if name in ("valid-trials", "blind-trials"):
         methods = ("lora-grpo", "dpp-then-grpo", "lora-passk", "dpp-then-passk", "dpp-grpo")
     else:

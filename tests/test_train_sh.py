@@ -125,7 +125,10 @@ def check_commands(commands, folder, seed):
         assert "set_size" not in registry.OBJECTIVES[args.advantage].needs or args.set_size < args.k
         checks.check_diversity(args)
         made.append(Path(args.out).name)
-    measured, report = parsed(commands, "evaluate")
+    *looked, measured, report = parsed(commands, "evaluate")
+    if looked:                                   # a given model: does D see what people see?
+        assert len(looked) == 1 and looked[0].model == measured.model
+        assert looked[0].embedders == [measured.embedder]
     arms = [name for name in made if name != "base-model"]
     assert measured.runs == [f"{folder}/o/seed{seed}/{name}" for name in arms]
     assert report.runs == [measured.bare, *measured.runs]
@@ -139,6 +142,8 @@ def test_every_command_is_one_that_the_programs_take(tmp_path, gpus):
     assert check_commands(asked(tmp_path, "--seeds", "5", gpus=gpus), tmp_path, 5) == ARMS
     model = ["--model", "some/model", "--data", write_posts(tmp_path)]
     assert check_commands(asked(tmp_path, *model, gpus=gpus), tmp_path, 1) == ARMS
+    assert [args.data for args in parsed(asked(tmp_path, *model, gpus=gpus), "evaluate")
+            if args.command == "embedder"] == [f"{tmp_path}/o/data/sft.jsonl"]
     plain = check_commands(asked(tmp_path, "--diversity", "cosine", "--seeds", "5"), tmp_path, 5)
     assert plain == [{"poly-dpp": "poly", "dpp-grpo": "poly-grpo"}.get(arm, arm) for arm in ARMS]
 
@@ -289,8 +294,8 @@ def test_what_is_asked_for_every_command_reaches_every_command(tmp_path):
     commands = asked(tmp_path, "--model", "m", "--data", write_posts(tmp_path), "--nf4",
                      "--allow-code-execution", "as-root", "--reward", "model",
                      "--reward-model", "my scorer", "--posts", "20")
-    measured, _ = parsed(commands, "evaluate")
-    for args in [*parsed(commands, "polylora"), *parsed(commands, "grpo"), measured]:
+    looked, measured, _ = parsed(commands, "evaluate")
+    for args in [looked, *parsed(commands, "polylora"), *parsed(commands, "grpo"), measured]:
         assert args.nf4 and args.allow_code_execution == "as-root"
     for args in [*parsed(commands, "grpo"), measured]:
         assert (args.reward, args.reward_model) == ("model", "my scorer")
