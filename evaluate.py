@@ -39,6 +39,7 @@ from support.files import InputError, command, printable
 from support.flags import decoding_flags, drafts_flags, flag_groups, measure_flags
 from support.pass_bar import bar
 from support.picks import converse
+from support.plan import announce_measure
 from support.posts import Post
 from support.registry import DECODERS, DOMAINS, MEASURES, REWARDS, add_commands
 from support.steplog import Tally, tally_completions
@@ -63,7 +64,8 @@ def measure(args):
         same_domain(run, session.domain)
         same_base(run, args)
     if args.dry_run:
-        rehearse(session)
+        load_measures(session)
+        announce_measure(session, rehearse)
         return
     every = jobs_of(session, runs)
     jobs = [job for job in every if not measured(job.folder, job.settings)]
@@ -179,23 +181,11 @@ def shares_of(records):
     return {name: total / count for name, (total, count) in tally.sums.items() if count}
 
 
-def rehearse(session, some=8):
-    """--dry-run: the time that completions for a few posts take, and scoring them, for all posts of
-    one run."""
-    args = session.args
-    few = min(some, len(session.posts))
-    load_measures(session)
-    for count in (1, few):                   # the first one warms up
-        began = time.perf_counter()
-        mine = list(range(count))
-        samples, texts = decode(session, mine)
-        make_records(session, mine, samples, texts)
-    seconds = time.perf_counter() - began
-    seconds *= len(session.posts) / few / session.ranks.world
-    what = "measure" if args.decoder == "sampling" else args.decoder
-    session.say(f"plan {what}: {len(session.posts)} posts with {args.n} drafts, a run: "
-                f"about {seconds:.0f} s")
-    session.ranks.close()
+def rehearse(session, count):
+    """What measuring does for the first `count` posts, without results."""
+    mine = list(range(count))
+    samples, texts = decode(session, mine)
+    make_records(session, mine, samples, texts)
 
 
 # ---- Records -------------------------------------------------------------------------------------

@@ -209,6 +209,22 @@ def time_steps(session, step_fn):
     return (time.perf_counter() - began) / count * args.steps
 
 
+def announce_measure(session, rehearse, some=8):
+    """--dry-run of measuring: print how long one run takes over all posts, from a few;
+    rehearse(session, count) measures the first `count`."""
+    args = session.args
+    few = min(some, len(session.posts))
+    rehearse(session, 1)                     # warms up
+    began = time.perf_counter()
+    rehearse(session, few)
+    seconds = time.perf_counter() - began
+    seconds *= len(session.posts) / few / session.ranks.world
+    what = "measure" if args.decoder == "sampling" else args.decoder
+    session.say(f"plan {what}: {len(session.posts)} posts with {args.n} drafts, a run: "
+                f"about {seconds:.0f} s")
+    session.ranks.close()
+
+
 # ---- A dry run without weights -------------------------------------------------------------------
 
 BYTES_A_TOKEN = 4                # of a post, where there is no tokenizer to count with
