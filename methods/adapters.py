@@ -119,6 +119,10 @@ class ParallelLinear(LoRALinear):
         """(.., M) -> (.., M r)."""
         return gates.repeat_interleave(self.rank, -1)
 
+    def zeros_of_members(self, width):
+        """A parameter (M, width) of zeros, in fp32."""
+        return nn.Parameter(torch.zeros(self.members, width, device=self.lora_A.weight.device))
+
 
 class MultiLoRALinear(ParallelLinear):
     """g_i is learned, a number for each output, zero at first: so the first forward is the base's
@@ -128,8 +132,7 @@ class MultiLoRALinear(ParallelLinear):
 
     def __init__(self, linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        zeros = torch.zeros(self.members, self.out_features, device=linear.weight.device)
-        self.lora_gates = nn.Parameter(zeros)
+        self.lora_gates = self.zeros_of_members(self.out_features)
 
     def start(self, generator):
         for part in (self.lora_A.weight, self.lora_B.weight):
@@ -148,8 +151,7 @@ class MoALinear(ParallelLinear):
 
     def __init__(self, linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        zeros = torch.zeros(self.members, self.in_features, device=linear.weight.device)
-        self.lora_router = nn.Parameter(zeros)
+        self.lora_router = self.zeros_of_members(self.in_features)
 
     def start(self, generator):
         super().start(generator)

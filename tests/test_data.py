@@ -408,6 +408,7 @@ THINK = PLAIN.replace("assistant\n{% endif", "assistant\n{% if enable_thinking i
                       "enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("template, want",
                          [(PLAIN, data.ChatFormat(False)), (THINK, data.ChatFormat()),
                           (DEFAULT, data.ChatFormat(False, "Be brief."))])

@@ -69,6 +69,12 @@ def value(reward, post, text, replies=None):
     return float(np.float32(reward([post], [[text]], [0])[0][0]))
 
 
+def bar_of(posts, reward):
+    """(threshold, scale) of completions of these posts."""
+    return evaluate.passing(SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto")),
+                            reward)
+
+
 def test_the_bar_is_above_19_of_20_replies_to_another_post():
     """The bar is the 95% quantile over all pairs of a post and a reply to another one, each
     compared with all replies of the post: of one random pairing of first replies it moved by
@@ -76,9 +82,7 @@ def test_the_bar_is_above_19_of_20_replies_to_another_post():
     posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second", f"{i} third"))
              for i in range(20)]
     reward = likeness_of_words(3)
-    threshold, scale = evaluate.passing(SimpleNamespace(posts=posts,
-                                                        args=SimpleNamespace(reward="auto")),
-                                        reward)
+    threshold, scale = bar_of(posts, reward)
     pairs = sorted(value(reward, post, text) for post in posts for other in posts
                    if other is not post
                    for text in other.replies)
@@ -123,9 +127,7 @@ def test_every_reply_is_held_out_once():
     posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second of it", f"x{i} third"))
              for i in range(30)]
     reward = likeness_of_words(4)
-    threshold, scale = evaluate.passing(SimpleNamespace(posts=posts,
-                                                        args=SimpleNamespace(reward="auto")),
-                                        reward)
+    threshold, scale = bar_of(posts, reward)
     held, cut = [], []
     for post in posts:
         for text in post.replies:
@@ -141,8 +143,7 @@ def test_every_reply_is_held_out_once():
 def test_a_shuffled_reply_is_judged_by_a_bar_that_it_did_not_set():
     posts = [Post(f"{i}", f"post {i}", (f"{i} first", f"{i} second")) for i in range(12)]
     reward = likeness_of_words(5)
-    session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto"))
-    scale = evaluate.passing(session, reward)[1]
+    scale = bar_of(posts, reward)[1]
     halves = [[value(reward, post, text) for post in posts[half::2] for other in posts[half::2]
                if other is not post
                for text in other.replies] for half in (0, 1)]
@@ -169,8 +170,7 @@ def test_shuffled_replies_come_from_another_intent():
         seen.extend((post.intent, text.split()[-1]) for post, texts in zip(posts, completions)
                     for text in texts)
         return [[1.0 for _ in texts] for texts in completions]
-    session = SimpleNamespace(posts=posts, args=SimpleNamespace(reward="auto"))
-    assert evaluate.passing(session, reward)[1]["pairs"] == 12 * 8 * 2
+    assert bar_of(posts, reward)[1]["pairs"] == 12 * 8 * 2
     assert (all(a != b for a, b in seen[:192]) and all(b in (a, "of") for a, b in seen[192:])
             and len(seen) == 192 + 48)
     # one scene: another post's, as it may be
@@ -306,6 +306,7 @@ def test_the_chain_with_qwen3s_own_tokenizer(world, tmp_path, capsys):
     chain(other, tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_redone_when_its_inputs_change(world, tmp_path, monkeypatch):
     """Another file of equal length, another adapter, dtype, 4 bits, seed or model returned 0
     with the old records; and another seed's config.json came to stand over old drafts."""

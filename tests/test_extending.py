@@ -96,6 +96,7 @@ def test_the_page_has_a_short_file_for_each_kind_of_entry():
         assert 8 <= len(lines) <= 30 and max(map(len, lines)) <= 100, name
 
 
+@pytest.mark.slow
 def test_help_lists_every_name(copy):
     """Started as a program, whose own file is imported a second time by those in methods/."""
     for command, names in LISTED.items():
@@ -110,6 +111,7 @@ def test_help_lists_every_name(copy):
             assert "RAFT (arXiv 2304.06767)" in " ".join(shown.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_examples_compute_what_they_say(used):
     for check in CHECKS:
         assert f"{check.__name__}: holds" in used
@@ -159,6 +161,7 @@ def test_a_run_is_measured_by_the_decoder_the_embedder_and_the_metric(copy, used
     assert '"questions"' in report
 
 
+@pytest.mark.slow
 def test_two_entries_of_one_name_are_an_error_that_names_both_files(tmp_path):
     copy = copy_of_the_repository(tmp_path / "copy")
     text = blocks()["methods/raft.py"]
@@ -170,6 +173,7 @@ def test_two_entries_of_one_name_are_an_error_that_names_both_files(tmp_path):
     assert "raft.py" in last and "raft_again.py" in last
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_imported_is_named(tmp_path):
     copy = copy_of_the_repository(tmp_path / "copy")
     (copy / "methods" / "unfinished.py").write_text("from no_such_package import anything\n")

@@ -217,6 +217,7 @@ def test_is_right_names_the_style(minimal):
 
 # ---- What it shows -------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_grpo_loses_pass_at_5_and_with_d_it_does_not():
     command = [sys.executable, str(FILE), "--seeds", "2", "--steps", "60"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")

@@ -195,7 +195,7 @@ def test_sampling_every_second_step_keeps_d_s_weight(parts):
     assert all(float(g.abs().max()) == 0 for g in d_part(1, "--draft-every", "2").values())
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("budget", [1, 60, 120, 100_000])
 def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
     """1 x 8, 2 x 4, 4 x 2: --micro-tokens saves memory and changes nothing else."""

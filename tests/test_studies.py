@@ -358,6 +358,7 @@ def test_seeds_side_by_side(monkeypatch):
     assert [jobs.environment(n, 2)["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["4", "6", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_tiny_study_runs_to_its_report_and_is_found_done(tmp_path):
     """From nothing, two ranks, an interpolated adapter; then the same command again."""

@@ -66,6 +66,7 @@ def digest(folder):
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_two_ranks_run_the_whole_study_and_bash_finds_it_done(tmp_path):
     first = launch(tmp_path, "torchrun", "--standalone", "--nproc-per-node=2", "train.sh")
@@ -136,6 +137,7 @@ def check_commands(commands, folder, seed):
     return arms
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.multirank
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_every_command_is_one_that_the_programs_take(tmp_path, gpus):
@@ -214,6 +216,7 @@ def test_no_two_stages_of_a_seed_share_a_name(tmp_path):
     assert len(set(numbers)) == len(numbers) == 3 + len(ARMS)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.multirank
 @pytest.mark.parametrize("gpus, cards", [(0, {""}), (1, {""}), (2, {"0", "1"})])
 def test_seeds_side_by_side_are_capped_by_the_gpus(tmp_path, gpus, cards):
@@ -260,6 +263,7 @@ def test_the_full_study_holds_d_at_the_norm_of_the_reward(tmp_path):
         assert (args.lambda_share, args.gate, args.diversity) == (0.3, "likelihood", diversity)
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize("styles", [False, True])
 def test_the_full_study_runs_on_replies_with_and_without_styles(
@@ -394,6 +398,7 @@ def test_checkpointing_is_left_to_the_plan(tmp_path):
     assert len(trained) == len(ARMS) and {args.checkpointing for args in trained} == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_launch_runs_on_its_own_python_and_a_failed_seed_ends_the_others(tmp_path):
     """PATH's python may have no torch; and a seed that lives on would have no parent."""
@@ -430,6 +435,7 @@ while true; do date +%s%N > {beat}; sleep 0.1; done
     assert beat.read_text() == last              # nobody writes any more
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_the_page_may_be_edited_while_it_runs(tmp_path):
     """bash reads a script as it goes: an edit during a run of hours would end it anywhere."""

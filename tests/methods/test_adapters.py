@@ -222,7 +222,7 @@ def test_a_saved_adapter_loads_bit_for_bit_and_is_checked(kind, tmp_path):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_20_steps_resumes_bit_for_bit_and_grpo_goes_on_from_it(kind, files, tmp_path):
     small = (

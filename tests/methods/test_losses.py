@@ -454,6 +454,7 @@ def test_bonbon_by_hand(parts, budget):
                               3).item() == pytest.approx(0.005 * 2 + 0.995 * 25)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("budget", ["100000", "40"])
 @pytest.mark.parametrize("members", [2, 3, 4])
 def test_bonbon_teaches_every_member_of_an_ensemble_as_it_would_alone(parts, members, budget):

@@ -123,6 +123,7 @@ def test_zeros_and_odd_sizes_are_quantised_too():
             and NF4(weight).dense().shape == (7, 13))
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
     """--nf4 through SFT, GRPO, measuring and drafts: another base than in full, and adapters as

@@ -460,6 +460,7 @@ def test_every_objective_takes_two_steps_and_moves_the_adapter(parts, name):
 
 # ---- SFT losses ----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_advantages_of_a_post_do_not_depend_on_other_posts():
     """Whatever rank a post is assigned to; rewards of 0 and 1, since not all take others."""
     draw = torch.Generator().manual_seed(9)

@@ -10,6 +10,7 @@ from support.steplog import Tally
 
 # ---- The step, on a real session around a tiny model ---------------------------------------------
 
+@pytest.mark.slow
 def test_resampling_keeps_the_same_posts_on_any_number_of_ranks(parts):
     """DAPO's dynamic sampling: groups of equal rewards give way to further posts; who is kept is
     decided in the order of the whole batch, so that one rank and two take the same step."""

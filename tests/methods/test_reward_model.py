@@ -279,6 +279,7 @@ def test_the_step_is_the_gradient_of_the_mean_loss_minus_diversity(parts):
     assert "spread" not in tally.sums and max(float(g.abs().max()) for g in single.values()) > 0
 
 
+@pytest.mark.slow
 def test_trained_members_learn_resume_and_reward(parts, files, tmp_path):
     """The whole command on picks of the longer reply: broken off, resumed bit for bit, and read
     as --reward model."""

@@ -82,6 +82,7 @@ def test_rows_of_a_reward_are_what_its_calls_say():
         assert rows[3].tolist() == pytest.approx(called[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_judges_and_reward_models_are_asked_in_their_own_template(world, tmp_path):
     """All were shown Qwen3's hybrid chat, an empty think block and no system turn, whatever
     their template says."""

@@ -93,6 +93,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_programs_fail_harmlessly_and_end_in_time(tmp_path):
     """Each in the usual run, some side by side; a right program passes when they are done."""
     tmp_path.chmod(0o777)
@@ -404,6 +405,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize("name", PASSES)
 def test_what_a_right_program_and_its_tests_hand_each_other_arrives(name):
     """Each was judged wrong: only plain values went through the pipes."""
@@ -431,6 +433,7 @@ FORGED = {
     "a ratio": "assert abs(f(1) / 2 - 1) < 1e-6", "a key": "assert {2: 3}[f(1)] == 3"}
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("name", FORGED)
 def test_an_object_that_says_yes_to_everything_does_not_pass(name):
     assert not verdict(ALIKE, FORGED[name]).passed
@@ -458,6 +461,7 @@ def test_the_programs_own_name_of_a_module_decides_nothing():
     assert not verdict(program, "assert np.allclose(f(1), 2)", names=None).passed
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.skipif(not numpy_installed, reason="numpy is not installed")
 @pytest.mark.parametrize("program, test", [
     ("def f(x):\n    return 2 * x", "import numpy as np\nassert np.allclose(f(2.0), 4.0)"),
@@ -540,6 +544,7 @@ def tasks(tmp_path, *rows):
 ALLOWED = ["--allow-code-execution", "as-root"]
 
 
+@pytest.mark.slow
 def test_a_task_that_its_own_solution_fails_is_refused_with_the_reason(tmp_path, capsys, cache):
     """It was taken, and every draft for it judged wrong without a word."""
     path = tasks(tmp_path, HUMAN_EVAL, BROKEN, MBPP)

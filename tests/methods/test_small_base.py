@@ -25,6 +25,7 @@ def test_a_shape_that_is_no_qwen3_is_one_sentence_and_exit_code_2(files, tmp_pat
 
 # ---- What a run survives -------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_base_training_ends_at_until_or_fails(tmp_path, capsys):
     """Of three seeds one base of 250 steps had not yet learnt what a scene is: every arm built
     on it measured nothing."""

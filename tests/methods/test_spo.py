@@ -147,6 +147,7 @@ def test_spo_takes_a_single_completion(parts, tmp_path):
 
 # ---- Ranks and resumption ------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_run_with_values_resumes_bit_for_bit(parts, files, tmp_path, monkeypatch):
     """Broken off in its fourth step and resumed from the second: values.jsonl then holds lines
     of steps that are made again."""

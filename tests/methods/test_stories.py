@@ -13,6 +13,7 @@ from support.files import InputError
 from support import posts as support_posts
 
 
+@pytest.mark.slow
 def test_prompts_for_stories_from_file_to_report(world, tmp_path, capsys):
     """Prompts alone can be measured and trained on by GRPO, not by SFT; a judge passes above a
     half, or above what the user says."""

@@ -126,6 +126,7 @@ def test_straight_through_is_the_gradient_of_relaxed_completions(parts, kind):
     assert tally.means(s.ranks, ["D"])["D"] > 0
 
 
+@pytest.mark.slow
 def test_straight_through_does_not_depend_on_packing_or_ranks(parts):
     def go(*flags, ranks=None):
         s = straight_session(parts, *flags, ranks=ranks)

@@ -66,6 +66,7 @@ def filled(sheet, key, rater, weights, delimiter=","):
     return "\ufeff" + out.getvalue()
 
 
+@pytest.mark.slow
 def test_known_preferences_are_recovered_within_their_intervals(tmp_path, capsys):
     runs = [wide_run(tmp_path / a, a, 120) for a in ("base", "lora", "poly")]
     sheet = tmp_path / "picks.csv"

@@ -217,6 +217,7 @@ def broken_off(folder, stop_at):
         finish_toy_run(*toy_run(toy_args(folder, save_every=2), stop_at))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_never_used(tmp_path, capsys):
     """A changed byte anywhere in the file, header or numbers: the one before it is used, or the
     start; the end is the uninterrupted run's."""
@@ -243,6 +244,7 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(checkpoint.resource is None, reason="no limits on this system")
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, undisturbed):
     broken_off(tmp_path / "run", 5)
@@ -663,6 +665,7 @@ CHANGES = [(change_base, "another base"), (change_template, "another tokenizer o
            (change_embedder, "another embedder")]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("change, said", CHANGES)
 def test_a_run_made_from_other_inputs_is_neither_kept_nor_resumed(chain, capsys, change, said):
     """The old result stayed as "done already"; an unfinished run went on from another start."""
@@ -755,6 +758,7 @@ def write_rows(w, change):
     Path(w["eval"]).write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("change, again",
                          [(change_base, True), (change_template, True), (change_tokenizer, True),
                           (intents, True), (written_anew, False), (change_start, True),
@@ -786,6 +790,7 @@ def tensors(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "adalora", "lori", "multilora",
                                   "moa", "ensemble", "full"])
 def test_sft_goes_on_from_a_finished_adapter(root, capsys, kind):  # noqa: F811
@@ -920,6 +925,7 @@ def test_shares_of_completions_by_hand():
     assert means == pytest.approx({"truncated": 3 / 5, "empty": 2 / 5, "identical": 1.0})
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("main, flags", [
     (grpo.main, ["--reward", "relevance"]),
     (grpo.main, ["--reward", "agreement", "--diversity-weight", "0.1"]),
@@ -960,6 +966,7 @@ WRITERS = {
     "passed": (lambda stops, p, d: [40 + p, 41 + d, stops[0]], "no completion passes")}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", WRITERS)
 def test_measuring_warns_of_completions_that_say_nothing(root, capsys, monkeypatch,
                                                          name):  # noqa: F811

@@ -148,6 +148,7 @@ def run(*arguments, **more):
                           capture_output=True, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "latin-1"])
 def test_what_an_encoding_lacks_is_replaced_when_it_is_printed(tmp_path, encoding):
     """UnicodeEncodeError at the first emoji of a redirected output on Windows."""
@@ -157,12 +158,14 @@ def test_what_an_encoding_lacks_is_replaced_when_it_is_printed(tmp_path, encodin
     assert "closed 0" in said and ("\U0001f600" in said) == (encoding == "utf-8")
 
 
+@pytest.mark.slow
 def test_the_c_locale_is_no_reason_to_stop(tmp_path):
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ran = run("check", posts(tmp_path), env=os.environ | plain)
     assert ran.returncode == 0 and b"closed 0" in ran.stdout and ran.stderr == b""
 
 
+@pytest.mark.slow
 def test_an_error_that_names_an_emoji_is_one_sentence_in_any_encoding(tmp_path):
     ran = run("check", tmp_path / "caf\u00e9-\U0001f600.jsonl",
               env=os.environ | {"PYTHONIOENCODING": "ascii"})
@@ -170,6 +173,7 @@ def test_an_error_that_names_an_emoji_is_one_sentence_in_any_encoding(tmp_path):
             and ran.stderr.count(b"\n") == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5000])
 def test_a_closed_pipe_ends_the_command_silently(tmp_path, count):
     """"error: Broken pipe: free some disk space there" of `check .. | head -1`; a short output
@@ -184,6 +188,7 @@ def test_a_closed_pipe_ends_the_command_silently(tmp_path, count):
     assert (ran.returncode, ran.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_under_the_output_is_a_sentence(tmp_path):
     with open("/dev/full", "w") as full:

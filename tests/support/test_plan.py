@@ -28,6 +28,7 @@ def test_a_plan_needs_no_replies(parts):
     assert plan.plan_text(s) == said and "12 posts, 2 steps of 6" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_its_figures_are_those_of_the_run(world, tmp_path, capsys):
     """Posts, steps, tokens and memory before the first step, and a time; of five arms of days
     nothing was said."""

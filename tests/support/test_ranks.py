@@ -486,6 +486,7 @@ def test_a_split_does_not_wait_for_a_first_rank_that_nobody_starts(variables, tm
     assert (tmp_path / "s" / "a.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_command_ends_with_a_sentence_and_names_no_empty_rank(tmp_path):
     for leftover in ({"WORLD_SIZE": "2", "RANK": "0"}, {"RANK": "", "WORLD_SIZE": "x"}):
