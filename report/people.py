@@ -269,7 +269,7 @@ def commands(sub, form):
                    help="open a page on this machine, on which a person picks single drafts, and "
                         "may stop and go on later")
     p.add_argument("--port", type=int, default=0, help="of that page; 0: any that is free")
-    p.add_argument("--no-browser", dest="browser", action="store_false",
+    p.add_argument("--no-browser", action="store_true",
                    help="print the page's address only, and do not open it")
     p.set_defaults(run=ask)
     p = sub.add_parser("picks", help="count the filled sheets: pick rates, agreement", **form)

@@ -208,8 +208,8 @@ def serve(args):
     answers = server.answers
     print(f"{answers.asked} posts, {len(args.runs)} runs, {args.k} drafts each; "
           f"{len(answers.picks)} answers so far in {answers.path}")
-    print(f"open {server.address} (Ctrl-C ends)", flush=True)
-    if args.browser and has_screen():
+    print(f"open {server.address} (Ctrl-C ends and keeps all answers)", flush=True)
+    if has_screen() and not args.no_browser:
         webbrowser.open(server.address)
     try:
         server.serve_forever()
@@ -225,7 +225,7 @@ def serve(args):
 
 def next_commands(path, run):
     """What to do with a file of answers; `run`: one of the runs that were asked about."""
-    model = read_object(Path(run) / "evaluation.json")["settings"].get("model") or "MODEL"
+    model = read_object(Path(run) / "config.json").get("model") or "MODEL"
     file = shlex.quote(str(path))
     train = f"--model {shlex.quote(str(model))} --data {file}"
     return (f"next: python evaluate.py picks {file}, to compare the runs; python rewards.py train "

@@ -164,6 +164,11 @@ class Answers:
             self.take_up(line + b"\n", row, numbers)
         if not rest:
             return
+        if is_json(rest):                    # an editor took the last line's end away
+            self.take_up(rest + b"\n", len(lines) + 1, numbers)
+            with open(self.path, "ab") as file:
+                file.write(b"\n")
+            return
         if not rest.startswith(b'{"id": '):  # no answer that was cut off: somebody's text
             raise self.other_file("the last line")
         print(f"{self.path}: the last line is incomplete and is removed; its post is asked again")
@@ -188,8 +193,8 @@ class Answers:
         self.size += len(line)
 
     def other_file(self, place):
-        return InputError(f"{self.path}, {place}: this is no answer to what would be asked now (was "
-                          "it written for other runs, or with another --k or --seed?): give "
+        return InputError(f"{self.path}, {place}: this is no answer to what would be asked now "
+                          "(was it written for other runs, or with another --k or --seed?): give "
                           "another --out")
 
     def check_writable(self):
@@ -264,8 +269,8 @@ class Answers:
         """The file, open at its end without a buffer; Refused if somebody else has changed it, or
         nothing more is to be written."""
         if self.ended:
-            raise Refused(409, "The program has ended: start it again, and open the address that it "
-                               "prints.")
+            raise Refused(409, "The program has ended: start it again, and open the address that "
+                               "it prints.")
         file = open(self.path, "r+b", buffering=0)
         if file.seek(0, os.SEEK_END) != self.size:
             file.close()
@@ -281,6 +286,15 @@ class Answers:
         said = (f"{self.path} holds {total} answers (picks: {total - none}, none: {none}); posts "
                 f"left: {rest}")
         return said + (" (go on by the same command)" if rest else "")
+
+
+def is_json(data):
+    """Whether bytes are a whole JSON value."""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def write_whole(file, data):
