@@ -1,8 +1,6 @@
 """`lora.py merge`: a run's adapter in the weights of its base, as a checkpoint for other programs,
 and how much its logits differ from those of base and adapter."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -141,8 +139,8 @@ def merge_command(sub):
 
 
 def run_merge(args):
-    run = Path(args.adapter)
-    folder = start_folder(run)
+    folder = start_folder(args.adapter)
+    run = folder.parent if folder.name == "adapter" else folder
     name_base(args, run, folder)
     base = fetch(args.model, args.revision)
     config = Config.from_dict(read_json(base / "config.json"))
@@ -153,7 +151,7 @@ def run_merge(args):
     model = empty_model(Qwen3, config, base, dict(stored.shapes), embedder=False)
     update = read_update(folder, model)
     tokenizer, chat = load_chat(base)
-    same_base(run, args)
+    same_base(folder, args)
     with atomic_folder(args.out) as new:
         write_merged(base, stored, update, new, getattr(torch, args.dtype),
                      config.tie_word_embeddings)

@@ -1,7 +1,6 @@
 """`lora.py push`: a run's adapter and its model card, to the Hugging Face hub."""
 
 import json
-from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
@@ -50,11 +49,13 @@ def domain_of(summary):
                                               writers=record["writers"], permute=record["permute"])
 
 
-def prepare(run, base, licence):
+def prepare(path, base, licence):
     """{file name: bytes} of what is published: the adapter, its configuration with the base's hub
-    name, and its card, which is written again with the run's evaluation. InputError for a run that
-    is not finished, or whose base has no name that others can use."""
-    folder = start_folder(run)
+    name, and its card, which is written again with the run's evaluation. path: a run, or its adapter
+    folder. InputError for a run that is not finished, or whose base has no name that others can
+    use."""
+    folder = start_folder(path)
+    run = folder.parent if folder.name == "adapter" else folder
     adapter = read_adapter_config(folder)
     config = config_of(run)
     if config and not (run / "done.json").exists():
@@ -123,7 +124,7 @@ def push_command(sub):
 def run_push(args):
     for name in filter(None, (args.name, args.base)):
         check_name(name)
-    files = prepare(Path(args.adapter), args.base, args.licence)
+    files = prepare(args.adapter, args.base, args.licence)
     for name, content in files.items():
         print(f"{name}: {len(content):,} bytes")
     if args.dry_run:

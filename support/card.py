@@ -222,7 +222,8 @@ messages = {turns}
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,
                                        enable_thinking=False, return_tensors="pt")
 drafts = model.generate(**prompt, do_sample=True, num_return_sequences=5, max_new_tokens=100,
-                        temperature={config.get('temperature', 1.0):g}, top_p=1.0, top_k=0)
+                        temperature={config.get('temperature', 1.0):g}, top_p=1.0, top_k=0,
+                        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
 ```""")
     return "\n\n".join(lines)
 

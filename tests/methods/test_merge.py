@@ -74,7 +74,8 @@ def test_a_run_in_nf4_is_merged_onto_the_full_base(base, tmp_path, capsys):
     tokens = sequence(3, 40, 137)
     quantised = trained(base, "lora", tmp_path / "run" / "adapter", nf4=True)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(base), "nf4": True}))
-    assert lora.main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "m")]) == 0
+    run = tmp_path / "run" / "adapter"                   # or the run itself
+    assert lora.main(["merge", str(run), "--out", str(tmp_path / "m")]) == 0
     full = load_adapter(Qwen3.from_pretrained(base), tmp_path / "run" / "adapter")
     got = logits_of(Qwen3.from_pretrained(tmp_path / "m"), tokens)
     assert gap(got, logits_of(full, tokens)) < 1e-4

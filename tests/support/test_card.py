@@ -1,6 +1,7 @@
 """Tests of support/card.py: the model card beside every finished adapter."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_card_says_what_was_trained(tmp_path):
                  "Not measured yet", "Reply: {post}", "enable_thinking=False",
                  "## Intended use and limits", "## Licence"):
         assert part in text, part
+    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "README.md", "exec")
     header = text.split("---")[1]
     assert all(": " in line for line in header.strip().splitlines())
 
