@@ -84,9 +84,11 @@ def best_of(summary):
     if not means:
         return "Verdict: none: no method has a Pass@k."
     k = max(k for k, _ in means)
-    arm = max((arm for size, arm in means if size == k), key=lambda arm: means[k, arm])
-    return (f"Verdict: {arm} has the highest Pass@{k}, {means[k, arm]:.3f}; differences with "
-            "intervals: --against ARM.")
+    highest = max(mean for (size, _), mean in means.items() if size == k)
+    arms = [arm for (size, arm), mean in means.items() if size == k and mean == highest]
+    has = f"{arms[0]} has" if len(arms) == 1 else f"{len(arms)} methods share"
+    return (f"Verdict: {has} the highest Pass@{k}, {highest:.3f}; differences with intervals: "
+            "--against ARM.")
 
 
 # ---- What next -----------------------------------------------------------------------------------

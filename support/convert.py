@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from support.convert_files import found, how_to_convert, open_rows
-from support.convert_formats import FORMATS, IDS, columns, format_of, prompt_of
+from support.convert_formats import FORMATS, IDS, columns, format_of, given, prompt_of
 from support.files import InputError, atomic_write, first_rank, printable
 from support.formats import shown
 from support.posts import PostFile, post_of
@@ -20,6 +20,8 @@ from support.posts import PostFile, post_of
 MAX_CHARS = 20_000               # of a text, as data.load_posts reads them
 
 SHOWN_REASONS = 12
+
+NOT_UTF_8 = re.compile("[\udc80-\udcff]")            # what open_text makes of such bytes
 
 
 def convert_flags(parser):
@@ -130,7 +132,7 @@ def row_lines(rows, args, count):
         except ValueError as e:
             count.lost[str(e)] += 1
             continue
-        count.unread.update(set(map(str, row)) - {*form.fields(row), *form.reads, *IDS})
+        count.unread.update(set(given(row, *row)) - {*form.fields(row), *form.reads, *IDS})
         for line in lines:
             yield put_as(line, args.put_as)
 
@@ -146,8 +148,6 @@ def put_as(line, kind):
 def checked(line, count):
     """Whether a file of posts takes this line; else its reason is counted."""
     try:
-        if any("\udc80" <= c <= "\udcff" for c in "".join(map(str, line.values()))):
-            raise ValueError("bytes that are not UTF-8: save the file as UTF-8")
         post_of(line, count.lines + 1, MAX_CHARS)
         texts = line.get("drafts", ())
         if isinstance(texts, list) and any(len(str(text)) > MAX_CHARS for text in texts):
@@ -163,6 +163,8 @@ def checked(line, count):
         count.lines += 1
         count.disliked += line.get("label") is False
         return True
+    if NOT_UTF_8.search("".join(map(str, line.values()))):
+        reason = "bytes that are not UTF-8: save the file as UTF-8"
     count.lost[reason] += 1
     return False
 
@@ -195,7 +197,7 @@ def thread_lines(rows, args, count):
             texts[name] = text.strip()
             parents[name] = id_of(row.get(args.reply_to))
             order.append(name)
-        count.unread.update(set(map(str, row)) - {own, args.post_column, args.reply_to})
+        count.unread.update(set(given(row, *row)) - {own, args.post_column, args.reply_to})
     ask = "prompt" if args.put_as == "prompt" else "post"
     answered = set(parents.values())
     for name in order:
@@ -269,7 +271,7 @@ def report(args, rows, count, posts):
         say(f"{posts.dropped:,} lines repeat a post with replies by style, and are not read")
     if count.lost:
         say(f"Left out: {reasons(count.lost)}")
-    names = sorted(count.unread)
+    names = sorted(map(str, count.unread))
     if names:
         more = ", .." if len(names) > 12 else ""
         say(f"Fields that are not read: {shown(names[:12])}{more}")

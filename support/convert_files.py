@@ -3,6 +3,7 @@ them."""
 
 import csv
 import gzip
+import importlib
 import json
 import os
 import re
@@ -77,7 +78,7 @@ def open_rows(path, table=False):
         if head[:40].lstrip().lower().startswith(start.lower()):
             raise InputError(f"{path} {what}")
     if head.startswith(b"PAR1"):
-        return Rows(path, "Parquet", parquet_rows(path))
+        return Rows(path, "a Parquet file", parquet_rows(path))
     text = head.decode("utf-8-sig", errors="replace").lstrip()
     if not text:
         raise InputError(f"{path} holds no posts: it is empty")
@@ -267,7 +268,7 @@ def table_rows(path, packed, mark):
 def parquet_rows(path):
     """The rows of a Parquet file, which pyarrow reads."""
     try:
-        from pyarrow import parquet
+        parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise InputError(f"{path} is a Parquet file, which pyarrow reads: pip install pyarrow, "
                          "then the same command again") from None

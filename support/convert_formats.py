@@ -27,7 +27,7 @@ ANSWERS = ("completion", "response", "output", "answer", "reply", "target", "sol
 OTHER_ANSWERS = ("chosen", "rejected", "target", "completions", "responses", "generation",
                  "generated_text", "assistant", "answers", "outputs", "story", "text", "code",
                  "canonical_solution", "reference", "references", "ideal", "expected", "summary",
-                 "label")
+                 "label", "utterance")
 
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "utterances")
 
@@ -75,16 +75,28 @@ def is_chat(value):
                     for turn in value))
 
 
-def turns_of(chat):
-    """[(role, text), ..] of a list of turns in either way of writing them."""
+def turns_of(chat, lost=None):
+    """[(role, text), ..] of a list of turns in either way of writing them. Where `lost` is given,
+    a chat ends before the first turn that cannot be read, and the rest is counted there."""
     turns = []
     for turn in chat:
-        role = turn.get("role", turn.get("from"))
-        role = ROLES.get(role.lower()) if isinstance(role, str) else None
-        if role is None:
-            raise ValueError("a chat with a turn of another role than system, user and assistant")
-        turns.append((role, text_of(turn.get("content", turn.get("value")))))
+        try:
+            turns.append(turn_of(turn))
+        except ValueError as e:
+            if lost is None or len(turns) < 2:
+                raise
+            lost[f"the rest of a chat, from {e} on"] += 1
+            break
     return turns
+
+
+def turn_of(turn):
+    """(role, text) of a turn."""
+    role = turn.get("role", turn.get("from"))
+    role = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if role is None:
+        raise ValueError("a turn of another role than system, user and assistant")
+    return role, text_of(turn.get("content", turn.get("value")))
 
 
 def joined(turns):
@@ -146,7 +158,7 @@ def chat_fields(kind):
 
 def chat_lines(row, every, lost):
     chat, *_ = (row[name] for name in CHATS if is_chat(row.get(name)))
-    turns = turns_of(chat)
+    turns = turns_of(chat, lost)
     if isinstance(row.get("system"), str) and row["system"].strip():
         turns = [("system", row["system"].strip()), *turns]
     pairs = exchanges(turns, every, lost)

@@ -74,6 +74,8 @@ def test_two_ranks_run_the_whole_study_and_bash_finds_it_done(tmp_path):
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
     assert list(report["arms"]) == ["base", *ARMS]
     assert "Pass@10" in first.stdout and report["differences"]["dpp-grpo"]["stances"]
+    ending = first.stdout.rpartition("python evaluate.py report ")[2].splitlines()[1:]
+    assert len(ending) <= 25 and ending[-1].startswith("Next: python evaluate.py drafts ")
     records = lines(tmp_path / "study" / "seed7" / "dpp-grpo")
     ends = [record for record in records if record.get("event") == "end"]
     assert [end["stage"] for end in ends] == ["grpo", "measure"]

@@ -57,7 +57,9 @@ def test_the_verdict_without_a_primary_endpoint(tmp_path, capsys):
     assert str(tmp_path / "seed1/dpp-grpo") in shown
     report.report(runs, tmp_path / "s")
     shown = capsys.readouterr().out
-    assert "has the highest Pass@10, 0.500; differences with intervals: --against ARM" in shown
+    assert "3 methods share the highest Pass@10, 0.500; differences with intervals" in shown
+    report.report(runs[:2], tmp_path / "one")
+    assert "Verdict: lora has the highest Pass@10, 0.500" in capsys.readouterr().out
     report.report(study(tmp_path / "b", arms=("base",)), tmp_path / "t")
     assert "Next: more seeds" in capsys.readouterr().out
 

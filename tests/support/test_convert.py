@@ -242,11 +242,11 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text + '{"messages": [\n' + '{"messages": 1, "messages": 2}\n')
-    assert len(converted(tmp_path, path)) == 2
+    assert len(converted(tmp_path, path)) == 3
     said = capsys.readouterr().out
-    assert "9 rows" in said and "2 lines, 2 posts" in said
-    for reason in ("2 x a chat without an answer", "1 x a chat with a turn of another role",
-                   '1 x no messages row, but one with "text"', "1 x an empty text",
+    assert "9 rows" in said and "3 lines, 3 posts" in said
+    for reason in ("2 x a chat without an answer", "1 x a turn of another role than system",
+                   '1 x no messages row, but one with "text"', "from an empty text",
                    "1 x a line that is not JSON", '1 x the field "messages" stands twice'):
         assert reason in said
     assert 'Fields that are not read: "score"' in said
@@ -355,9 +355,10 @@ def test_parquet_is_read_where_pyarrow_is_installed(tmp_path, capsys, monkeypatc
         def iter_batches(self, size):
             for row in FILES["alpaca.json"][0]:
                 yield types.SimpleNamespace(to_pylist=lambda: [row])
-    module = types.ModuleType("pyarrow")
-    module.parquet = types.SimpleNamespace(ParquetFile=ParquetFile)
-    monkeypatch.setitem(sys.modules, "pyarrow", module)
+    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
+    module = types.ModuleType("pyarrow.parquet")
+    module.ParquetFile = ParquetFile
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
     assert len(converted(tmp_path, path)) == COUNT
 
 
@@ -476,3 +477,10 @@ def test_picks_are_given_as_they_are(tmp_path, model, capsys):
     assert sft(model, path, tmp_path / "sft") == 0
     assert rewards.main(["train", "--model", model, "--data", str(path), "--out",
                          str(tmp_path / "r"), "--steps", "2", "--batch", "2", "--rank", "2"]) == 0
+
+
+def test_rows_with_bytes_of_another_encoding_are_counted(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,answer\nCaf\u00e9?,Yes\nTea?,No\n".encode("latin-1"))
+    assert converted(tmp_path, path) == [{"prompt": "Tea?", "completion": "No"}]
+    assert "1 x bytes that are not UTF-8: save the file as UTF-8" in capsys.readouterr().out
