@@ -289,13 +289,16 @@ class Ran:
         return max(line["peak_bytes"] for line in self.lines if line.get("peak_bytes"))
 
     def planned(self):
-        """Bytes of memory that the command's plan line names, all together; None without one."""
-        line = re.search(r"memory: (.*)", self.text)
-        if line is None:
+        """Bytes of memory in the command's plan: the sum that it names ("memory about 3 GiB: .."),
+        or that of its parts; None without a plan."""
+        size = r"([\d.,]+) (MiB|GiB)"
+        plan = re.search(rf"memory about {size}", self.text)
+        parts = re.search(r"memory: (.*)", self.text)
+        if plan is None and parts is None:
             return None
         units = {"MiB": 2 ** 20, "GiB": 2 ** 30}
-        return sum(float(n.replace(",", "")) * units[unit]
-                   for n, unit in re.findall(r"([\d.,]+) (MiB|GiB)", line[1]))
+        named = [plan.groups()] if plan else re.findall(size, parts[1])
+        return sum(float(number.replace(",", "")) * units[unit] for number, unit in named)
 
 
 def command(c, main, out, *words):
@@ -465,10 +468,10 @@ def resume(c):
     folder = model_folder(c, shape)
     data = posts_file(c.out / "resume.jsonl", 12, TINY, seed=5)
     program = "tests/pretend_gpu.py polylora" if c.device == PRETENDED else "polylora.py"
-    words = [sys.executable, *program.split(), "sft", "--model", folder, "--data", data, "--steps",
-             8, "--batch", 4, "--k", 3, "--lambda", 0.3, "--draft-posts", 2, "--max-new-tokens", 6,
-             "--rank", 4, "--save-every", 2, "--resume", "--dtype", "float32", "--device",
-             "cpu" if c.device == CPU else "cuda"]
+    words = [sys.executable, *program.split(), "sft", "--model", folder, "--data", data,
+             "--steps", 30 if c.on_gpu else 8, "--batch", 4, "--k", 3, "--lambda", 0.3,
+             "--draft-posts", 2, "--max-new-tokens", 6, "--rank", 4, "--save-every", 2, "--resume",
+             "--dtype", "float32", "--device", "cpu" if c.device == CPU else "cuda"]
     whole, cut = c.out / "resume-whole", c.out / "resume-cut"
     for out in (whole, cut):
         shutil.rmtree(out, ignore_errors=True)
@@ -482,7 +485,7 @@ def resume(c):
     whole, cut = (torch.cat([t.flatten() for _, t in sorted(a.items())]) for a in adapters)
     off = float((cut - whole).norm() / whole.norm())
     # A GPU adds in any order, so that runs agree up to rounding alone.
-    c.record.check("resumed as undisturbed (relative distance of the adapters)",
+    c.record.check("resumed as undisturbed: relative distance of the adapters",
                    off <= (0.05 if c.on_gpu else 0), off)
 
 
@@ -516,7 +519,7 @@ def training_words(c, shape, seed):
     return words + (["--device", "cpu"] if c.device == CPU else [])
 
 
-@part("sft", 60, 35)
+@part("sft", 75, 50)
 def sft(c):
     """Phase one with D on 0.6B, its weights read from a file."""
     import polylora
@@ -529,7 +532,7 @@ def sft(c):
     memory_figures(c, "SFT with D, 0.6B", ran)
 
 
-@part("grpo", 75, 40)
+@part("grpo", 75, 50)
 def grpo(c):
     """Phase two with D and KL on 0.6B."""
     import grpo as program

@@ -19,10 +19,12 @@ views share. Four things watch over it:
     install_..    torch.cuda, torch.distributed (NCCL is gloo) and safetensors say there is a GPU
 
 It cannot show kernels that CUDA lacks or that round differently, streams, real memory, or speed. An
-operation counts as one kernel, which is right for most."""
+operation counts as one kernel, and so does a function by torch.compile: right for most."""
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import sys
@@ -219,7 +221,7 @@ class Operations(TorchDispatchMode):
         gpu = self.checked_device(name, args, kwargs, inputs)
         if gpu:
             self.note_waits(name, func._schema.overload_name, args, kwargs)
-        out = self.compute(func, name, args, kwargs)
+        out = compute(func, args, kwargs)
         before = {t.untyped_storage()._cdata for t in inputs}
         fresh = False
         for t in tensors_in(out):
@@ -268,15 +270,17 @@ class Operations(TorchDispatchMode):
             if masks:
                 device.wait("index by bool")
 
-    def compute(self, func, name, args, kwargs):
-        if name in FP32_PRODUCTS and func._schema.overload_name.startswith("dtype"):
-            dtype = next(a for a in (*args, kwargs.get("out_dtype")) if isinstance(a, torch.dtype))
-            wide = [a.to(dtype) for a in args if isinstance(a, Tensor)]
-            scale = {k: v for k, v in kwargs.items() if k in ("alpha", "beta")}
-            out = kwargs.get("out")
-            result = getattr(torch, name)(*wide, **scale)
-            return result if out is None else out.copy_(result)
+
+def compute(func, args, kwargs):
+    """The operation on the CPU, those that only CUDA has included."""
+    name = func._schema.name.removeprefix("aten::")
+    if name not in FP32_PRODUCTS or not func._schema.overload_name.startswith("dtype"):
         return func(*args, **kwargs)
+    dtype = kwargs.get("out_dtype", args[-1])
+    wide = [a.to(dtype) for a in args if isinstance(a, Tensor)]
+    scale = {k: v for k, v in kwargs.items() if k in ("alpha", "beta")}
+    result = getattr(torch, name)(*wide, **scale)
+    return kwargs["out"].copy_(result) if "out" in kwargs else result
 
 
 # ---- Functions: what Python sees -----------------------------------------------------------------
@@ -496,7 +500,7 @@ class Graph(TorchDispatchMode):
         now = {}                             # id of a noted output -> this replay's
         with without_functions(), _disable_current_modes():
             for func, args, kwargs, out in self.notes:
-                again = func(*current(args, now), **current(kwargs, now))
+                again = compute(func, current(args, now), current(kwargs, now))
                 for old, new in zip(tensors_in(out), tensors_in(again)):
                     now[id(old)] = new
         device.replays += 1
@@ -539,7 +543,7 @@ def install():
     metadata._allowed_determinism_checks_to_fns["default"] = shape_and_dtype
     # autograd.grad runs Python: the modes must stay within it.
     torch.autograd.has_torch_function = lambda args: False
-    torch.compile = compile_nothing
+    install_compiler()
     Functions().__enter__()
     Operations().__enter__()
     return device
@@ -549,9 +553,27 @@ def shape_and_dtype(tensor):
     return {"shape": tensor.shape, "dtype": tensor.dtype}
 
 
-def compile_nothing(model=None, **options):
-    """torch.compile: the function as it is, so that its operations are seen."""
-    return model if model is not None else lambda function: function
+def install_compiler():
+    """Triton is there, as with every torch for GPUs. A compiled function counts as one kernel."""
+    find = importlib.util.find_spec
+
+    def find_spec(name, package=None):
+        return find("math" if name == "triton" else name, package)
+
+    def compiled(function=None, **options):
+        if function is None:
+            return functools.partial(compiled, **options)
+
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            with device.uncounted():
+                out = function(*args, **kwargs)
+            if device.counting and any(map(on_gpu, tensors_in(args, kwargs))):
+                device.kernels[f"compiled {function.__name__}"] += 1
+            return out
+        return run
+    importlib.util.find_spec = find_spec
+    torch.compile = compiled
 
 
 def install_cuda(cuda):
@@ -586,9 +608,9 @@ def install_safetensors():
     opened = safetensors.safe_open
 
     class SafeOpen:
-        def __init__(self, path, framework, device="cpu"):
+        def __init__(self, path, framework, device="cpu", **options):
             self.gpu = str(device).startswith("cuda")
-            self.file = opened(path, framework, device="cpu")
+            self.file = opened(path, framework, device="cpu", **options)
 
         def __enter__(self):
             self.inner = self.file.__enter__()
@@ -600,6 +622,9 @@ def install_safetensors():
         def get_tensor(self, name):
             tensor = self.inner.get_tensor(name)
             return put(tensor.clone()) if self.gpu else tensor
+
+        def get_tensors(self):
+            return {name: self.get_tensor(name) for name in self.inner.keys()}
 
         def __getattr__(self, name):
             return getattr(self.inner, name)

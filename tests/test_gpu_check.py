@@ -100,6 +100,8 @@ def test_no_time_left_is_said(tmp_path):
 def test_the_plan_s_sizes_are_added_up(tmp_path):
     ran = gpu_check.Ran("sft: 12 posts; memory: weights 1.5 GiB, training 512 MiB\nnext", tmp_path)
     assert ran.planned() == 2 * 2 ** 30
+    ran = gpu_check.Ran("memory about 3 GiB: weights 1.5 GiB, passes 1.5 GiB", tmp_path)
+    assert ran.planned() == 3 * 2 ** 30
     assert gpu_check.Ran("nothing", tmp_path).planned() is None
     with pytest.raises(RuntimeError, match="no step has logged D"):
         ran.mean("D")
