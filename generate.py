@@ -1,9 +1,10 @@
 """k completions for each prompt: the plain cached loop, the samplers, the embedder of texts.
 
 Read `plain_loop` and `sample` first. They are the reference: engine.py does the same faster and is
-tested against them token for token. Each completion draws from its own stream of random numbers, so
-it depends neither on what else is in the batch nor on which of the two loops samples it. Other
-decoders, such as beam search, are in methods/decoders.py."""
+tested against them token for token on CPUs. Each completion draws from its own stream of random
+numbers, so it depends neither on what else is in the batch nor on which of the two loops samples
+it, up to rounding: a GPU picks its kernels by shape, and a token may change where two are about
+equally likely. Other decoders, such as beam search, are in methods/decoders.py."""
 
 from dataclasses import dataclass
 from functools import wraps

@@ -2,7 +2,6 @@
 ''':'   # bash reads on. `torchrun train.sh` starts Python here, which goes to the last lines.
 # Polychromic LoRA, the whole study: a base model if none is given; SFT four ways (plain, with D,
 # GEM, BA-LoRA), GRPO after the first two, Pass@k training; evaluation, report. Commands are shown.
-#
 #   torchrun train.sh                 the toy task, from nothing: 10 to 15 minutes on 2 cores
 #   bash train.sh                     the same (NPROC=2 bash train.sh: two processes)
 #   torchrun --nproc-per-node=8 train.sh --model Qwen/Qwen3-8B --data posts.jsonl     the full study
@@ -14,15 +13,16 @@
 #   --seeds "1 2 3"    the default; with --model "1". --jobs N: so many of them side by side
 #   --diversity NAME   D of the polychromic arms: dpp, the best measured, or cosine, the plain form
 #   --posts N, --steps BOTH or SFT,GRPO, --base-steps N, --samples N, --reward, --reward-model,
-#   --embedder, --nf4, --shard, --allow-code-execution [as-root], --domain, --skip-bad-lines: --help
+#   --embedder, --domain, --skip-bad-lines, --nf4, --shard, --micro-tokens, --max-rows,
+#   --allow-code-execution [as-root]: as the programs' --help says
 #   --dry-run          each command's cost, and the total; fetches no weights, leaves nothing behind
-#
 # A stage that is done is skipped, an interrupted one resumes: after a crash, the same again.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)" python="${STUDY_PYTHON:-python}"
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
-model="" data=pocket out="" seeds="" diversity=dpp posts="" steps="" samples="" everywhere=()
-base_steps="" domain="" bad="" reward=auto reward_model="" embedder=base dry="" jobs="" given=("$@")
+model="" data=pocket out="" seeds="" jobs="" diversity=dpp posts="" steps="" samples="" domain=""
+base_steps="" reward=auto reward_model="" embedder=base micro_tokens="" max_rows="" dry="" bad=""
+everywhere=() given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     -h|--help) [[ "${RANK:-0}" != 0 ]] || sed -n '3,/^set/s/^# \{0,1\}//p' "$here/train.sh"; exit ;;
@@ -30,7 +30,7 @@ while [[ $# -gt 0 ]]; do
     --nf4|--shard|--allow-code-execution|as-root) everywhere+=("$1") ;;
     --study) fail "the larger studies are run by: python study.py run ${2:-NAME}" ;;
     --model|--data|--out|--seeds|--jobs|--diversity|--posts|--steps|--base-steps|--samples|\
-    --reward|--reward-model|--embedder|--domain)
+    --reward|--reward-model|--embedder|--domain|--micro-tokens|--max-rows)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       name="${1#--}"; printf -v "${name//-/_}" '%s' "$2"; shift ;;
     *) fail "unknown argument $1: see --help" ;;
@@ -71,6 +71,7 @@ else
   [[ "$diversity" == dpp ]] || D_grpo="--diversity-weight 8 --gate verifier"
   passk="--advantage passk --set-size 6" everywhere+=(--dtype float32)  # bfloat16 is too coarse
 fi
+fit="${micro_tokens:+ --micro-tokens $micro_tokens}" && sft+="$fit" grpo+="$fit"
 poly=poly-dpp poly_grpo=dpp-grpo rate="$faster"
 [[ "$diversity" == dpp ]] || { poly=poly poly_grpo=poly-grpo rate=""; }
 arms=(lora "$poly" sft-gem sft-ba-lora lora-grpo "$poly_grpo" lora-passk) reported=()
@@ -85,7 +86,7 @@ one_seed() {
     base="$R/base-model/model"
     run polylora.py base --data "$dir/base.jsonl" --out "$R/base-model" --seed "$1" --resume $small
   fi
-  local held=(--model "$base" ${everywhere[@]+"${everywhere[@]}"})
+  local held=(--model "$base" ${everywhere[@]+"${everywhere[@]}"} ${max_rows:+--max-rows $max_rows})
   local common=("${held[@]}" --seed "$1" --max-new-tokens "$tokens")
   local SFT=(polylora.py sft --data "$dir/sft.jsonl" "${common[@]}" --resume $sft)
   local GRPO=(grpo.py --data "$dir/grpo.jsonl" "${common[@]}" --resume $grpo --k 8 "${judge[@]}")
@@ -98,7 +99,6 @@ one_seed() {
   run "${GRPO[@]}" --out "$R/lora-grpo" --start "$R/lora"            # plain in both phases
   run "${GRPO[@]}" --out "$R/$poly_grpo" --start "$R/$poly" --diversity "$diversity" $D_grpo
   run "${GRPO[@]}" --out "$R/lora-passk" --start "$R/lora" $passk    # baseline: Pass@k training
-
   [[ -n "$dry" ]] || for arm in "${arms[@]}"; do measured+=("$R/$arm"); done
   run evaluate.py measure --data "$dir/eval.jsonl" "${common[@]}" --n "$samples" "${judge[@]}" \
     --base-out "$R/base" ${measured[@]+"${measured[@]}"}

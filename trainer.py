@@ -3,7 +3,8 @@
 A phase is a function `step(number)` that leaves the gradient of the whole step on the parameters;
 `train` is the loop around it. No random state is saved: every random number is a function of
 (seed, purpose, step, post, completion), whichever rank or batch it is drawn in. Only dropout
-depends on the step, the rank and its micro-batches."""
+depends on the step, the rank and its micro-batches. So a resumed run equals an undisturbed one, in
+every bit on CPUs; kernels of GPUs that add in any order make them equal up to rounding."""
 
 import functools
 import math

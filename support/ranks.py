@@ -394,7 +394,8 @@ class Lockstep:
 def shard(model, ranks):
     """Spread the blocks' frozen weights over the ranks by FSDP2: each rank holds its part, and a
     block is put together while it runs. Adapter, embedding and head stay whole on every rank, so
-    gradients are summed as without --shard."""
+    gradients are summed as without --shard. On CPUs completions are those of whole weights, token
+    for token (tested); on GPUs up to rounding, since whole weights decode by fused products."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))

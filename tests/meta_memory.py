@@ -1,13 +1,14 @@
 """Measures what the project's own steps hold in GPU memory, without a GPU: tensors on the meta
 device have a shape and no contents, say that they are on cuda:0, and their live bytes are counted.
 
-    python tests/meta_memory.py            the table of Qwen3-0.6B and 8B, next to the plan's figures
+    python tests/meta_memory.py            Qwen3-0.6B and 8B, next to the plan's figures
 
 Counted: every storage, in the allocator's blocks of 512 bytes, from its first tensor to its last.
 Not counted: CUDA's context, workspaces of libraries, fragments, and what a captured graph keeps.
 Attention and RMSNorm are CUDA's fused kernels: they keep their inputs and outputs alone."""
 
 import argparse
+import itertools
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -37,6 +39,8 @@ from support.ranks import Ranks
 from trainer import Session
 
 GPU = torch.device("cuda", 0)
+
+PARTS = ("sft", "sft with D", "grpo")    # steps that are measured
 
 SHAPES = {name: dict(zip(cost.FIELDS, row)) for name, row in cost.QWEN3.items()}
 
@@ -120,7 +124,8 @@ class PretendedGPU(TorchFunctionMode):
             if args and is_meta(args[0]):
                 if function in READS:
                     return READS[function](args[0])
-                if function is torch.Tensor.to and "cpu" in map(str, (*args[1:2], kwargs.get("device"))):
+                asked = [str(x) for x in (*args[1:2], *kwargs.values())]
+                if function is torch.Tensor.to and "cpu" in asked:
                     return zeros(args[0])
             if "device" in kwargs:
                 kwargs["device"] = on_meta(kwargs["device"])
@@ -303,7 +308,7 @@ def pretended(monkeypatch):
         yield live
 
 
-def measure(case, monkeypatch, parts=("sft", "sft with D", "grpo")):
+def measure(case, monkeypatch, parts=PARTS):
     """{part: most bytes alive}: "weights" of the frozen model, a step of each phase, "cache", what
     a rollout leaves, and "embedder", the most that embedding 512 texts takes in addition."""
     found = {}
@@ -366,3 +371,36 @@ def extrapolated(case, monkeypatch, few=2, more=4, **settings):
     blocks = SHAPES[case.name]["num_hidden_layers"]
     return {name: small[name] + (large[name] - small[name]) * (blocks - few) / (more - few)
             for name in small}
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--names", nargs="+", default=["Qwen3-0.6B", "Qwen3-8B"],
+                        choices=list(cost.QWEN3), help="models")
+    parser.add_argument("--whole", action="store_true",
+                        help="measure every block, instead of two models of fewer blocks")
+    args = parser.parse_args(argv)
+    for name, world, nf4, checkpointing in itertools.product(
+            args.names, (1, 8), (False, True), (False, True)):
+        case = Case(name, nf4=nf4, world=world, checkpointing=checkpointing)
+        with pytest.MonkeyPatch.context() as patch:
+            show(case, measure(case, patch) if args.whole else extrapolated(case, patch), patch)
+
+
+def show(case, found, monkeypatch):
+    """Print what was measured and, of each step, what the plan says."""
+    print(case.text())
+    for name, size in found.items():
+        text = f"  {name:12}{size / cost.GIB:8.2f} GiB"
+        if name in PARTS:
+            memory = planned(case, name, monkeypatch)
+            parts = ", ".join(f"{k} {v / cost.GIB:.2f}" for k, v in memory._asdict().items())
+            text += f"   plan {memory.total / cost.GIB:.2f} ({memory.total / size - 1:+.0%}): "
+            text += parts
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -402,6 +402,16 @@ def test_checkpointing_is_left_to_the_plan(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multirank
+def test_flags_that_save_memory_reach_the_commands_that_have_them(tmp_path):
+    commands = asked(tmp_path, "--model", "m", "--data", write_posts(tmp_path), "--micro-tokens",
+                     "4096", "--max-rows", "64")
+    trained = parsed(commands, "polylora") + parsed(commands, "grpo")
+    measured, _ = parsed(commands, "evaluate")
+    assert {args.micro_tokens for args in trained} == {4096}
+    assert {args.max_rows for args in [*trained, measured]} == {64}
+
+
+@pytest.mark.multirank
 def test_a_launch_runs_on_its_own_python_and_a_failed_seed_ends_the_others(tmp_path):
     """PATH's python may have no torch; and a seed that lives on would have no parent."""
     (tmp_path / "bin").mkdir()
