@@ -188,6 +188,10 @@ def policy_flags(groups):
     add("--ratio", default="token", choices=("token", "sequence"),
         help="what is clipped: each token's ratio, or the whole completion's (GSPO)")
     add("--updates", type=int, default=1, help="optimizer steps on each rollout")
+    groups.rivals.add_argument(
+        "--tis", type=float, default=0.0, metavar="CAP",
+        help="weigh each token by its probability in training over that in sampling, at most CAP "
+             "(truncated importance sampling; 2 is usual); 0: no weight")
 
 
 def sft_start_flags(groups):
