@@ -6,13 +6,10 @@ completion gives its slot to a waiting one, and the batch shrinks when none wait
 GPU a step is replayed as a CUDA graph. Each completion has random numbers of its own and does not
 depend on what else is in the batch."""
 
-import functools
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ import torch.nn.functional as F
 from generate import NOT_FINITE, Samples, over_members, sample
 from lora import Parts
 from model import full_attention, rms_norm, rotary
+from support.compiled import one_kernel
 from support.draws import uniforms
 from support.files import InputError
 from support.layouts import Layout, first_layout, fitting, smaller
@@ -189,45 +187,15 @@ def add_heads(shared, own):
     return (shared + own).transpose(1, 2).reshape(places * count, 1, kv * group, dim)
 
 
-class Compiled:
-    """A function by torch.compile, in the eager function's order of roundings; by itself where the
-    compiler fails, which is said once."""
-
-    def __init__(self, function):
-        self.function = function
-        self.fast = torch.compile(function, dynamic=True, fullgraph=True,
-                                  options={"emulate_precision_casts": True})
-
-    def __call__(self, *args):
-        if self.fast is None:
-            return self.function(*args)
-        try:
-            return self.fast(*args)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as e:               # the compiler has errors of many classes
-            self.fast = None
-            why = (str(e).splitlines() or [type(e).__name__])[0]
-            print(f"decoding: {self.function.__name__} could not be compiled ({why}): it runs "
-                  "uncompiled, a little slower", file=sys.stderr)
-            return self.function(*args)
-
-
-compiled = functools.cache(Compiled)
-
-
 class Pointwise:
-    """The element-wise parts of a block, one kernel each where Triton compiles them (on a GPU); as
-    they are written elsewhere: the reference."""
+    """The element-wise parts of a block, one kernel each where Triton is there to compile them."""
 
     def __init__(self, device):
-        triton = device.type == "cuda" and find_spec("triton") is not None
-        make = compiled if triton else (lambda function: function)
-        self.add_norm = make(add_norm)
-        self.norm_and_rotate = make(norm_and_rotate)
-        self.swiglu = make(swiglu)
-        self.attention_weights = make(attention_weights)
-        self.add_heads = make(add_heads)
+        self.add_norm = one_kernel(add_norm, device)
+        self.norm_and_rotate = one_kernel(norm_and_rotate, device)
+        self.swiglu = one_kernel(swiglu, device)
+        self.attention_weights = one_kernel(attention_weights, device)
+        self.add_heads = one_kernel(add_heads, device)
 
 
 @dataclass
@@ -338,17 +306,17 @@ class DecodeBatch:
 
     A prompt's keys and values are stored once, for all its completions, in a page of its place's
     strip: H prompts take turns in its columns, (P, KV, L H, D). The completions' own are a ring
-    (P, KV, w, M, D). A completion that entered `age` steps ago sees the last `age` columns, so a new
-    one takes a finished one's slot without moving anything: softmax does not depend on the order of
-    columns, and rotary positions are in k already.
+    (P, KV, w, M, D). A completion that entered `age` steps ago sees the last `age` columns, so a
+    new one takes a finished one's slot without moving anything: softmax does not depend on the
+    order of columns, and rotary positions are in k already.
 
     Results are written to tables with a line for each of the k completions of each page; their last
     column takes what idle slots write, their last line is nobody's. `slot` says which line a row
     writes. A place's lines begin in the order of its prompts: `next` counts those that have begun,
     `given` those that may; a slot whose completion has ended takes the next one (`enter`), on the
     device. All state is tensors that stay where they are, and a smaller batch is a prefix of the
-    same memory. `step` reads nothing on the host, so that one CUDA graph serves for `window` columns
-    of the ring."""
+    same memory. `step` reads nothing on the host, so that one CUDA graph serves for `window`
+    columns of the ring."""
 
     def __init__(self, model, places, k, prompt_length, length, sampling, stop_ids, window=1,
                  graphs=False, pages=1, slots=None):
@@ -385,7 +353,7 @@ class DecodeBatch:
         self.ended = torch.zeros(lines + 1, dtype=torch.bool, **new)
         self.nobody = lines
         self.all_pages = torch.zeros(places * pages, dtype=torch.long, **new)
-        self.numbers = torch.arange(max(rows, places * pages), **new)
+        self.numbers = torch.arange(max(rows, places * pages, k), **new)
         self.all_places = torch.zeros(2, len(self.numbers), dtype=torch.long, **new)
         self.all_rows = torch.zeros(4, rows, dtype=torch.long, **new)
         self.restart(Layout(places, slots, pages), length, prompt_length)
@@ -552,8 +520,8 @@ class DecodeBatch:
 
     def __call__(self, bias, column, layer, q, k, v):
         """Attention of one new token per completion over [the prompt's cache, its own]: bias (P, 1,
-        w, 1, L H + used) says who sees what, column (1,) where the new k and v go. q (P w, 1, H, D),
-        k and v (P w, 1, KV, D)."""
+        w, 1, L H + used) says who sees what, column (1,) where the new k and v go. q (P w, 1,
+        heads, D), k and v (P w, 1, KV, D)."""
         prompt_k, prompt_v, own_k, own_v = self.caches[layer]
         places, kv, count, _, dim = own_k.shape
         for cache, new in ((own_k, k), (own_v, v)):
@@ -630,7 +598,9 @@ class DecodeBatch:
                 target.copy_(value)
 
 
-WORTH = 3 / 4                # a smaller batch is worth its copying if it costs so much or less
+# A smaller batch is worth its copying if it costs so much of a step or less. On a GPU copying is
+# cheap beside the steps between two looks.
+WORTH = {"cpu": 3 / 4, "cuda": 15 / 16}
 
 
 class Scheduler:
@@ -721,7 +691,8 @@ class Scheduler:
         self.steps_left = max(1, soonest) if self.writing else math.inf
         if self.writing and not self.waiting and not self.pending:
             small = smaller(batch.layout, writing, page.reshape(shape), batch.width,
-                            len(batch.all_pages), WORTH, fixed=batch.graphs)
+                            len(batch.all_pages), WORTH[batch.clock.device.type],
+                            fixed=batch.graphs)
             if small:
                 batch.shrink(small)
         return self.writing
@@ -835,8 +806,8 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
     the batch shrinks to what is unfinished.
     `seed`: an int (prompt p then draws from (seed, p)) or one int or tuple per prompt; completion d
     of a prompt with seed s depends on (s, d) only. Finished prompts are looked for every
-    `look_every` tokens: by default 1 on a CPU; on a GPU, where looking waits for the device, 16, and
-    8 when nothing waits any more, since the batch then shrinks.
+    `look_every` tokens: by default 1 on a CPU; on a GPU, where looking waits for the device, 16,
+    and 6 when nothing waits any more, since the batch then shrinks.
     `progress(n)` is called with the number of prompts just begun. InputError for settings that
     cannot be used."""
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -861,7 +832,7 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
             elif writing:
                 decoder.advance()
             step += 1
-            often = 16 if decoder.waiting or decoder.pending else 8
+            often = 16 if decoder.waiting or decoder.pending else 6
             due = stop_ids and step % (look_every or (often if on_gpu else 1)) == 0
             if due or decoder.steps_left <= 0:
                 writing = decoder.collect_finished()

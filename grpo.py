@@ -38,7 +38,8 @@ from support.plan import announce
 from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_features,
                               add_flags, prepare_features, set_scale)
 from support.shaping import shaping_of
-from support.steplog import GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update
+from support.steplog import (GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update,
+                             tis_advantages)
 from trainer import Session, batch_visits, finish_adapter, load_embedder, train
 
 
@@ -214,7 +215,7 @@ def grpo_step(session, step):
         # keeps its gradient.
         old = logp.detach() if batch.old is None else batch.old
         loss, clipped, kl = policy_loss(
-            logp, old, batch.advantages, denominator=session.token_count,
+            logp, old, tis_advantages(batch, old, args.tis, tally), denominator=session.token_count,
             completion=batch.rows.completion, sequence_ratio=args.ratio == "sequence",
             clip_low=args.clip_low, clip_high=args.clip_high, reference=batch.reference,
             beta=0.0 if objective.own_kl else args.beta, tokens=args.tokens, chosen=batch.chosen)

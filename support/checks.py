@@ -39,7 +39,7 @@ RANGES = {
                      "draft_every", "draft_posts", "updates", "members"), ONE_OR_MORE),
     **dict.fromkeys(("steps", "warmup", "lr", "weight_decay", "lam", "lambda_share", "temperature",
                      "gate_floor", "beta", "diversity_weight", "diversity_share", "clip_high",
-                     "resample", "overlong", "valid_weight", "entropy_weight",
+                     "resample", "overlong", "valid_weight", "entropy_weight", "tis",
                      "member_spread", "spread_penalty"), ZERO_OR_MORE),
     **dict.fromkeys(("clip", "alpha", "loss_value", "until"), POSITIVE),
     **dict.fromkeys(("beta2", "dropout", "noise", "clip_low", "flip", "token_share"), FRACTION)}

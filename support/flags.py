@@ -223,6 +223,9 @@ def policy_flags(groups):
         help="weight of the entropy of whole completions, in nats, added to the reward")
     add("--ratio", default="token", choices=("token", "sequence"),
         help="what is clipped: each token's ratio, or the whole completion's (GSPO)")
+    add("--tis", type=float, default=0.0, metavar="CAP",
+        help="weigh each token by its probability in training over that in sampling, at most CAP "
+             "(truncated importance sampling; 2 is usual); 0: no weight")
 
 
 def sft_start_flags(groups):

@@ -80,7 +80,7 @@ def smaller(layout, writing, page, width, most_pages, worth, fixed):
     (P, w); None if it costs more than `worth` times what the layout does: copying has a price, too.
     A place may take up to four prompts, so that places are evenly filled; most_pages: there is
     memory for so many. fixed: of sizes that come again, for CUDA graphs: places a power of two,
-    rows one below 16, then multiples of 16."""
+    rows one below 8, then multiples of 8."""
     if writing.sum() > worth * layout.rows:
         return None
     slots = {}                               # a page, counted over all -> its slots, likewise
@@ -93,8 +93,8 @@ def smaller(layout, writing, page, width, most_pages, worth, fixed):
         widest = max(sum(len(slots[p]) for p in group) for group in groups)
         if fixed:
             rows = widest * len(groups)
-            widest = (2 ** math.ceil(math.log2(widest)) if rows < 16
-                      else rounded_up(widest, max(1, 16 // len(groups))))
+            widest = (2 ** math.ceil(math.log2(widest)) if rows < 8
+                      else rounded_up(widest, max(1, 8 // len(groups))))
         small = Layout(len(groups), widest, pages)
         if small.places * pages <= most_pages and small.rows < layout.rows:
             found.append((small.cost(width), small, groups))

@@ -6,7 +6,8 @@ SFT_LOGGED = ["ce", "loss", "unlikely", "reward", "D", "gated_D", "quality", "D_
               "truncated", "empty", "identical"]
 GRPO_LOGGED = ["reward", "valid", "D", "different", "entropy", "gated_D", "quality", "D_share",
                "D_weight", "reward_std", "advantage", "zero_variance", "clipped", "kl", "k1", "k2",
-               "mismatch", "far_off", "length", "truncated", "empty", "identical"]
+               "mismatch", "far_off", "tis", "tis_capped", "length", "truncated", "empty",
+               "identical"]
 
 
 class Tally:
@@ -79,6 +80,20 @@ def add_mismatch(tally, scored, sampled):
     off = (scored - sampled).abs()
     tally.add("mismatch", off.sum(), len(off))
     tally.add("far_off", (off > 0.1).sum(), len(off))
+
+
+def tis_advantages(batch, old, cap, tally):
+    """A batch's advantages (N,), each times min(exp(old - sampled), cap), which is logged: what was
+    drawn by sampling's probabilities counts as by training's, `old`, of the same weights (truncated
+    importance sampling: Yao et al. 2025, On the Rollout-Training Mismatch in Modern RL Systems).
+    cap 0: as they are."""
+    if not cap:
+        return batch.advantages
+    ratio = (old.detach() - batch.sampled).exp()
+    weight = ratio.clamp(max=cap)
+    tally.add("tis", weight.sum(), len(weight))
+    tally.add("tis_capped", (ratio > cap).sum(), len(weight))
+    return batch.advantages * weight
 
 
 def tally_completions(tally, finished, texts):

@@ -270,32 +270,32 @@ def test_finished_completions_are_looked_for_as_often_as_documented(monkeypatch)
     collect = engine.Scheduler.collect_finished
 
     def counted(decoder):
-        looks.append(list(decoder.tokens_left))
+        looks.append(decoder.steps_left)
         return collect(decoder)
 
     monkeypatch.setattr(engine.Scheduler, "collect_finished", counted)
     model = build()
     options = dict(k=1, max_new_tokens=5, temperature=0.0)
     tokens = engine.generate(model, [[3, 1, 4]], **options).tokens[0][0]
-    assert len(tokens) == 5 and looks == [[0]]
+    assert len(tokens) == 5 and looks == [0]
     looks.clear()
     unused = min(set(range(model.vocab)) - set(tokens))
     again = engine.generate(model, [[3, 1, 4]], stop_ids=(unused,), **options)
     assert again.tokens[0][0] == tokens
-    assert looks == [[4], [3], [2], [1], [0]]
+    assert looks == [4, 3, 2, 1, 0]
 
 
 def test_a_prefill_holds_at_most_16384_tokens():
     """300 prompts of up to 64 tokens: 256 and 44 at a time."""
     sizes = []
-    batch = SimpleNamespace(
-        clock=torch.zeros(1), slot=torch.arange(300)[:, None], noise=torch.zeros(300, 1),
-        stopped=torch.ones(300, dtype=torch.bool), lengths=torch.zeros(300, dtype=torch.long),
-        age=torch.ones(300), prefill=lambda tokens, *rest: sizes.append(tuple(tokens.shape)))
+    batch = engine.DecodeBatch(build(), 300, 1, 64, 2, {"temperature": 1.0}, [0])
+    batch.prefill = lambda tokens, *rest: sizes.append(tuple(tokens.shape))
     prompts = [[7] * (64 if i == 0 else 5) for i in range(300)]
-    engine.DecodeBatch.prefill_posts(batch, list(range(300)), prompts, torch.zeros(300, 1, 1))
+    batch.prefill_posts(list(range(300)), [0] * 300, prompts,
+                        torch.zeros(300, 1, 2, dtype=torch.float64))
     assert sizes == [(256, 64), (44, 64)]
-    assert batch.lengths.tolist() == [64] + [5] * 299 and not batch.stopped.any()
+    assert batch.lengths.flatten().tolist() == [64] + [5] * 299
+    assert not batch.ended[:-1].any() and batch.slot.flatten().tolist() == list(range(300))
 
 
 def test_a_row_marks_prompt_completions_and_padding_as_documented():

@@ -715,6 +715,55 @@ def test_old_log_probs_come_from_the_training_path(parts):  # noqa: F811
     assert means["mismatch"] == pytest.approx(1, abs=1e-4) and means["far_off"] == 1
 
 
+def test_tis_makes_the_sampler_s_expectation_that_of_training():
+    """By enumeration over five tokens drawn from q and scored by p: without a cap the weighted
+    gradient is p's own, exactly; without weights it is another."""
+    torch.manual_seed(3)
+    scores = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(5, dtype=torch.float64).softmax(-1)
+    rewards = torch.randn(5, dtype=torch.float64)
+    logp = scores.log_softmax(-1)
+    want, = torch.autograd.grad((logp.exp() * rewards).sum(), scores, retain_graph=True)
+    gradients = {}
+    for cap in (0, 1.2, 1e9):
+        tally = trainer.Tally()
+        batch = types.SimpleNamespace(advantages=rewards, sampled=q.log())
+        advantages = steplog.tis_advantages(batch, logp, cap, tally)
+        loss, *_ = policy_loss(logp, logp, q * advantages, denominator=1)
+        gradients[cap], = torch.autograd.grad(-loss, scores, retain_graph=True)
+        ratio = (logp.detach().exp() / q)
+        if cap:
+            assert tally.sums["tis"][0] == pytest.approx(float(ratio.clamp(max=cap).sum()))
+            assert tally.sums["tis_capped"][0] == int((ratio > cap).sum()) == (2 if cap < 2 else 0)
+    assert float((gradients[1e9] - want).abs().max()) < 1e-12
+    assert float((gradients[0] - want).abs().max()) > 0.01
+    assert not torch.allclose(gradients[1.2], gradients[1e9])
+
+
+def test_tis_is_part_of_a_step_and_logged(parts):  # noqa: F811
+    """Drafts that the sampler calls three times less likely than training does count twice, the
+    cap."""
+    gradients = {}
+    for flags in ((), ("--tis", "2"), ("--tis", "9")):
+        s = rl(parts, *flags)
+        write = s.sample_completions
+
+        def shifted(*a):
+            prompts, samples, texts = write(*a)
+            moved = [[[p - math.log(3) for p in one] for one in some] for some in samples.logprobs]
+            return prompts, generate.Samples(samples.tokens, moved, samples.finished), texts
+        s.sample_completions = shifted
+        gradient, tally = step_gradient(s)
+        gradients[flags] = torch.cat([g.flatten() for g in gradient.values()])
+        means = tally.means(Share(), ["tis", "tis_capped"])
+        assert means == ({} if not flags else pytest.approx(
+            {"tis": min(3, float(flags[1])), "tis_capped": float(flags[1] == "2")}, abs=1e-3))
+    plain, twice, thrice = gradients.values()
+    assert float(plain.abs().max()) > 0
+    assert torch.allclose(twice, 2 * plain, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(thrice, 3 * plain, rtol=1e-3, atol=1e-6)
+
+
 def test_the_logged_entropy_and_reward_deviation_are_those_of_the_step(parts):  # noqa: F811
     """R14: a name in the log with 0 for its value says as little as no name."""
     s = rl(parts, "--beta", "0")

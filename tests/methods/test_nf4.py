@@ -8,6 +8,7 @@ import torch
 
 import evaluate
 import grpo
+import methods.nf4
 import polylora
 from engine import generate
 from helpers import (
@@ -143,3 +144,26 @@ def test_a_study_over_a_base_in_four_bits(world, tmp_path, capsys):
         assert polylora.main(sft_args(world, "x", "--out", str(tmp_path / "no"), *flags)) == 2
         assert word in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert polylora.main(["base", "--data", "pocket", "--out", str(tmp_path / "no"), "--nf4"]) == 2
+
+
+def test_a_dense_weight_moves_at_most_four_bytes_a_weight_where_it_is_compiled(monkeypatch):
+    """Codes widened to int32 and values in fp32, written and read again, were 23 bytes a weight:
+    ten times the reading of the codes. One kernel reads the codes and writes the result."""
+    moved = []
+
+    def kernel(function, device):            # stands in for support.compiled.one_kernel
+        def run(*args):
+            out = function(*args)
+            moved.append(sum(t.nbytes for t in (*args, out) if isinstance(t, torch.Tensor)))
+            return out
+        return run
+    layer = NF4(torch.randn(256, 512))
+    want = layer.dense(torch.bfloat16)
+    assert layer.codes.dtype == layer.scales.dtype == torch.uint8
+    monkeypatch.setattr(methods.nf4, "one_kernel", kernel)
+    for grad in (False, True):
+        moved.clear()
+        with torch.set_grad_enabled(grad):
+            layer(torch.randn(3, 512).bfloat16())
+        assert len(moved) == 1 and 2.5 <= moved[0] / (256 * 512) <= 4
+    assert torch.equal(layer.dense(torch.bfloat16), want)
