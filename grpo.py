@@ -31,7 +31,7 @@ from rewards import diversity_weight, make_reward, overlong_penalty, valid_in_an
 from support import registry
 from support.checkpoint import same_base
 from support.checks import check_binary, check_grpo, check_size, same_domain
-from support.files import InputError, command
+from support.files import command
 from support.flags import (common_flags, diversity_flags, flag_groups, name_flag, policy_flags,
                            reward_flags, start_flags)
 from support.plan import announce
