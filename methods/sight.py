@@ -95,20 +95,31 @@ def by_answer(posts, most=MOST, seed=0):
 
 # ---- The AUC -------------------------------------------------------------------------------------
 
+def of_one(labelled):
+    """(of one kind, of one intent, comparable), each (N, N) bool: equal wordings are never apart
+    and so no evidence, and neither is a reply with itself."""
+    keys = np.array([normalise(text) for text in labelled.texts])
+    return (labelled.kinds[:, None] == labelled.kinds,
+            labelled.clusters[:, None] == labelled.clusters, keys[:, None] != keys)
+
+
+def several_wordings(labelled):
+    """Has some intent two wordings of one kind, and another kind?"""
+    one_kind, one_intent, apart = of_one(labelled)
+    same = (one_kind & one_intent & apart).any(1)
+    return bool((same & (~one_kind & one_intent & apart).any(1)).any())
+
+
 def comparable(labelled):
     """(same, other), each (N, N) bool: with which replies a reply is compared, of its own kind and
-    of another. Styles are compared within an intent where it has several wordings of a style;
-    where none has, with replies to other intents, so that the topic tells nothing."""
-    one_kind = labelled.kinds[:, None] == labelled.kinds
-    one_intent = labelled.clusters[:, None] == labelled.clusters
-    itself = np.eye(len(labelled.texts), dtype=bool)
-    keys = np.array([normalise(text) for text in labelled.texts])
-    equal = keys[:, None] == keys            # equal wordings are never apart: no evidence
+    of another. Styles are compared within an intent where one has several wordings of a style;
+    else with replies to other intents, so that the topic tells nothing."""
+    one_kind, one_intent, apart = of_one(labelled)
     if labelled.what == "answer":
-        return one_intent & ~itself & ~equal, ~one_intent & ~equal
-    several = (one_intent & one_kind & ~itself).any(1) & (one_intent & ~one_kind).any(1)
-    where = one_intent if several.any() else ~one_intent
-    return one_kind & where & ~itself & ~equal, ~one_kind & where & ~equal
+        where = np.ones_like(apart)
+    else:
+        where = one_intent if several_wordings(labelled) else ~one_intent
+    return one_kind & where & apart, ~one_kind & where & apart
 
 
 class Sorted(NamedTuple):
@@ -183,6 +194,9 @@ def sentence(name, labelled, found):
             f"{labelled.what} ({len(labelled.texts)} replies of {intents_seen} intents or posts): ")
     if value < BLIND:
         undecided = f", though its interval holds {BLIND}" if high >= BLIND else ""
+        if labelled.what == "style" and not several_wordings(labelled):
+            return (f"{said}warning: D by it does not see styles from one intent to another, below "
+                    f"{BLIND}{undecided}: it can only pay for other wordings")
         return f"{said}warning: D by it cannot help, below {BLIND}{undecided}"
     undecided = f", though its interval holds {BLIND}" if low < BLIND else ""
     return f"{said}D by it can help{undecided}"

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 
-import pytest
 import torch
 
 import evaluate

@@ -71,8 +71,11 @@ def test_a_blind_embedder_is_called_blind_and_a_seeing_one_is_not():
     for value, low, high in (seeing, topical, blind):
         assert low < value < high and high - low < 0.3
     assert "can help" in sight.sentence("e", some, seeing)
-    for found in (topical, blind):
-        assert "warning: D by it cannot help" in sight.sentence("e", some, found)
+    for found in (topical, blind):           # one wording of a style in each intent
+        assert "warning: D by it does not see styles" in sight.sentence("e", some, found)
+    answers = some._replace(kinds=some.clusters, what="answer")
+    assert "warning: D by it cannot help" in sight.sentence("e", answers, auc(distances_of(noise),
+                                                                              answers))
     assert "not known" in sight.sentence("e", some, None)
     assert "its interval holds" in sight.sentence("e", some, (0.72, 0.68, 0.76))
 
