@@ -38,8 +38,7 @@ from support.plan import announce
 from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_features,
                               add_flags, prepare_features, set_scale)
 from support.shaping import shaping_of
-from support.steplog import (GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update,
-                             tis_advantages)
+from support.steplog import GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update
 from trainer import Session, batch_visits, finish_adapter, load_embedder, train
 
 
@@ -179,6 +178,17 @@ def policy_loss(logp, old_logp, advantages, *, denominator, completion=None, seq
     return loss.sum() / denominator, outside, kl.detach().sum()
 
 
+def truncated_weights(old, sampled, cap, tally):
+    """min(exp(old - sampled), cap) (N,), logged: what was drawn by sampling's probabilities then
+    counts as drawn by training's, `old`, of the same weights (truncated importance sampling: Yao et
+    al. 2025, On the Rollout-Training Mismatch in Modern RL Systems)."""
+    ratio = (old.detach() - sampled).exp()
+    weight = ratio.clamp(max=cap)
+    tally.add("tis", weight.sum(), len(weight))
+    tally.add("tis_capped", (ratio > cap).sum(), len(weight))
+    return weight
+
+
 # ---- The step ------------------------------------------------------------------------------------
 
 @dataclass
@@ -214,8 +224,11 @@ def grpo_step(session, step):
         # One update a rollout is on policy: the ratio is 1 in value, and exp(logp - logp.detach())
         # keeps its gradient.
         old = logp.detach() if batch.old is None else batch.old
+        advantages = batch.advantages
+        if args.tis:
+            advantages = advantages * truncated_weights(old, batch.sampled, args.tis, tally)
         loss, clipped, kl = policy_loss(
-            logp, old, tis_advantages(batch, old, args.tis, tally), denominator=session.token_count,
+            logp, old, advantages, denominator=session.token_count,
             completion=batch.rows.completion, sequence_ratio=args.ratio == "sequence",
             clip_low=args.clip_low, clip_high=args.clip_high, reference=batch.reference,
             beta=0.0 if objective.own_kl else args.beta, tokens=args.tokens, chosen=batch.chosen)

@@ -82,20 +82,6 @@ def add_mismatch(tally, scored, sampled):
     tally.add("far_off", (off > 0.1).sum(), len(off))
 
 
-def tis_advantages(batch, old, cap, tally):
-    """A batch's advantages (N,), each times min(exp(old - sampled), cap), which is logged: what was
-    drawn by sampling's probabilities counts as by training's, `old`, of the same weights (truncated
-    importance sampling: Yao et al. 2025, On the Rollout-Training Mismatch in Modern RL Systems).
-    cap 0: as they are."""
-    if not cap:
-        return batch.advantages
-    ratio = (old.detach() - batch.sampled).exp()
-    weight = ratio.clamp(max=cap)
-    tally.add("tis", weight.sum(), len(weight))
-    tally.add("tis_capped", (ratio > cap).sum(), len(weight))
-    return batch.advantages * weight
-
-
 def tally_completions(tally, finished, texts):
     """Log the fractions of completions that were cut off and that are empty, and of prompts whose
     completions are all one text. finished, texts: P lists of k."""

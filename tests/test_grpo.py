@@ -726,10 +726,9 @@ def test_tis_makes_the_sampler_s_expectation_that_of_training():
     want, = torch.autograd.grad((logp.exp() * rewards).sum(), scores, retain_graph=True)
     gradients = {}
     for cap in (0, 1.2, 1e9):
-        tally = trainer.Tally()
-        batch = types.SimpleNamespace(advantages=rewards, sampled=q.log())
-        advantages = steplog.tis_advantages(batch, logp, cap, tally)
-        loss, *_ = policy_loss(logp, logp, q * advantages, denominator=1)
+        tally = Tally()
+        weight = grpo.truncated_weights(logp, q.log(), cap, tally) if cap else 1.0
+        loss, *_ = policy_loss(logp, logp, q * weight * rewards, denominator=1)
         gradients[cap], = torch.autograd.grad(-loss, scores, retain_graph=True)
         ratio = (logp.detach().exp() / q)
         if cap:
@@ -745,7 +744,7 @@ def test_tis_is_part_of_a_step_and_logged(parts):  # noqa: F811
     cap."""
     gradients = {}
     for flags in ((), ("--tis", "2"), ("--tis", "9")):
-        s = rl(parts, *flags)
+        s = rl(parts, "--beta", "0", *flags)
         write = s.sample_completions
 
         def shifted(*a):
