@@ -109,7 +109,8 @@ def common_flags(groups, *, lr, steps, batch, schedule="cosine"):
     add("--micro-tokens", type=int, default=16384,
         help="tokens in one forward and backward pass: lower it to save memory")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-        help="recompute activations: less memory, up to half more time; default: if memory is short")
+        help="recompute activations, for less memory and up to half more time; default: where the "
+             "plan needs it")
     add = groups.rare.add_argument
     add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")

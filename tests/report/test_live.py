@@ -114,7 +114,7 @@ def test_runs_that_cannot_be_compared_are_a_sentence_on_the_page(tmp_path, monke
 
 
 def test_a_short_interval(tmp_path, monkeypatch):
-    """The clock is not replaced: the page is there while the run is, and the end comes by itself."""
+    """The clock is not replaced: the page is there while the run is, and it ends by itself."""
     monkeypatch.chdir(tmp_path)
     run, page = tmp_path / "lora", Path("report/report.html")
     codes = []

@@ -69,7 +69,8 @@ def test_each_command_ends_with_what_to_look_at(root, capsys, monkeypatch):
     said = last(evaluate.main, "report", str(root / "rl"), "--out", str(root / "report"))
     assert said.startswith(f"Next: python evaluate.py drafts {root / 'rl'}")
     said = last(data.main, "check", w["sft"])
-    assert said.startswith(f"Next, if these posts look right: python data.py split --data {w['sft']}")
+    command = f"python data.py split --data {w['sft']}"
+    assert said.startswith(f"Next, if these posts look right: {command}")
     words = said.split(": ", 1)[1].split()[2:-1]
     assert "domain.json" in last(data.main, *words, str(root / "parts"))
 
