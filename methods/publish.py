@@ -52,8 +52,8 @@ def domain_of(summary):
 def prepare(path, base, licence):
     """{file name: bytes} of what is published: the adapter, its configuration with the base's hub
     name, and its card, which is written again with the run's evaluation. path: a run, or its
-    adapter folder. InputError for a run that is not finished, or whose base has no name that others can
-    use."""
+    adapter folder. InputError for a run that is not finished, or whose base has no name that others
+    can use."""
     folder = start_folder(path)
     run = folder.parent if folder.name == "adapter" else folder
     adapter = read_adapter_config(folder)

@@ -165,7 +165,8 @@ class RunFolder:
     A finished run is kept, and an unfinished one resumed, only for equal settings (see MAY_DIFFER)
     and equal inputs: the posts, the base, its tokenizer and chat template, the starting adapter and
     whatever else is in INPUTS. So a chain never mixes an old stage with a new one. On CPUs a
-    resumed run ends with the same bits as an undisturbed one; on GPUs it is equal up to rounding."""
+    resumed run ends with the same bits as an undisturbed one; on GPUs it is equal up to
+    rounding."""
 
     def __init__(self, args, ranks):
         self.args = args
