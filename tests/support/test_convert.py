@@ -14,6 +14,7 @@ import types
 import pytest
 
 import data
+import evaluate
 import grpo
 import polylora
 import rewards
@@ -196,6 +197,10 @@ def test_every_command_says_how_to_convert_such_a_file(tmp_path, capsys, monkeyp
     parts = ["split", "--data", name, "--sizes", "a=1", "--out", "parts"]
     assert refusal(capsys, data.main, *parts) == said
     assert refusal(capsys, polylora.main, "sft", "--data", name, "--model", "m", "--out",
+                   "r") == said
+    assert refusal(capsys, rewards.main, "train", "--data", name, "--model", "m", "--out",
+                   "r") == said
+    assert refusal(capsys, evaluate.main, "measure", "--data", name, "--model", "m", "--bare",
                    "r") == said
     assert FIELDS[name] in said
     words = shlex.split(said[said.index("python "):])
