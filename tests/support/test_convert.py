@@ -1,6 +1,7 @@
 """Tests of support/convert.py, convert_files.py and convert_formats.py: files in the formats that
 people have become files of posts."""
 
+import copy
 import gzip
 import json
 import random
@@ -13,6 +14,7 @@ import types
 import pytest
 
 import data
+import evaluate
 import grpo
 import polylora
 import rewards
@@ -195,6 +197,10 @@ def test_every_command_says_how_to_convert_such_a_file(tmp_path, capsys, monkeyp
     parts = ["split", "--data", name, "--sizes", "a=1", "--out", "parts"]
     assert refusal(capsys, data.main, *parts) == said
     assert refusal(capsys, polylora.main, "sft", "--data", name, "--model", "m", "--out",
+                   "r") == said
+    assert refusal(capsys, rewards.main, "train", "--data", name, "--model", "m", "--out",
+                   "r") == said
+    assert refusal(capsys, evaluate.main, "measure", "--data", name, "--model", "m", "--bare",
                    "r") == said
     assert FIELDS[name] in said
     words = shlex.split(said[said.index("python "):])
@@ -391,6 +397,36 @@ def mutated(text, rng):
     return gzip.compress(raw) if rng.random() < 0.02 else raw
 
 
+VALUES = [None, 3, 2.5, True, "", " ", [], {}, [1], [{}], [[{}]], {"a": 1}, 10 ** 30, float("nan"),
+          "\ud800", "x" * 30_000, ["a", "b"], {"role": "user"}, [{"role": "user", "content": "a"}],
+          [{"role": 3, "content": [{"text": "q"}]}, {"from": "gpt", "value": "b"}],
+          "\n\nHuman: a\n\nAssistant: b"]
+
+
+def places_in(value):
+    """(container, key) of everything inside a JSON value."""
+    found = []
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        found += [(value, key), *places_in(value[key])]
+    return found
+
+
+def changed(rows, rng):
+    """JSON of the rows with some values, of some other field too, exchanged."""
+    rows = copy.deepcopy(rows[:4])
+    names = sorted({name for content, *_ in FILES.values() for name in content[0]
+                    if isinstance(content[0], dict)})
+    for _ in range(rng.randint(1, 5)):
+        value = copy.deepcopy(rng.choice(VALUES))
+        if rng.random() < 0.5:
+            rng.choice(rows)[rng.choice(names)] = value
+        else:
+            container, key = rng.choice(places_in(rng.choice(rows)))
+            container[key] = value
+    return json.dumps(rows).encode()
+
+
 @pytest.mark.slow
 def test_of_2000_mutated_files_each_is_converted_or_refused_in_one_sentence(tmp_path, capsys,
                                                                             monkeypatch):
@@ -404,7 +440,8 @@ def test_of_2000_mutated_files_each_is_converted_or_refused_in_one_sentence(tmp_
     for number in range(2000):
         name = rng.choice(list(FILES))
         path = tmp_path / f"mutated-{name}"
-        path.write_bytes(mutated(texts[name], rng))
+        whole = name.endswith(".csv") or rng.random() < 0.5
+        path.write_bytes(mutated(texts[name], rng) if whole else changed(FILES[name][0], rng))
         flags = FILES[name][1] if rng.random() < 0.8 else ["--turns", "all"]
         out = tmp_path / "o.jsonl"
         code = data.main(["convert", str(path), "--out", str(out), *flags])
