@@ -846,7 +846,8 @@ def tables(records):
             checks.append(f"| {check['what']} | {passed} | {shown(check['value'])} |")
         for figure in record["figures"]:
             figures.append(f"| {figure['what']} | {shown(figure['value'])} {figure['unit']} |")
-    return "\n".join(checks) + "\n\n" + "\n".join(figures) + "\n"
+    filled = [table for table in (checks, figures) if len(table) > 2]
+    return "\n\n".join("\n".join(table) for table in filled) + "\n"
 
 
 def passed(record):
