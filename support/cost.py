@@ -80,6 +80,7 @@ class Load:
     pass_tokens: int             # of the largest pass
     row: int                     # of its rows
     shared: bool                 # do rows hold several completions?
+    predicted: int = 0           # tokens of that pass that are projected to the vocabulary
     prompts: int = 0             # that get k completions
     places: int = 0              # prompts that are sampled at a time
     k: int = 1
@@ -160,7 +161,7 @@ def pass_bytes(c, load):
     kept = tokens * kept_bytes(c, load)
     ends = tokens * (2 * load.itemsize + 4) * h            # states, their gradients, the last norm
     mask = tokens * load.row if load.shared else 0
-    logits = (10 + load.itemsize) * min(CHUNK, tokens * load.vocab)
+    logits = (10 + load.itemsize) * min(CHUNK, load.predicted * load.vocab)
     gradients = tokens * load.itemsize * (3 * i + 2 * h) + dense_bytes(c, load)
     if load.checkpointing:
         inputs = tokens * load.itemsize * h * c.num_hidden_layers
