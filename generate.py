@@ -229,7 +229,7 @@ class Embedder:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         vectors = [None] * len(ids)
         with base(self.model):
-            for some in passes_of(order, [len(row) for row in ids], self.batch):
+            for some in passes_of(order, list(map(len, ids)), self.batch):
                 pooled = self.pooled([ids[i] for i in some])
                 for i, vector in zip(some, pooled):
                     vectors[i] = vector

@@ -80,6 +80,7 @@ class Load:
     pass_tokens: int             # of the largest pass
     row: int                     # of its rows
     shared: bool                 # do rows hold several completions?
+    predicted: int = 0           # tokens of that pass that are projected to the vocabulary
     prompts: int = 0             # that get k completions
     places: int = 0              # prompts that are sampled at a time
     k: int = 1
@@ -160,7 +161,7 @@ def pass_bytes(c, load):
     kept = tokens * kept_bytes(c, load)
     ends = tokens * (2 * load.itemsize + 4) * h            # states, their gradients, the last norm
     mask = tokens * load.row if load.shared else 0
-    logits = (10 + load.itemsize) * min(CHUNK, tokens * load.vocab)
+    logits = (10 + load.itemsize) * min(CHUNK, load.predicted * load.vocab)
     gradients = tokens * load.itemsize * (3 * i + 2 * h) + dense_bytes(c, load)
     if load.checkpointing:
         inputs = tokens * load.itemsize * h * c.num_hidden_layers
@@ -216,6 +217,10 @@ ATTAINED = 0.4                   # of a data sheet's bf16 products and of its me
 
 NF4_MOVED = 23                   # bytes moved for a weight that is made dense (methods/nf4.py)
 
+KERNELS = 46                     # of a block in a decoding step, counted
+
+KERNEL_SECONDS = 2.5e-6          # that a small one takes in a CUDA graph, assumed
+
 
 def step_seconds(c, load, card):
     """The seconds of a step: sampling, passes without gradient, training passes."""
@@ -243,7 +248,8 @@ def sampling_seconds(c, load, card):
     width = 2 * load.itemsize * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     cache = width * (load.places * load.prompt + load.rows * load.new_tokens / 2)
     weights = (0 if load.nf4 else blocks * load.itemsize) + head * load.itemsize
-    step = max((weights + cache) / card.moved, 2 * (blocks + head) * load.rows / card.products)
+    step = max((weights + cache) / card.moved, 2 * (blocks + head) * load.rows / card.products,
+               c.num_hidden_layers * KERNELS * KERNEL_SECONDS)
     step += dense_seconds(c, load, card) + gathered_seconds(c, load, card)
     rounds = load.prompts / load.places
     prompts = 2 * blocks * load.prompts * load.prompt / card.products

@@ -96,22 +96,24 @@ def load_for(stage, args, world, prompt, reply, **known):
     k = getattr(args, "k", 1)
     new_tokens = getattr(args, "max_new_tokens", 0)
     batch = math.ceil(args.batch / world)
-    passes = []                              # (rows on this rank, tokens of a row)
+    passes = []                              # (rows on this rank, tokens of a row, predicted ones)
     sampled = batch
     if stage != "grpo":
-        passes.append((batch, prompt + reply - 1))
+        passes.append((batch, prompt + reply - 1, reply))
         weighs_D = getattr(args, "lam", 0) or getattr(args, "lambda_share", 0)
         sampled = math.ceil(min(args.draft_posts, args.batch) / world) if weighs_D else 0
     if sampled:                              # a group that is too long for a pass is split
         row = min(prompt + k * (new_tokens - 1), max(args.micro_tokens, prompt + new_tokens - 1))
-        passes.append((sampled, row))
+        passes.append((sampled, row, min(k * new_tokens, row)))
 
-    def padded(rows, row):
-        return min(rows, max(1, args.micro_tokens // row)) * row
-    largest = max(passes, key=lambda one: padded(*one))
+    def at_once(rows, row):
+        return min(rows, max(1, args.micro_tokens // row))
+    largest = max(passes, key=lambda one: at_once(*one[:2]) * one[1])
+    rows, row, predicted = largest
+    rows = at_once(rows, row)
     return cost.Load(
-        train_tokens=sum(rows * row for rows, row in passes), pass_tokens=padded(*largest),
-        row=largest[1], shared=bool(sampled) and k > 1 and largest == passes[-1],
+        train_tokens=sum(n * tokens for n, tokens, _ in passes), pass_tokens=rows * row, row=row,
+        shared=bool(sampled) and k > 1 and largest == passes[-1], predicted=rows * predicted,
         prompts=sampled, places=min(sampled, max(1, args.max_rows // k)), k=k, prompt=prompt,
         new_tokens=new_tokens, copies=int(bool(sampled)), rank=getattr(args, "rank", 16),
         nf4=args.nf4, **known)

@@ -382,9 +382,9 @@ def main(argv=None):
     parser.add_argument("--whole", action="store_true",
                         help="measure every block, instead of two models of fewer blocks")
     args = parser.parse_args(argv)
-    for name, world, nf4, checkpointing in itertools.product(
+    for name, world, quantised, checkpointing in itertools.product(
             args.names, (1, 8), (False, True), (False, True)):
-        case = Case(name, nf4=nf4, world=world, checkpointing=checkpointing)
+        case = Case(name, nf4=quantised, world=world, checkpointing=checkpointing)
         with pytest.MonkeyPatch.context() as patch:
             show(case, measure(case, patch) if args.whole else extrapolated(case, patch), patch)
 

@@ -384,3 +384,16 @@ def test_the_writers_of_a_file_can_be_narrow_and_its_users_not():
         assert split.data == "my posts.jsonl" and split.seed == 0
         found.append((split.popularity, split.writers, split.permute, split.by))
     assert found == [(1.5, None, False, "post"), (0.7, 3.0, True, "post")]
+
+
+def test_every_setting_with_a_base_of_its_own_is_float32_on_every_machine():
+    """bfloat16, a GPU's default, is another study: these rates were chosen in float32."""
+    found = 0
+    for path in studies.STUDIES.glob("_*.toml"):
+        setting = studies.read_setting(path.stem) if path.stem != "_arms" else {}
+        if "base" not in setting:
+            continue
+        found += 1
+        for section in ("sft", "grpo", "measure"):
+            assert setting[section]["dtype"] == "float32", (path.stem, section)
+    assert found >= 8

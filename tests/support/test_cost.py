@@ -15,7 +15,7 @@ from support import cost
 from support.cost import GIB
 
 
-def check(case, monkeypatch, parts, few=1, more=3):
+def check(case, monkeypatch, parts, few=2, more=4):
     """The plan's figures are within 20% of the measured ones, the whole and each part."""
     found = meta_memory.extrapolated(case, monkeypatch, few, more, parts=parts)
     for part in parts:
@@ -32,7 +32,7 @@ def check(case, monkeypatch, parts, few=1, more=3):
 def test_the_plan_is_within_a_fifth_of_what_a_step_holds(monkeypatch):
     """It said half of what GRPO needs on one GPU: the cache that sampling keeps was left out, and
     what blocks keep in fp32."""
-    check(Case("Qwen3-0.6B"), monkeypatch, ["grpo"], few=1, more=2)
+    check(Case("Qwen3-0.6B"), monkeypatch, ["grpo"])
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_step_takes_longer_with_more_work_and_less_card():
     config = cost.shape_of("Qwen3-8B")
     card = cost.Card("a", 80, 400e12, 1.3e12, 200e9)
     load = cost.Load(train_tokens=14848, pass_tokens=14848, row=928, shared=True, prompts=16,
-                     places=16, k=8, prompt=128, new_tokens=100, adapter=43_646_976)
+                     predicted=12800, places=16, k=8, prompt=128, new_tokens=100, adapter=43_646_976)
     seconds = cost.step_seconds(config, load, card)
     # 100 tokens of 16.4 GB of weights and some cache, then four products a weight and token.
     weights = 36 * 192_937_984
