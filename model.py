@@ -310,8 +310,8 @@ class Rows:
 
 def pack(groups, tokens_per_batch, device="cpu", members=1):
     """Groups (prompt ids, [completion ids, ...]) -> list of Rows, each of at most
-    `tokens_per_batch` padded tokens, of rows of similar length. On a GPU a batch is a multiple of 64
-    tokens wide: fewer shapes, for which the allocator finds the last batch's memory again.
+    `tokens_per_batch` padded tokens, of rows of similar length. On a GPU a batch is a multiple of
+    64 tokens wide: fewer shapes, for which the allocator finds the last batch's memory again.
 
     A group too long for the budget is split between its completions (each part reads the prompt
     again). So is one whose completions belong to the members of an ensemble: completion d to member

@@ -742,7 +742,7 @@ def test_tis_is_part_of_a_step_and_logged(parts):  # noqa: F811
     cap."""
     gradients = {}
     for flags in ((), ("--tis", "2"), ("--tis", "9")):
-        s = rl(parts, *flags)
+        s = rl(parts, "--beta", "0", *flags)
         write = s.sample_completions
 
         def shifted(*a):
