@@ -188,14 +188,17 @@ def add_heads(shared, own):
 
 
 class Pointwise:
-    """The element-wise parts of a block, one kernel each where Triton is there to compile them."""
+    """The element-wise parts of a block, one kernel each where Triton is there to compile them; as
+    they are written with --no-graphs."""
 
-    def __init__(self, device):
-        self.add_norm = one_kernel(add_norm, device)
-        self.norm_and_rotate = one_kernel(norm_and_rotate, device)
-        self.swiglu = one_kernel(swiglu, device)
-        self.attention_weights = one_kernel(attention_weights, device)
-        self.add_heads = one_kernel(add_heads, device)
+    def __init__(self, model):
+        def kernel(function):
+            return function if model.graphs is False else one_kernel(function, model.device)
+        self.add_norm = kernel(add_norm)
+        self.norm_and_rotate = kernel(norm_and_rotate)
+        self.swiglu = kernel(swiglu)
+        self.attention_weights = kernel(attention_weights)
+        self.add_heads = kernel(add_heads)
 
 
 @dataclass
@@ -237,7 +240,7 @@ class FusedBlocks:
     def __init__(self, model, length, extend=None):
         self.config = model.config
         extend = model.device.type == "cuda" if extend is None else extend
-        self.pointwise = Pointwise(model.device)
+        self.pointwise = Pointwise(model)
         positions = torch.arange(length, device=model.device)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, model.dtype)
         self.cos = torch.cat((cos, cos), -1)                                   # (length, 1, D)
@@ -331,7 +334,7 @@ class DecodeBatch:
         self.warm = set()                    # shapes of steps that were made once
         self.strips = {}                     # pages -> (token, page) of the columns of a strip
         self.fused = None if model.lockstep else FusedBlocks(model, prompt_length + length)
-        self.pointwise = Pointwise(model.device)
+        self.pointwise = Pointwise(model)
         slots = slots or k
         rows = places * slots
         lines = places * pages * k
@@ -801,9 +804,9 @@ def generate(model, prompts, *, k=1, max_new_tokens, temperature=1.0, top_k=0, t
              stop_ids=(), seed=0, max_rows=256, look_every=None, progress=None):
     """k completions for each prompt (a list of ids) -> Samples.
 
-    At most `max_rows` completions (at least one prompt's k) are sampled at a time, fewer where the
-    memory is short: while some wait, one takes the slot of each that is finished; when none wait,
-    the batch shrinks to what is unfinished.
+    At most `max_rows` completions are sampled at a time, fewer where the memory is short: while
+    some wait, one takes the slot of each that is finished; when none wait, the batch shrinks to
+    what is unfinished.
     `seed`: an int (prompt p then draws from (seed, p)) or one int or tuple per prompt; completion d
     of a prompt with seed s depends on (s, d) only. Finished prompts are looked for every
     `look_every` tokens: by default 1 on a CPU; on a GPU, where looking waits for the device, 16,

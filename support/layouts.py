@@ -33,17 +33,20 @@ ROWS_PER_TOKEN = {1: 2.3, 2: 1.3, 3: 1.1}
 
 
 def first_layout(count, k, max_rows, prompt_length):
-    """The Layout for `count` prompts of k completions, at most max_rows rows (at least one place's
-    k). A place of a batch that will be refilled has several pages: the next prompt's completions
-    take the slots that the last one's leave."""
+    """The Layout for `count` prompts of k completions, at most max_rows rows. Where nearly all
+    prompts fit, each has a place and some of its completions wait. A place of a batch that takes
+    more has several pages: the next prompt's completions take the slots that the last one's
+    leave."""
     places = max(1, min(count, max_rows // k))
-    if count <= places:
-        return Layout(places, k)
+    if count < 2 * places:
+        return Layout(count, min(k, max(1, max_rows // count)))
+
+    slots = min(k, max_rows)
 
     def cost(pages):
-        return ROWS_PER_TOKEN[pages] * Layout(places, k, pages).cost(prompt_length)
+        return ROWS_PER_TOKEN[pages] * Layout(places, slots, pages).cost(prompt_length)
     most = min(3, rounded_up(count, places) // places)
-    return Layout(places, k, min(range(1, most + 1), key=cost))
+    return Layout(places, slots, min(range(1, most + 1), key=cost))
 
 
 def fitting(layout, own, prompt, free):

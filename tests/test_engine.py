@@ -677,8 +677,9 @@ def test_layouts_by_hand():
     assert first_layout(16, 8, 256, 30) == Layout(16, 8)
     assert first_layout(100, 20, 256, 30) == Layout(12, 20, 3)
     assert first_layout(100, 20, 256, 5000).pages == 2  # three would attend to 15,000 columns
-    assert first_layout(13, 20, 256, 30).pages == 2     # for one prompt more
-    assert first_layout(5, 30, 20, 30).slots == 30
+    assert first_layout(13, 20, 256, 30) == Layout(13, 19)  # 12 places would leave one prompt over
+    assert first_layout(1, 30, 20, 30) == Layout(1, 20)
+    assert first_layout(5, 30, 20, 30) == Layout(1, 20, 3)
     assert list(ROWS_PER_TOKEN.values()) == sorted(ROWS_PER_TOKEN.values(), reverse=True)
     groups = evenly({0: [1] * 5, 1: [1] * 4, 2: [1] * 3, 3: [1]}, 2, False)
     assert groups == [[0, 3], [1, 2]]
@@ -690,7 +691,7 @@ def test_layouts_by_hand():
     assert small.layout == Layout(1, 4, 2)   # two prompts share a place
     assert small.slots.tolist() == [[0, 2, 3, 5]] and small.pages.tolist() == [[0, 1]]
     assert small.page.tolist() == [[0, 0, 0, 1]]
-    assert smaller(Layout(3, 4), writing, page, 8, 1, 0.75, fixed=False) is None  # no room for two
+    assert smaller(Layout(3, 4), writing, page, 8, 1, 0.75, fixed=False) is None  # memory for one
     assert smaller(Layout(1, 4), writing[:1], page[:1], 8, 3, 0.7, fixed=False) is None  # 3 of 4
 
 
@@ -733,7 +734,7 @@ def test_graphs_have_few_sizes_and_a_batch_too_long_is_let_go(monkeypatch):
     for seed in range(3):
         generate(model, PROMPTS, **settings, seed=seed)
     sizes = {layout.rows for layout, _ in shapes}
-    assert len(sizes) > 2 and sizes <= {1, 2, 4, *range(8, 73, 8)}
+    assert len(sizes) > 1 and sizes <= {1, 2, 4, *range(8, 73, 8)}
     assert {layout.places for layout, _ in shapes} <= {12, 1, 2, 4, 8}  # 12 prompts begin
     assert {width for _, width in shapes} == {64}
     short = model.kept_batch

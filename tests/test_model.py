@@ -19,8 +19,11 @@ from helpers import (
 )
 from lora import lora_layers
 from methods.losses import TokenLosses
-from model import Config, Qwen3, RMSNorm, SelectedLogprobs, pack, selected_logprobs, token_logprobs
+from model import (
+    Config, Qwen3, RMSNorm, SelectedLogprobs, pack, rows_tensors, selected_logprobs, token_logprobs,
+)
 from support.files import InputError
+from support.packing import plan_batches
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
@@ -562,3 +565,28 @@ def test_modes_leave_the_weights_alone():
         model.eval()
     assert (lora_layers(model)
             and all(torch.equal(t, before[n]) for n, t in model.state_dict().items()))
+
+
+# ---- Shapes on a GPU -----------------------------------------------------------------------------
+
+def test_cudnn_s_attention_is_off():
+    """It makes a plan for each new (batch, width), a second each on an H100: every step has new
+    ones."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_rows_may_be_a_multiple_of_64_wide_and_mean_the_same():
+    """As on a GPU: the budget counts the padding, and the log-probabilities are those of rows that
+    are as wide as they need."""
+    groups = [([3, 1, 4], [[5, 6, 7], [8, 9]]), ([2] * 60, [[7, 1, 8, 2, 8]]), ([1], [[4]])]
+    plans = plan_batches(groups, 300, unit=64)
+    assert [[row.length for row in plan] for plan in plans] == [[64, 6, 1]]
+    assert len(plan_batches([([2] * 65, [[1]])] * 4, 300, unit=64)) == 2  # two of 128
+    model = build()
+    wide, = (rows_tensors(plan, "cpu", 1, 128) for plan in plans)
+    narrow, = pack(groups, 300)
+    assert wide.tokens.shape == (3, 128) and narrow.tokens.shape == (3, 64)
+    with torch.no_grad():
+        a, b = (token_logprobs(model, rows)[0] for rows in (wide, narrow))
+    assert len(a) == 11 and float((a - b).abs().max()) < 1e-5
