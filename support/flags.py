@@ -146,8 +146,8 @@ def diversity_flags(groups, k):
              "more weight on quality, less on diversity")
     add("--embedder", default="base",
         help="what embeds completions: base (the frozen model itself, mean of its hidden states, "
-             "centred), or the folder or hub name of a BERT sentence encoder (all-MiniLM-L6-v2) or "
-             "of a Qwen3-Embedding")
+             "centred), the folder or hub name of a BERT sentence encoder (all-MiniLM-L6-v2) or of "
+             "a Qwen3-Embedding, char-ngrams, word-ngrams, or several joined by +")
     groups.rivals.add_argument(
         "--flip", type=float, default=0.0,
         help="label noise: fraction of the verifier's verdicts that are inverted, in reward, gate "
@@ -283,7 +283,8 @@ def measure_flags(parser, groups):
     add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge, or a folder "
                                "of rewards.py train")
     add("--embedder", default="base",
-        help="what embeds completions: base, or the folder or hub name of an embedding model")
+        help="what embeds completions: base, the folder or hub name of an embedding model, "
+             "char-ngrams, word-ngrams, or several joined by +")
     add_flags(MEASURES, groups.rivals)
 
 

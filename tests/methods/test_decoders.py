@@ -357,7 +357,7 @@ def test_every_decoder_is_measured_and_reported_as_a_method(world, tmp_path, cap
     for name, arm in arms.items():
         assert (arm["metrics"]["recall@5"]["mean"] is not None
                 and arm["metrics"]["perplexity"]["mean"] > 1)
-        joint = name.partition("@")[2] in ("beams", "list", "verbalized", "quasi")
+        joint = name.partition("@")[2] in ("beams", "list", "verbalized", "quasi", "roles")
         assert (arm["metrics"]["recall@1"]["mean"] is None) == joint
     verdicts = arms["run"]["metrics"]
     assert all(0 <= verdicts[f"judge-{x}"]["mean"] <= 1 for x in [*judge.RUBRICS, "wins", "ties"])
