@@ -304,7 +304,8 @@ def test_a_short_set_is_filled_with_wrong_completions(monkeypatch):
 
 
 def test_every_decoder_names_its_paper_and_bad_flags_are_refused():
-    flags = dict(pool=8, plausible=0.1, mmi=0.5, beam_penalty=0.5, beam_groups=0, set_size=5)
+    flags = dict(pool=8, plausible=0.1, mmi=0.5, beam_penalty=0.5, beam_groups=0, set_size=5,
+                 temperature=1.0)
     assert {n for n, way in DECODERS.items() if way.joint} == {
         "beams", "list", "verbalized", "quasi", "roles"}
     for name, way in DECODERS.items():
