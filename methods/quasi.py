@@ -50,8 +50,7 @@ def token_at(p, u, fresh):
 def quasi_completions(model, prompt, size, noise, *, max_new_tokens, stop_ids=(), temperature=1.0,
                       **sampling):
     """Completions of one prompt, in sets of `size` whose points are spread evenly -> (tokens,
-    logprobs, finished). noise: (rows, max_new_tokens + 2) of `uniforms`, rows a multiple of
-    size."""
+    logprobs, finished). noise: (rows, max_new_tokens + 2) of `uniforms`; size divides rows."""
     rows = len(noise)
     noise = noise.to(model.device)
     u = torch.cat([even_points(some) for some in noise[:, :2].split(size)])

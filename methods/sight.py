@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import data
 from polylora import pair_distances
 from support.files import InputError, printable
 from support.flags import model_flags
@@ -219,7 +220,8 @@ def check_embedders(args):
     args.out = args.data
     args.embedder = ""
     session = Session(args, "embedder")
-    session.load_posts()
+    session.posts = data.load_posts(args.data, skip_bad_lines=args.skip_bad_lines)
+    session.domain = data.load_domain(args.data, args.domain, session.posts)  # judges nothing here
     if any("base" in name.split("+") for name in args.embedders):
         if not args.model:
             raise InputError("--embedder base is the frozen model itself: give its --model")

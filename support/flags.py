@@ -180,8 +180,8 @@ def diversity_flags(groups, k):
              "the base, or reward (phase two); auto: verifier where replies have styles, else "
              "reward, or likelihood in phase one")
     add("--embedder", default="base",
-        help="what embeds completions: base (the frozen model), or the folder or hub name of a "
-             "BERT encoder or a Qwen3-Embedding")
+        help="what embeds completions: base (the frozen model), the folder or hub name of a BERT "
+             "encoder or a Qwen3-Embedding, char-ngrams, word-ngrams, or several joined by +")
     groups.rivals.add_argument(
         "--gate-floor", type=float, default=0.0,
         help="added to the distance of a gated pair of completions, so that equal ones count, too: "
@@ -318,7 +318,8 @@ def measure_flags(parser, groups):
     add("--reward-model", help="Qwen3 folder or hub name for --reward model or judge, or a folder "
                                "of rewards.py train")
     add("--embedder", default="base",
-        help="what embeds completions: base, or the folder or hub name of an embedding model")
+        help="what embeds completions: base, the folder or hub name of an embedding model, "
+             "char-ngrams, word-ngrams, or several joined by +")
     add_flags(MEASURES, groups.rivals)
 
 

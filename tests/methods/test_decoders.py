@@ -303,8 +303,10 @@ def test_a_short_set_is_filled_with_wrong_completions(monkeypatch):
 
 
 def test_every_decoder_names_its_paper_and_bad_flags_are_refused():
-    flags = dict(pool=8, plausible=0.1, mmi=0.5, beam_penalty=0.5, beam_groups=0, set_size=5)
-    assert {n for n, way in DECODERS.items() if way.joint} == {"beams", "list", "verbalized"}
+    flags = dict(pool=8, plausible=0.1, mmi=0.5, beam_penalty=0.5, beam_groups=0, set_size=5,
+                 temperature=1.0)
+    assert {n for n, way in DECODERS.items() if way.joint} == {
+        "beams", "list", "verbalized", "quasi", "roles"}
     for name, way in DECODERS.items():
         assert "arXiv" in way.paper and way.about
         check_decoder(SimpleNamespace(decoder=name, **flags), 10)
@@ -356,7 +358,7 @@ def test_every_decoder_is_measured_and_reported_as_a_method(world, tmp_path, cap
     for name, arm in arms.items():
         assert (arm["metrics"]["recall@5"]["mean"] is not None
                 and arm["metrics"]["perplexity"]["mean"] > 1)
-        joint = name.partition("@")[2] in ("beams", "list", "verbalized", "quasi")
+        joint = name.partition("@")[2] in ("beams", "list", "verbalized", "quasi", "roles")
         assert (arm["metrics"]["recall@1"]["mean"] is None) == joint
     verdicts = arms["run"]["metrics"]
     assert all(0 <= verdicts[f"judge-{x}"]["mean"] <= 1 for x in [*judge.RUBRICS, "wins", "ties"])
