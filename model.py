@@ -151,8 +151,8 @@ def full_attention(mask=None):
     column j; None is plain causal, right for rows that are padded on the right."""
     def attend(layer, q, k, v):  # q (B, T, H, D), k and v (B, T, KV, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if mask is not None and q.is_cuda:
-            # CUDA's fast kernel with a mask wants a k and v for every head.
+        if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+            # CUDA's fast kernel for a mask or fp32 wants a k and v for every head.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                              enable_gqa=True)
