@@ -146,7 +146,7 @@ MAY_DIFFER = {
 
 # Settings that older folders lack, with the value that they then stand for. A run at this value
 # does not record the setting, so that older folders stay valid.
-ADDED_LATER = {"diversity_schedule": "constant", "start": None}
+ADDED_LATER = {"diversity_schedule": "constant", "start": None, "tis": 0.0}
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_BEFORE = "checkpoint.before.safetensors"
