@@ -95,9 +95,10 @@ plan() {  # FUNCTION SEED..: the commands of one seed with their costs, and what
     -v rounds="$(( ($# + limit - 1) / limit ))" \
     -v crowd="$(( gpus == 0 && limit > cores ? limit : cores ))" -v cores="$cores" '
     { print }
+    /^plan / { plans += 1 }
     /^plan measure/ { total += runs * $(NF - 1); next }   # its time is that of one run
     /^plan / { total += $(NF - 1) }
     END { total *= crowd / cores
-          if (total) printf "The whole study: about %.0f minutes (%d x %.0f s)\n",
+          if (plans) printf "The whole study: about %.0f minutes (%d x %.0f s)\n",
                             rounds * total / 60, rounds, total }'
 }

@@ -30,7 +30,8 @@ import engine
 import grpo
 import model as model_file
 import polylora
-from generate import Embedder
+import trainer
+from generate import Embedder, Samples
 from lora import add_lora, frozen_copy, trained
 from methods import nf4
 from model import Config, Qwen3
@@ -284,13 +285,27 @@ def adam(params):
     return [torch.zeros_like(p) for p in params for _ in range(2)]
 
 
-def first_and_last(batch):
-    """DecodeBatch.advance that computes the first step of a rollout and its last alone: no other
-    holds more."""
-    batch.steps += 1
+class Enough(Exception):
+    """The largest step of a rollout is done."""
+
+
+def largest_step(batch):
+    """DecodeBatch.advance that computes the step in which completions are longest, and no other."""
     batch.used = batch.ring
-    if batch.steps in (1, batch.ring - 1):
-        batch.step()
+    batch.step()
+    raise Enough
+
+
+def rollout(model, prompts, *, k, max_new_tokens, **settings):
+    """`generate` up to its largest step: completions that were cut off."""
+    try:
+        engine.generate(model, prompts, k=k, max_new_tokens=max_new_tokens, **settings)
+    except Enough:
+        pass
+    count = range(len(prompts))
+    return Samples(tokens=[[[7] * max_new_tokens for _ in range(k)] for _ in count],
+                   logprobs=[[[0.0] * max_new_tokens for _ in range(k)] for _ in count],
+                   finished=[[False] * k for _ in count])
 
 
 @contextmanager
@@ -299,7 +314,8 @@ def pretended(monkeypatch):
     registry.load()
     for module in (model_file, nf4):
         monkeypatch.setattr(module, "checkpoint", checkpoint_within)
-    monkeypatch.setattr(engine.DecodeBatch, "advance", first_and_last)
+    monkeypatch.setattr(engine.DecodeBatch, "advance", largest_step)
+    monkeypatch.setattr(trainer, "generate", rollout)
     monkeypatch.setattr(model_file.Rows, "by_token", lambda rows, completions: torch.zeros(
         len(rows.completion), device=rows.completion.device))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import trainer
 from helpers import GOLDEN_FOLDER, gap, right_padded, tiny_bert, write_checkpoint
 from methods.bert import Bert
+from support import embedders
 from support.files import InputError
 
 
@@ -49,7 +50,7 @@ def test_a_bert_that_is_another_network_is_refused(tmp_path):
         Bert.from_pretrained(folder)
 
 
-def test_a_bert_as_embedder_neither_pads_nor_cuts_but_at_its_last_position(tmp_path):
+def test_a_bert_as_embedder_neither_pads_nor_cuts_but_at_its_last_position(tmp_path, monkeypatch):
     """Its tokenizer.json asks for 16 tokens, cut or padded: short texts would be alike by their
     pads."""
     folder = write_checkpoint(tmp_path, *tiny_bert())
@@ -70,6 +71,13 @@ def test_a_bert_as_embedder_neither_pads_nor_cuts_but_at_its_last_position(tmp_p
     model = Bert.from_pretrained(folder)
     alone = torch.cat([model(torch.tensor([ids]), torch.tensor([len(ids)])) for ids in want])
     assert got.shape == (2, 2, 24) and gap(got.flatten(0, 1), F.normalize(alone, dim=-1)) < 1e-5
+    sizes = []
+    pooled = session.embedder.pooled
+    monkeypatch.setattr(session.embedder, "pooled", lambda ids: sizes.append(len(ids)) or pooled(
+        ids))
+    monkeypatch.setattr(embedders, "TOKENS_A_PASS", 44)          # two of 22, one of 32
+    again = session.embedder([["a b", ""], ["c " * 20, "d e f g " * 20]])
+    assert gap(again, got) < 1e-5 and sizes == [2, 1, 1]
 
 
 MINILM = [p.parent / "model" for entry in sys.path
