@@ -36,7 +36,7 @@ from support.flags import (common_flags, diversity_flags, flag_groups, name_flag
                            reward_flags, start_flags)
 from support.plan import announce
 from support.registry import (DIVERSITIES, OBJECTIVES, ROLLOUTS, SCHEDULES, TOKENS, add_features,
-                              add_flags, prepare_features, set_scale)
+                              add_flags, has_features, prepare_features, set_scale)
 from support.shaping import shaping_of
 from support.steplog import GRPO_LOGGED, Tally, add_mismatch, log_rollout, log_update
 from trainer import Session, batch_visits, finish_adapter, load_embedder, train
@@ -283,7 +283,7 @@ def collect(session, visits, step):
     objective = OBJECTIVES[args.advantage]
     features = Features(texts=texts, seeds=torch.tensor(seeds), set_size=args.set_size,
                         floor=args.gate_floor, beta=args.beta)
-    features.rewards = torch.tensor(session.reward(posts, texts, seeds))
+    features.rewards = torch.tensor(session.reward(posts, texts, seeds), dtype=torch.float32)
     features.logprobs = torch.tensor([[sum(p) for p in group] for group in samples.logprobs])
     features.lengths = torch.tensor([[len(ids) for ids in group] for group in samples.tokens])
     if session.domain.styles:
@@ -326,15 +326,15 @@ def weigh(session, features, step, tally):
     """Advantages (P, k) of the step:
     objective + diversity weight * D's + entropy weight * the entropy's."""
     args = session.args
-    own = of_D = features.rewards
+    own = features.rewards
+    of_D = torch.zeros_like(own)
     scale = 1.0
     if len(features.rewards):  # see `rollout`
         objective = OBJECTIVES[args.advantage]
         own = objective.advantages(features)
         scale = objective.gradient_scale(features)
-        needs = DIVERSITIES[args.diversity].needs
-        if args.k > 1 and all(getattr(features, name) is not None for name in needs):
-            of_D = log_diversity(args.diversity, features, tally)
+        if args.k > 1 and has_features(features, DIVERSITIES[args.diversity].needs):
+            of_D = diversity_advantages(args.diversity, features, tally)
     weight = 0.0
     if args.diversity_weight or args.diversity_share:
         squares = [float(part.double().square().sum()) for part in (own, scale * of_D)]
@@ -348,7 +348,7 @@ def weigh(session, features, step, tally):
     return combine(own, scale, features, weight, of_D, args.entropy_weight)
 
 
-def log_diversity(name, features, tally):
+def diversity_advantages(name, features, tally):
     """The advantages (P, k) of D, by a name in DIVERSITIES; D is logged."""
     measured = measure_diversity(name, features)
     tally.add("D", measured.plain.sum(), len(features.rewards))
@@ -361,8 +361,10 @@ def combine(own, scale, features, weight=0.0, of_D=None, entropy_weight=0.0):
     """own + weight * the gradient of D + entropy_weight * that of the entropy of whole completions,
     H = E[-log pi(y)]: advantages (P, k).
 
-    E[sum_i a_i grad log pi(y_i)] is a known multiple of a gradient: 1 of grad E[D] for D's a_i,
-    k - 1 of grad H for a_i = mean of log pi - log pi(y_i), `scale` of what the objective maximises.
+    E[sum_i a_i grad log pi(y_i)] is a known multiple of a gradient:
+    - D's a_i: 1 times grad E[D];
+    - a_i = mean of log pi - log pi(y_i): k - 1 times grad H;
+    - the objective's: `scale` times that of what it maximises (divided by a group's std, nearly).
     D's and the entropy's are brought to `scale`, so that a weight means the same under every
     objective."""
     advantages = own
@@ -396,10 +398,10 @@ def run_grpo(args):
     session.shard_model()
     session.start = {n: t.to(session.ranks.device) for n, t in session.start.items()}
     weighs_D = args.diversity_weight or args.diversity_share
-    of_D = DIVERSITIES[args.diversity].needs if weighs_D else ()
-    if "embeddings" in (*of_D, *objective.needs):
+    D_needs = DIVERSITIES[args.diversity].needs if weighs_D else ()
+    if "embeddings" in (*D_needs, *objective.needs):
         load_embedder(session)
-    prepare_features(session, objective.needs)
+    prepare_features(session, (*objective.needs, *D_needs))
     session.reward = make_reward(args.reward, session)
     session.gate = make_gate(session, args.gate)
     rollouts = math.ceil(len(session.posts) * args.epochs / args.batch)

@@ -89,7 +89,7 @@ def pair_advantages(pairs):
 
 def leave_one_out(score, *parts):
     """score(*parts) (P,), and its advantages a_i = D - D_without_i (P, k): pair_advantages for any
-    D. Each part is (P, k, ..) or None."""
+    D, with the baseline 0 for k = 2 too. Each part is (P, k, ..) or None."""
     k = [part for part in parts if part is not None][0].shape[1]
     total = score(*parts)
     if k == 2:
@@ -109,8 +109,9 @@ def cosine_distances(features):
 
 @DIVERSITIES.add("dpp", "log-determinant of the embeddings' kernel (arXiv 2509.04784)", into="of")
 def log_det(embeddings, quality=None, classes=None):
-    """log det(I + L) (P,), L_ij = q_i q_j e_i . e_j: the volume that the completions span (DQO,
-    arXiv 2509.04784, with the I that keeps it finite)."""
+    """log det(I + L) (P,), L_ij = q_i q_j e_i . e_j: how much the completions span (DQO, arXiv
+    2509.04784, with the I that keeps it finite). m equal completions of quality 1 have log(1 + m),
+    so that it pays for quality, too."""
     e = embeddings.float()
     if quality is not None:
         e = e * quality.float()[..., None]
@@ -177,11 +178,11 @@ def held_out(post):
 class Gate:
     """The quality q in [0, 1] of completions that D is multiplied with, on a scale set by people: 0
     is what a reply to another post scores, 1 what people's own replies score, measured on the run's
-    posts. Without the scale a likelihood of 0.04 would make D a thousandth of itself.
+    posts. Distances are multiplied with q_i q_j, embeddings of DPP with q_i.
 
     verifier    1 where the domain finds the completion right, which is on that scale already
     likelihood  mean log-probability per token under the frozen base
-    reward      the run's reward (phase two); a verifier's is on that scale already
+    reward      the run's reward (phase two); a verifier's is divided by its largest
     auto        verifier where replies have styles, else reward, or likelihood in phase one
     """
 

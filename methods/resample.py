@@ -33,10 +33,17 @@ def take(drawn, chosen):
 
 
 def concatenate(*parts):
-    """One tensor or list of several."""
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    return sum(parts, [])
+    """One tensor or list of several. Where tensors differ in a later dimension (posts with unequal
+    numbers of replies), the smaller ones are filled with zeros."""
+    if not isinstance(parts[0], torch.Tensor):
+        return sum(parts, [])
+    shape = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist()
+    filled = []
+    for part in parts:
+        whole = part.new_zeros(len(part), *shape)
+        whole[tuple(map(slice, part.shape))] = part
+        filled.append(whole)
+    return torch.cat(filled)
 
 
 def joined(parts):

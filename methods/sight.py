@@ -6,7 +6,6 @@ D is made of distances between an embedder's vectors. If these do not separate r
 would call different from replies that they would call the same, D rewards something else. The
 command measures that on people's own replies, before any training."""
 
-import argparse
 import random
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 import data
 from polylora import pair_distances
 from support.files import InputError, printable
-from support.flags import model_flags
+from support.flags import flag_groups, model_flags
 from support.posts import normalise
 from support.registry import COMMANDS, DOMAINS, add_flags
 from trainer import Session, named_embedder
@@ -245,8 +244,9 @@ def text_distances(embed, texts):
 
 @COMMANDS.add("embedder", "does D see what people see?", program="evaluate")
 def embedder_command(sub):
-    p = sub.add_parser("embedder", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    p = sub.add_parser("embedder",
                        help="how well an embedder's distances separate people's own replies")
+    groups = flag_groups(p)
     add = p.add_argument
     add("data", help="posts with replies, JSON lines (.gz too): training posts")
     add("--embedder", dest="embedders", nargs="+", default=["base"], metavar="NAME",
@@ -260,5 +260,5 @@ def embedder_command(sub):
     add("--domain", default="auto", help=f"auto, {', '.join(DOMAINS)}")
     add("--skip-bad-lines", action="store_true", help="skip, count and report unreadable lines")
     add_flags(DOMAINS, p)
-    model_flags(p)
+    model_flags(groups)
     p.set_defaults(run=check_embedders)

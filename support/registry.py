@@ -120,6 +120,11 @@ def add_features(features, names, session, posts, texts, seeds):
             setattr(features, name, FEATURES[name].function(session, posts, texts, seeds))
 
 
+def has_features(features, names):
+    """Has the step computed all the named fields of a polylora.Features?"""
+    return all(getattr(features, name) is not None for name in names)
+
+
 def prepare_features(session, names):
     """Prepare those of the named features that need it."""
     for name in names:

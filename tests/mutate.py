@@ -79,7 +79,7 @@ REGISTRIES = {
 CORE = {
     "grpo.py": """group_advantages passk_advantages completion_means policy_loss Rollout Batch
         collect add_older_logprobs weigh combine
-        log_diversity rollout grpo_step run_grpo""",
+        diversity_advantages rollout grpo_step run_grpo""",
     "methods/objectives.py": """polychromic_advantages""",
     "methods/tokens.py": """chosen_tokens""",
     "methods/resample.py": """mapped joined""",

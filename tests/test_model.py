@@ -573,7 +573,8 @@ def test_cudnn_s_attention_is_off():
     """It makes a plan for each new (batch, width), a second each on an H100: every step has new
     ones."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_rows_may_be_a_multiple_of_64_wide_and_mean_the_same():

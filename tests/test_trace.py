@@ -44,7 +44,7 @@ RUNS = {"GRPO": ("grpo", []),
 
 # The most functions, and files, that the path of each may have. Lower them when a step gets
 # shorter.
-MOST = {"GRPO": (12, 4), "GRPO with D": (21, 6), "SFT": (10, 3), "SFT with D": (18, 4)}
+MOST = {"GRPO": (12, 4), "GRPO with D": (20, 6), "SFT": (10, 3), "SFT with D": (17, 4)}
 
 
 # ---- The trace -----------------------------------------------------------------------------------

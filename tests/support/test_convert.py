@@ -406,7 +406,11 @@ VALUES = [None, 3, 2.5, True, "", " ", [], {}, [1], [{}], [[{}]], {"a": 1}, 10 *
 def places_in(value):
     """(container, key) of everything inside a JSON value."""
     found = []
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys = ()
+    if isinstance(value, dict):
+        keys = value
+    elif isinstance(value, list):
+        keys = range(len(value))
     for key in keys:
         found += [(value, key), *places_in(value[key])]
     return found

@@ -86,7 +86,8 @@ def test_a_step_takes_longer_with_more_work_and_less_card():
     config = cost.shape_of("Qwen3-8B")
     card = cost.Card("a", 80, 400e12, 1.3e12, 200e9)
     load = cost.Load(train_tokens=14848, pass_tokens=14848, row=928, shared=True, prompts=16,
-                     predicted=12800, places=16, k=8, prompt=128, new_tokens=100, adapter=43_646_976)
+                     predicted=12800, places=16, k=8, prompt=128,
+                     new_tokens=100, adapter=43_646_976)
     seconds = cost.step_seconds(config, load, card)
     # 100 tokens of 16.4 GB of weights and some cache, then four products a weight and token.
     weights = 36 * 192_937_984

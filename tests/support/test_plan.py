@@ -93,7 +93,7 @@ def with_free(monkeypatch, session, free, flag=None):
 
 
 def test_activations_are_recomputed_where_they_would_not_fit(parts, monkeypatch):
-    """python grpo.py took 101 GB on one GPU, and train.sh recomputed on eight with memory to spare."""
+    """python grpo.py took 101 GB on one GPU; train.sh recomputed on eight with memory to spare."""
     s = rl(parts)
     s.args.steps, s.run = 2, None
     memory = plan.memory_of(s, checkpointing=False)
