@@ -162,7 +162,7 @@ def pass_bytes(c, load):
     ends = tokens * (2 * load.itemsize + 4) * h            # states, their gradients, the last norm
     mask = tokens * load.row if load.shared else 0
     logits = (10 + load.itemsize) * min(CHUNK, load.predicted * load.vocab)
-    gradients = tokens * load.itemsize * (3 * i + 2 * h) + dense_bytes(c, load)
+    gradients = tokens * load.itemsize * 2 * (i + h) + dense_bytes(c, load)
     if load.checkpointing:
         inputs = tokens * load.itemsize * h * c.num_hidden_layers
         return inputs + ends + mask + max(logits, kept + gradients)
