@@ -565,6 +565,8 @@ class DecodeBatch:
         try:                                 # other threads (NCCL's) may go on meanwhile
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as e:
             raise InputError(f"the decoding step could not be made a CUDA graph ({e}): add "
                              "--no-graphs") from e

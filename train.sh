@@ -90,8 +90,8 @@ one_seed() {
   local common=("${held[@]}" --seed "$1" --max-new-tokens "$tokens")
   local SFT=(polylora.py sft --data "$dir/sft.jsonl" "${common[@]}" --resume $sft)
   local GRPO=(grpo.py --data "$dir/grpo.jsonl" "${common[@]}" --resume $grpo --k 8 "${judge[@]}")
-  # Does the embedder, and so D, see what people see? One line; a warning where it does not.
-  [[ -z "$model" ]] || run evaluate.py embedder "$dir/sft.jsonl" "${held[@]}" --embedder "$embedder"
+  [[ -n "$dry" || -z "$model" ]] ||        # does the embedder, and so D, see what people see?
+    run evaluate.py embedder "$dir/sft.jsonl" "${held[@]}" --embedder "$embedder"
   run "${SFT[@]}" --out "$R/lora"                                    # standard LoRA
   run "${SFT[@]}" --out "$R/$poly" --k 8 --diversity "$diversity" $D $rate --embedder "$embedder"
   run "${SFT[@]}" --out "$R/sft-gem" --loss gem --k 8 $faster        # baselines: other losses

@@ -215,9 +215,9 @@ LINK = 200e9                     # bytes a second that a GPU receives over NVLin
 
 ATTAINED = 0.4                   # of a data sheet's bf16 products and of its memory bandwidth
 
-NF4_MOVED = 23                   # bytes moved for a weight that is made dense (methods/nf4.py)
+NF4_MOVED = 2.6                  # bytes moved for a weight that is made dense, with Triton
 
-KERNELS = 46                     # of a block in a decoding step, counted
+KERNELS = 21                     # of a block in a decoding step with LoRA, counted, with Triton
 
 KERNEL_SECONDS = 2.5e-6          # that a small one takes in a CUDA graph, assumed
 

@@ -27,7 +27,7 @@ run() {  # PROGRAM WORD..: print a command so that it can be pasted, and run it
   done
   [[ "$RANK" != 0 ]] || echo "$shown"
   case "$1 $2" in
-    "data.py split"|"evaluate.py embedder") ;;                # nothing is trained
+    "data.py split") ;;                                       # nothing is trained
     *) [[ -z "$dry" ]] || set -- "$@" --dry-run ;;
   esac
   "$python" "$here/$1" "${@:2}" || status=$?

@@ -63,7 +63,8 @@ def test_embedding_takes_what_the_plan_says_however_long_the_texts(monkeypatch, 
             found = {}
             before = live.live
             with live.most(found, "embedder"):
-                session.embedder.vectors([" ".join(["word"] * words)] * 512)
+                text = " ".join(["word"] * (words - 1))
+                session.embedder.vectors([f"{text} {i}" for i in range(512)])
         # The vectors of all texts stay.
         bytes_needed = cost.reading_bytes(config, load, 16384) + 512 * 4 * config.hidden_size
         assert bytes_needed == pytest.approx(found["embedder"] - before, rel=0.2)
