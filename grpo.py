@@ -116,7 +116,7 @@ def maxk_advantages(rewards, k):
     return set_advantages(rewards[:, sets].amax(-1), member.to(rewards))
 
 
-@OBJECTIVES.add("coverage", "users pleased by a set of completions, over all styles or replies",
+@OBJECTIVES.add("coverage", "users pleased by a set of completions",
                 needs=("right", "shares", "set_size"), gradient_scale=set_scale)
 def coverage_advantages(right, shares, k):
     """Pass@k training averaged over users: f = the popularity of the styles in which some

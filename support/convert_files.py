@@ -15,7 +15,7 @@ from pathlib import Path
 
 from support.convert_formats import format_of, is_chat, likely_columns
 from support.files import InputError
-from support.formats import fields_of, read_object, shown
+from support.formats import fields_of, read_object, shown, task_fields
 
 
 UTF_16 = "is UTF-16: save it as UTF-8"
@@ -307,7 +307,7 @@ def other_format(path):
 
 def any_help(rows):
     """Would it help to convert JSON lines? Not where some are posts, nor where none becomes one."""
-    if any(map(readable, rows)):
+    if any(map(readable, rows)) or any(map(claimed, rows)):
         return False
     form = format_of(rows)
     if form is None:
@@ -328,6 +328,14 @@ def readable(row):
     except ValueError:
         return False
     return True
+
+
+def claimed(row):
+    """Does a domain take the row for one of its tasks, right or wrong?"""
+    try:
+        return bool(task_fields(row))
+    except ValueError:
+        return True
 
 
 def found(rows):

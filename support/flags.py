@@ -109,8 +109,7 @@ def common_flags(groups, *, lr, steps, batch, schedule="cosine"):
     add("--micro-tokens", type=int, default=16384,
         help="tokens in one forward and backward pass: lower it to save memory")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=None,
-        help="recompute activations, for less memory and up to half more time; default: where the "
-             "plan needs it")
+        help="recompute activations: less memory; default: if need be")
     add = groups.rare.add_argument
     add("--beta2", type=float, default=0.999, help="AdamW's second moment decay")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
@@ -180,8 +179,8 @@ def diversity_flags(groups, k):
              "the base, or reward (phase two); auto: verifier where replies have styles, else "
              "reward, or likelihood in phase one")
     add("--embedder", default="base",
-        help="what embeds completions: base (the frozen model), the folder or hub name of a BERT "
-             "encoder or a Qwen3-Embedding, char-ngrams, word-ngrams, or several joined by +")
+        help="what embeds completions: base (the frozen model), a BERT encoder or Qwen3-Embedding "
+             "(folder, hub name), char-ngrams, word-ngrams, several joined by +")
     groups.rivals.add_argument(
         "--gate-floor", type=float, default=0.0,
         help="added to the distance of a gated pair of completions, so that equal ones count, too: "
@@ -196,8 +195,8 @@ def start_flags(groups):
     """Flags of what phase two starts from."""
     add = groups.method.add_argument
     add("--start", "--from", required=True,
-        help="finished SFT run, or an adapter in PEFT's layout, to start from (after torchrun "
-             "write --from: --start is its own)")
+        help="finished SFT run, or an adapter in PEFT's layout (after torchrun write --from: "
+             "--start is its own)")
     add("--model", default=None,
         help="Qwen3 checkpoint; default: the one that the adapter names")
 
@@ -213,7 +212,7 @@ def policy_flags(groups):
     add("--diversity-share", type=float, default=0.0,
         help="instead: norm of D's part of each step's advantages over the objective's")
     add("--beta", type=float, default=0.0,
-        help="weight of the KL to the start, per token")
+        help="weight of the KL to the start")
     add("--clip-low", type=float, default=0.2,
         help="completions worse than their group get no gradient at ratios below 1 - this")
     add("--clip-high", type=float, default=0.2,

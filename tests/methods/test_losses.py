@@ -223,7 +223,7 @@ def test_every_sft_loss_takes_two_steps_and_moves_the_adapter(parts, name):
     # of the completions it samples
     shares = {"truncated", "empty", "identical"}
     logged = {"ce": {"ce"}, "unlikelihood-sequence": {"ce", "unlikely"} | shares,
-              "bonbon": {"loss", "reward"} | shares}
+              "bonbon": {"loss", "reward"} | shares, "ebft": {"ce", "reward"} | shares}
     assert all(set(line) == logged.get(name, {"loss"}) for line in lines)
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert all(not torch.equal(p, before[n]) for n, p in lora.adapter_state(s.model).items())
