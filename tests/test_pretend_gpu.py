@@ -21,8 +21,8 @@ from support.files import InputError
 # Kernels of one decoded token with LoRA on all layers; the goal is 25 a layer.
 KERNELS_A_LAYER = 25
 KERNELS_BESIDE_LAYERS = 50                   # masks, embedding, head, sampling
-TOKENS_A_WAIT = 8                            # the engine looks for finished samples this seldom
-WAITS_A_ROLLOUT = 16                         # prefill, capture and reading the samples
+TOKENS_A_WAIT = 6                            # the engine looks for finished samples this seldom
+WAITS_A_ROLLOUT = 20                         # prefill, capture and reading the samples
 LENGTH = 64                                  # new tokens
 SHORT = 32
 

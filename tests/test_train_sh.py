@@ -406,7 +406,7 @@ def test_flags_that_save_memory_reach_the_commands_that_have_them(tmp_path):
     commands = asked(tmp_path, "--model", "m", "--data", write_posts(tmp_path), "--micro-tokens",
                      "4096", "--max-rows", "64")
     trained = parsed(commands, "polylora") + parsed(commands, "grpo")
-    measured, _ = parsed(commands, "evaluate")
+    _, measured, _ = parsed(commands, "evaluate")      # embedder, measure, report
     assert {args.micro_tokens for args in trained} == {4096}
     assert {args.max_rows for args in [*trained, measured]} == {64}
 
