@@ -189,7 +189,7 @@ def encode_reply(tokenizer, reply):
 
 
 def decode(tokenizer, ids):
-    """The text of a completion, without its stop token."""
+    """The text of a completion, without its stop token and outer spaces."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

@@ -159,18 +159,18 @@ def sample(logits, uniform, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """One token per row: ids and log-probs (R,), from fp32 logits (R, V) and uniform numbers (R,)
     in [0, 1).
 
-    The log-prob is that of the renormalised rest of `weights`. Temperature 0 takes the largest
+    The log-prob is that of `kept_probabilities`, renormalised. Temperature 0 takes the largest
     logit; its log-prob is the model's own, at T = 1."""
     if temperature == 0:
         logp, token = logits.log_softmax(-1).max(-1)
         return token, logp
-    p = weights(logits, temperature, top_k, top_p, min_p)
+    p = kept_probabilities(logits, temperature, top_k, top_p, min_p)
     token, total = draw(p, uniform)
     logp = (p.gather(-1, token) / total).log().float()
     return token.squeeze(-1), logp.squeeze(-1)
 
 
-def weights(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+def kept_probabilities(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """The tokens' probabilities (R, V) at a temperature above 0, those that are not kept at 0, the
     others not renormalised. Temperature first, then top-k, top-p, min-p, each on what the former
     kept (Hugging Face's order)."""

@@ -119,7 +119,7 @@ def maxk_advantages(rewards, k):
 @OBJECTIVES.add("coverage", "users pleased by a set of completions",
                 needs=("right", "shares", "set_size"), gradient_scale=set_scale)
 def coverage_advantages(right, shares, k):
-    """Pass@k training averaged over users: f = the popularity of the styles in which some
+    """Max@k averaged over users: f = the popularity of the styles in which some
     completion of the set is right. right (P, N, S) in 0, 1; shares (P, S); 1 <= k < N. It is
     E_w[max w . r] of VPO (arXiv 2605.22817) for users w who like one style each.
 
@@ -155,7 +155,8 @@ def policy_loss(logp, old_logp, advantages, *, denominator, completion=None, seq
     ratio = exp(logp - old_logp). With sequence_ratio it is the completion's geometric mean with
     each token's own gradient (GSPO-token, arXiv 2507.18071, eq. 13-14).
     k3 = exp(ref - logp) - 1 - (ref - logp). Times the ratio, its expected gradient on policy is
-    that of KL(policy || reference); k1's is zero and plain k3's is another.
+    that of each token's KL(policy || reference) given the tokens before it; k1's is zero and plain
+    k3's is another.
     tokens, chosen: a name in TOKENS and the tokens (N,) that it chose."""
     gap = logp - old_logp.detach()
     ratio = gap.exp()

@@ -274,7 +274,8 @@ class Rows:
         owner          -1     -1 | 0 0 0 | 1 1 | 2 2 2 2 | -2         (B, T)  which completion
         positions       0      1 | 2 3 4 | 2 3 | 2 3 4 5 | 0          (B, T)  all follow the prompt
 
-    A token sees the prompt and its own completion up to itself. The N completion tokens that are
+    A token sees the prompt and its own completion up to itself; a completion's last token predicts
+    nothing and is left out. The N completion tokens that are
     predicted are listed flat: `predict`, where in the flattened (B T) rows the state stands that
     predicts it (for first tokens the prompt's last); `target`, its id; `completion`, the number
     of its completion, counted over all groups in the order given to pack. `member` (B,): of an

@@ -144,7 +144,8 @@ def measure_diversity(name, features):
 @dataclass
 class Features:
     """What objectives and diversities may look at: k completions for each of P prompts. A step
-    computes what its objective and its diversity need; the rest stays None."""
+    computes the fields of FEATURES that its objective and its diversity need; the others of these
+    stay None."""
     rewards: torch.Tensor | None = None       # (P, k)
     embeddings: torch.Tensor | None = None    # (P, k, dim), unit length
     quality: torch.Tensor | None = None       # (P, k) in [0, 1], of the gate

@@ -14,7 +14,7 @@
 #   --diversity NAME   D of the polychromic arms: dpp, the best measured, or cosine, the plain form
 #   --posts N, --steps BOTH or SFT,GRPO, --base-steps N, --samples N, --reward, --reward-model,
 #   --embedder, --domain, --skip-bad-lines, --nf4, --shard, --micro-tokens, --max-rows,
-#   --allow-code-execution [as-root]: as the programs' --help says
+#   --max-new-tokens, --allow-code-execution [as-root]: as the programs' --help says
 #   --dry-run          each command's cost, and the total; fetches no weights, leaves nothing behind
 # A stage that is done is skipped, an interrupted one resumes: after a crash, the same again.
 set -euo pipefail
@@ -22,7 +22,7 @@ here="$(cd "$(dirname "$0")" && pwd)" python="${STUDY_PYTHON:-python}"
 fail() { [[ "${RANK:-0}" != 0 ]] || echo "error: train.sh: $*" >&2; exit 2; }
 model="" data=pocket out="" seeds="" jobs="" diversity=dpp posts="" steps="" samples="" domain=""
 base_steps="" reward=auto reward_model="" embedder=base micro_tokens="" max_rows="" dry="" bad=""
-everywhere=() given=("$@")
+max_new_tokens="" everywhere=() given=("$@")
 while [[ $# -gt 0 ]]; do
   case "$1" in
     -h|--help) [[ "${RANK:-0}" != 0 ]] || sed -n '3,/^set/s/^# \{0,1\}//p' "$here/train.sh"; exit ;;
@@ -30,7 +30,7 @@ while [[ $# -gt 0 ]]; do
     --nf4|--shard|--allow-code-execution|as-root) everywhere+=("$1") ;;
     --study) fail "the larger studies are run by: python study.py run ${2:-NAME}" ;;
     --model|--data|--out|--seeds|--jobs|--diversity|--posts|--steps|--base-steps|--samples|\
-    --reward|--reward-model|--embedder|--domain|--micro-tokens|--max-rows)
+    --reward|--reward-model|--embedder|--domain|--micro-tokens|--max-rows|--max-new-tokens)
       [[ $# -ge 2 ]] || fail "$1 needs a value: see --help"
       name="${1#--}"; printf -v "${name//-/_}" '%s' "$2"; shift ;;
     *) fail "unknown argument $1: see --help" ;;
@@ -49,7 +49,7 @@ source "$here/support/launch.sh"         # start under torchrun; run, plan, side
 # ---- Settings: a language model, or the toy task with a small base -------------------------------
 sft_steps="${steps%,*}" grpo_steps="${steps#*,}" split="$bad ${domain:+--domain $domain}" faster=""
 if [[ -n "$model" ]]; then
-  seeds="${seeds:-1}" n="${posts:-2500}" samples="${samples:-20}" tokens=100
+  seeds="${seeds:-1}" n="${posts:-2500}" samples="${samples:-20}" tokens="${max_new_tokens:-100}"
   sizes="sft=$n,grpo=$n,eval=$(( n < 2500 ? n / 5 : 500 ))"
   [[ -n "$posts" ]] || split+=" --fit"   # parts of a smaller file are smaller
   batch=$(( WORLD_SIZE > 16 ? WORLD_SIZE : 16 )) drafting=$(( WORLD_SIZE > 8 ? WORLD_SIZE : 8 ))
@@ -59,15 +59,15 @@ if [[ -n "$model" ]]; then
   D="--lambda-share 0.3 --gate likelihood" D_grpo="--diversity-share 1 --gate auto"
   passk="--advantage maxk --set-size 4"
 else
-  seeds="${seeds:-1 2 3}" n="${posts:-1000}" samples="${samples:-24}" tokens=24 faster="--lr 4e-3"
+  seeds="${seeds:-1 2 3}" n="${posts:-1000}" samples="${samples:-24}" tokens="${max_new_tokens:-24}"
   sizes="base=$(( n * 5 )),sft=$n,grpo=$(( n * 2 )),eval=$(( n / 5 ))"
   split="--by intent --popularity 0.7 --writers 3 --permute"
   small="--steps ${base_steps:-600 --until 0.70 --schedule constant} --hidden 192 --layers 2"
   small+=" --heads 6 --lr 3e-3 --beta2 0.98 --warmup 20 --noise 0.2 --micro-tokens 1024"
   sft="--rank 16 --alpha 32 --lr 2e-3 --batch 32 --steps ${sft_steps:-40} --micro-tokens 1024"
-  sft+=" --save-every 40"
+  sft+=" --save-every 40"                # rates: the better of two for each (studies/rates.toml)
   grpo="--lr 1e-3 --batch 16 --steps ${grpo_steps:-120} --micro-tokens 2048 --save-every 40"
-  D="--lambda 0.3 --gate verifier" D_grpo="--diversity-share 6 --gate verifier"
+  D="--lambda 0.3 --gate verifier" D_grpo="--diversity-share 6 --gate verifier" faster="--lr 4e-3"
   [[ "$diversity" == dpp ]] || D_grpo="--diversity-weight 8 --gate verifier"
   passk="--advantage passk --set-size 6" everywhere+=(--dtype float32)  # bfloat16 is too coarse
 fi

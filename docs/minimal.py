@@ -172,7 +172,7 @@ def main():
     parser = argparse.ArgumentParser(description="GRPO with and without D on a toy task")
     parser.add_argument("--seeds", type=int, default=5, choices=T_QUANTILE)
     parser.add_argument("--steps", type=int, default=100, help="GRPO steps")
-    parser.add_argument("--weight", type=float, default=8.0, help="weight of D's advantages a_i")
+    parser.add_argument("--weight", type=float, default=8.0, help="of a_i: grpo.py's, times k - 1")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {"start": [], "GRPO": [], "GRPO + D": []}

@@ -10,7 +10,7 @@ set seldom begin alike."""
 
 import torch
 
-from generate import SAMPLING, plain_loop, weights
+from generate import SAMPLING, plain_loop, kept_probabilities
 from methods.decoders import by_post
 from support.draws import inverse, uniforms
 from support.files import InputError
@@ -60,7 +60,7 @@ def quasi_completions(model, prompt, size, noise, *, max_new_tokens, stop_ids=()
 
     def choose(logits, step):
         nonlocal u, done
-        p = weights(logits, temperature, **sampling)
+        p = kept_probabilities(logits, temperature, **sampling)
         token, u = token_at(p, u, noise[:, 2 + step])
         chances = (p.gather(1, token[:, None])[:, 0] / p.sum(1)).log().tolist()
         ended = done.tolist()

@@ -1,5 +1,6 @@
 """--resample: replaces prompts whose rewards are all equal (DAPO, arXiv 2503.14476)."""
 
+import copy
 import dataclasses
 
 import torch
@@ -19,10 +20,10 @@ def mapped(work, *values):
         return work(*values)
     if not dataclasses.is_dataclass(first):
         return first
-    fields = []
-    for of_values in zip(*(vars(value).values() for value in values)):
-        fields.append(mapped(work, *of_values))
-    return type(first)(*fields)
+    new = copy.copy(first)
+    for name in vars(first):
+        setattr(new, name, mapped(work, *(getattr(value, name) for value in values)))
+    return new
 
 
 def take(drawn, chosen):

@@ -188,6 +188,9 @@ def check_sft_losses(args):
         raise InputError("--temperature must be above 0: the gradient of D needs sampled "
                          "completions")
     check_diversity(args)
+    if loss.function and args.loss != "ce" and not (loss.losses or loss.completions):
+        raise InputError(f"--loss {args.loss} has no way to be computed: register it with losses= "
+                         "(methods/losses.py has reply_losses)")
     if d_gradient.check is not None:
         d_gradient.check(args)
     if args.loss_value is not None and not loss.knob:

@@ -187,7 +187,8 @@ def diversity_flags(groups, k):
              "more weight on quality, less on diversity")
     noise = groups.rivals.add_argument(
         "--label-noise", dest="flip", type=float, default=0.0,
-        help="fraction of the verifier's verdicts that are inverted, in reward, gate and coverage")
+        help="fraction of the verifier's verdicts that are inverted, each of reward, gate and "
+             "coverage on its own")
     keep_old_name(groups.rivals, "--flip", noise)
 
 

@@ -116,13 +116,13 @@ def add_flags(registry, parser):
 def add_features(features, names, session, posts, texts, seeds):
     """Compute those of the named fields of a polylora.Features that FEATURES knows, each once."""
     for name in names:
-        if name in FEATURES and getattr(features, name) is None:
+        if name in FEATURES and getattr(features, name, None) is None:
             setattr(features, name, FEATURES[name].function(session, posts, texts, seeds))
 
 
 def has_features(features, names):
     """Has the step computed all the named fields of a polylora.Features?"""
-    return all(getattr(features, name) is not None for name in names)
+    return all(getattr(features, name, None) is not None for name in names)
 
 
 def prepare_features(session, names):
