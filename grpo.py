@@ -263,7 +263,7 @@ def rollout(session, step, tally):
         features.reference = reference_sums(batches, features)
 
     advantages = weigh(session, features, step, tally)
-    flat = advantages.flatten().to(session.ranks.device)                       # one a completion
+    flat = advantages.flatten().to(session.ranks.device)         # (P k,), as rows.completion counts
     choose = TOKENS[args.tokens].chosen
     chosen = choose(session, advantages, drawn.samples.logprobs, step) if choose else None
     for batch in batches:
@@ -330,7 +330,7 @@ def weigh(session, features, step, tally):
     own = features.rewards
     of_D = torch.zeros_like(own)
     scale = 1.0
-    if len(features.rewards):  # see `rollout`
+    if len(features.rewards):  # a rank without prompts still takes part in the sums over ranks
         objective = OBJECTIVES[args.advantage]
         own = objective.advantages(features)
         scale = objective.gradient_scale(features)

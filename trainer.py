@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 from data import chat_format
-from engine import generate
+from engine import generate      # as generate.generate_plain, faster
 from generate import SAMPLING, Embedder
 from lora import save_adapter
 from model import Qwen3, pack, token_logprobs
