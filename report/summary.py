@@ -286,8 +286,9 @@ def primary(arms, arm, against, margin=0.02):
         held = row["low"] > floor
         verdict = claim if held else f"not shown to be {claim}"
         note = f", margin {margin}" if floor else ""
+        seeds = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
         out.append(f"{metric}: {arm} is {verdict} to {against}: {row['mean']:+.3f} "
-                   f"[{row['low']:+.3f}, {row['high']:+.3f}] over {row['seeds']} seeds{note}")
+                   f"[{row['low']:+.3f}, {row['high']:+.3f}] over {seeds}{note}")
         if not held:
             if metric != "pass@10":
                 out[-1] += ", and what follows is not tested"
