@@ -662,6 +662,7 @@ def rows_a_token(monkeypatch, prompts, k, look):
     return sum(rows) / (lengths.sum() - prompts * k)  # first tokens come from the prefill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts, k, look", [(100, 20, 1), (100, 20, 16), (16, 8, 1), (16, 8, 6)])
 def test_at_most_15_percent_of_rows_are_computed_for_nothing(monkeypatch, prompts, k, look):
     """Refilled when all of a prompt's completions had ended, and halved, it was 2.3 rows a token
@@ -695,6 +696,7 @@ def test_layouts_by_hand():
     assert smaller(Layout(1, 4), writing[:1], page[:1], 8, 3, 0.7, fixed=False) is None  # 3 of 4
 
 
+@pytest.mark.slow
 def test_few_free_bytes_make_a_smaller_batch_of_the_same_completions(monkeypatch, capfd):
     """One post of 5,000 tokens made the cache 28 GB, and nobody had asked for the memory."""
     model = build()

@@ -380,6 +380,7 @@ def test_each_run_is_measured_with_its_own_seed(world, tmp_path, monkeypatch):
     assert completions[0] != completions[1]
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_chunk_of_posts(world, tmp_path, monkeypatch):
     """In rounds of at most SOME posts, so that memory does not grow with the posts: the same
     records, but for rounding."""

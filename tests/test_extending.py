@@ -117,11 +117,13 @@ def test_the_examples_compute_what_they_say(used):
         assert f"{check.__name__}: holds" in used
 
 
+@pytest.mark.slow
 def test_a_file_of_the_new_domain_is_read_as_it(used):
     assert "domain acrostic" in used and re.search(r"(voices|styles) right", used)
     assert "7 posts, 7 replies" in used
 
 
+@pytest.mark.slow
 def test_phase_one_trains_with_the_loss_the_adapter_and_the_diversity(copy, used):
     steps = metrics_of(copy, "sft")[:2]
     for line in steps:
@@ -133,6 +135,7 @@ def test_phase_one_trains_with_the_loss_the_adapter_and_the_diversity(copy, used
     assert all(bool(tensor.any()) for tensor in adapter.values())    # lora_B began at zero
 
 
+@pytest.mark.slow
 def test_phase_two_trains_with_the_objective_the_reward_and_the_diversity(copy, used):
     steps = metrics_of(copy, "grpo")[:2]
     for line in steps:
@@ -145,11 +148,13 @@ def test_phase_two_trains_with_the_objective_the_reward_and_the_diversity(copy, 
         assert torch.equal(tensor, before[name]) == ("lora_A" in name)
 
 
+@pytest.mark.slow
 def test_the_verifier_of_the_new_domain_is_the_reward_of_phase_two(copy, used):
     """The default reward hears the domain's own verdicts."""
     assert all("reward" in line and "valid" in line for line in metrics_of(copy, "verified")[:2])
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_by_the_decoder_the_embedder_and_the_metric(copy, used):
     place = copy / "made" / "grpo@sample-and-rank" / "evaluation.json"
     evaluation = json.loads(place.read_text(encoding="utf-8"))

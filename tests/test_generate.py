@@ -189,6 +189,7 @@ def test_greedy_stops_at_stop_ids_of_the_completion_not_of_the_prompt(tmp_path, 
     assert [f[0] for f in got.finished] == [c[-1] in stops for c in expected]
 
 
+@pytest.mark.slow
 @TIED
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_samples_are_those_of_a_full_forward(tmp_path, tied, temperature):
@@ -286,6 +287,7 @@ def test_live_embedder_and_reward_model(tmp_path):
 
 # ---- The SFT step, on a real session around a tiny model -----------------------------------------
 
+@pytest.mark.slow
 def test_the_embedder_is_frozen_centred_and_independent_of_padding(parts):
     """Raw hidden states all point one way, pads poison a mean, and an embedder that trains along
     rewards itself."""
@@ -306,6 +308,7 @@ def test_the_embedder_is_frozen_centred_and_independent_of_padding(parts):
         Embedder(s.model, s.tokenizer)
 
 
+@pytest.mark.slow
 def test_passes_of_the_embedder_are_bounded_in_padded_tokens(parts, monkeypatch):
     """256 texts a pass took 12.9 GB of an 8B model's activations where they had 512 tokens each;
     vectors are those of one pass."""

@@ -295,7 +295,7 @@ def test_a_sequence_ratio_is_the_geometric_mean_of_its_tokens(monkeypatch):
 
 # ---- The step, on a real session around a tiny model ---------------------------------------------
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("budget", [1, 60, 150])
 def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
     """One denominator for the whole step: 1 x 8, 2 x 4 and 4 x 2 are the same step."""

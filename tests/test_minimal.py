@@ -66,6 +66,7 @@ def test_probabilities_of_all_completions_sum_to_one(minimal):
     assert abs(total.item() - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_sample_draws_completions_as_often_as_log_prob_says(minimal):
     torch.manual_seed(0)
     policy = minimal.Policy()
@@ -240,6 +241,7 @@ def test_grpo_loses_pass_at_5_and_with_d_it_does_not():
     assert grpo_d["right"] > start["right"] + 0.1
 
 
+@pytest.mark.slow
 def test_without_the_distance_the_gate_alone_does_not_keep_pass_at_5(minimal, monkeypatch):
     def fraction_of_right_pairs(embeddings, quality):
         k = quality.shape[1]

@@ -152,6 +152,7 @@ def test_cross_entropy_is_the_mean_over_all_reply_tokens(parts):
     assert tally.means(s.ranks, ["ce"])["ce"] == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["none", "likelihood"])
 def test_lambda_moves_the_adapter_where_the_formula_says(parts, gate):
     """The step with lambda less the step without it is -lambda times grad of (1/P) sum_i a_i log
@@ -205,6 +206,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
         nearly(cut, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_the_gradients_of_two_ranks_add_up_to_the_whole(parts, count):
     """Each rank divides by the step's count, not its own, and draws the drafts that one process
@@ -326,6 +328,7 @@ def test_lambda_share_keeps_the_gradient_ratio_of_d(parts):
 
 # ---- The command line ----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_an_sft_run_from_the_command_line_resumes_bit_for_bit(files, tmp_path):
     """The whole phase, broken off in its fifth step and resumed: the adapter is the
     uninterrupted run's in every bit."""
@@ -391,6 +394,7 @@ def test_label_noise_reaches_the_gate_in_phase_one(parts):
 
 # ---- Ranks and resumption ------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unlikelihood-sequence", "bonbon", "ba-lora-nlu", "sed"])
 def test_two_ranks_take_the_sft_step_of_one(parts, name):
     def go(ranks):

@@ -51,6 +51,7 @@ def check(counts, rollouts):
     assert counts["attention"] and not counts["slow_attention"]
 
 
+@pytest.mark.slow
 def test_sft_with_diversity(world, tmp_path):
     words = sft_args(world, "on-gpu", "--lambda", "0.3", "--max-new-tokens", LENGTH)
     check(pretended(tmp_path, "polylora", *words), rollouts=2)

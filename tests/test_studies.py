@@ -150,6 +150,7 @@ def test_other_temperatures_than_a_study_s_own():
     assert {f"{folders['dpp-grpo']}{tail}" for tail in ("", "@0.5", "@0.75")} <= set(words)
 
 
+@pytest.mark.slow
 def test_an_arm_s_name_has_one_meaning_and_a_meaning_one_name():
     """Over all studies: runs of one identity have one name, and a name has one identity in a
     setting. So nothing is trained twice under two names."""
@@ -283,6 +284,7 @@ def stub(folder, monkeypatch, script):
     return folder / "said"
 
 
+@pytest.mark.slow
 def test_a_run_makes_every_stage_once_and_then_the_report(tmp_path, monkeypatch, capsys):
     said = tmp_path / "said"
     stub(tmp_path, monkeypatch, f'echo "$STUDY_STAGE $@" >> "{said}"')
@@ -306,6 +308,7 @@ def test_a_run_makes_every_stage_once_and_then_the_report(tmp_path, monkeypatch,
     assert len(gone) == 1 and set(again) == set(stages) - gone
 
 
+@pytest.mark.slow
 def test_a_failed_stage_ends_the_other_seeds_and_says_how_to_repeat_it(tmp_path, monkeypatch,
                                                                        capsys):
     beat = tmp_path / "beat"
@@ -376,6 +379,7 @@ def test_a_tiny_study_runs_to_its_report_and_is_found_done(tmp_path):
     assert again.stdout.count("done already") == 3
 
 
+@pytest.mark.slow
 def test_the_writers_of_a_file_can_be_narrow_and_its_users_not():
     found = []
     for name in ("posts", "narrow"):

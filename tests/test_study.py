@@ -5,6 +5,7 @@ import pytest
 from helpers import asked, parsed
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize("given, sft, then", [("7,3", 7, 3), ("5", 5, 5)])
 def test_both_phases_may_have_steps_of_their_own(tmp_path, given, sft, then):

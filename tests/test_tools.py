@@ -33,6 +33,7 @@ def test_hostile_files_do_no_harm():
     assert ran.returncode == 0 and ran.stdout.count(" 0 faults") == 6, ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 def test_the_measure_of_many_drafts_runs(monkeypatch, capsys):
     import bench_measure
     import torch

@@ -139,7 +139,7 @@ def check_commands(commands, folder, seed):
     return arms
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_every_command_is_one_that_the_programs_take(tmp_path, gpus):
@@ -152,6 +152,7 @@ def test_every_command_is_one_that_the_programs_take(tmp_path, gpus):
     assert plain == [{"poly-dpp": "poly", "dpp-grpo": "poly-grpo"}.get(arm, arm) for arm in ARMS]
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize("diversity", ["dpp", "cosine"])
 def test_an_arm_is_what_the_studies_call_by_its_name(tmp_path, diversity):
@@ -182,6 +183,7 @@ def test_an_arm_is_what_the_studies_call_by_its_name(tmp_path, diversity):
     assert {name: getattr(split, name) for name in flags} == flags
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_rates_of_the_toy_task_are_not_those_of_the_full_study(tmp_path):
     """A rate that its trials doubled there would train an 8B model at 4e-3."""
@@ -192,6 +194,7 @@ def test_rates_of_the_toy_task_are_not_those_of_the_full_study(tmp_path):
         assert {args.dtype for args in parsed(commands, "grpo")} == {"auto"}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_the_toy_task_is_float32_on_every_machine(tmp_path):
     commands = asked(tmp_path, "--seeds", "5", gpus=1)
@@ -200,6 +203,7 @@ def test_the_toy_task_is_float32_on_every_machine(tmp_path):
     assert {args.dtype for args in [*sft, *parsed(commands, "grpo"), measured]} == {"float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_launch_of_many_ranks_gives_each_a_post(tmp_path):
     for ranks, drafted, batch in (8, 8, 16), (16, 16, 16), (24, 24, 24):
@@ -218,7 +222,7 @@ def test_no_two_stages_of_a_seed_share_a_name(tmp_path):
     assert len(set(numbers)) == len(numbers) == 3 + len(ARMS)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.multirank
 @pytest.mark.parametrize("gpus, cards", [(0, {""}), (1, {""}), (2, {"0", "1"})])
 def test_seeds_side_by_side_are_capped_by_the_gpus(tmp_path, gpus, cards):
@@ -241,6 +245,7 @@ def test_expandable_segments_are_asked_of_cuda(tmp_path):
     assert "expandable_segments:True" in (tmp_path / "said.env").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_folders_with_blanks_and_commands_that_can_be_pasted(tmp_path):
     folder = tmp_path / "my runs ü"
@@ -253,6 +258,7 @@ def test_folders_with_blanks_and_commands_that_can_be_pasted(tmp_path):
     assert {args.embedder for args in parsed(commands, "grpo")} == {"my embedder"}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_the_full_study_holds_d_at_the_norm_of_the_reward(tmp_path):
     for diversity, name in (("dpp", "dpp-grpo"), ("cosine", "poly-grpo")):
@@ -295,6 +301,7 @@ def test_the_full_study_runs_on_replies_with_and_without_styles(
     assert set(arms) == {"base", *ARMS}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_what_is_asked_for_every_command_reaches_every_command(tmp_path):
     commands = asked(tmp_path, "--model", "m", "--data", write_posts(tmp_path), "--nf4",
@@ -308,6 +315,7 @@ def test_what_is_asked_for_every_command_reaches_every_command(tmp_path):
     assert parsed(commands, "data")[0].sizes == "sft=20,grpo=20,eval=4"
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_data_is_read_as_check_reads_it_and_a_small_file_makes_small_parts(tmp_path):
     """985 posts were too few for the 5,500 of the default."""
@@ -355,6 +363,7 @@ def dry_run(folder, *flags):
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_too_few_posts_name_the_flag_and_leave_nothing_behind(tmp_path):
     ran = dry_run(tmp_path, "--model", "m", "--data", write_posts(tmp_path))
@@ -411,6 +420,7 @@ def test_flags_that_save_memory_reach_the_commands_that_have_them(tmp_path):
     assert {args.max_rows for args in [*trained, measured]} == {64}
 
 
+@pytest.mark.slow
 @pytest.mark.multirank
 def test_a_launch_runs_on_its_own_python_and_a_failed_seed_ends_the_others(tmp_path):
     """PATH's python may have no torch; and a seed that lives on would have no parent."""

@@ -53,7 +53,7 @@ FIRST = {"lora": ["lora_B"], "rslora": ["lora_B"], "dora": ["lora_B", "magnitude
          "ensemble": ["lora_B"]}
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_step_moves_what_it_should_and_nothing_else(kind):
     model = with_adapter(kind)

@@ -62,6 +62,7 @@ def slow_beams(model, prompt, k, groups, penalty, length, stops=()):
     return [ids for group in beams for ids, *_ in group]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k, groups, penalty", [(4, 2, 0.7), (4, 4, 3.0), (3, 1, 0.5), (4, 2, 0.0),
                                                 (1, 1, 1.0)])
 @pytest.mark.parametrize("stops", [(), tuple(STOPS)])

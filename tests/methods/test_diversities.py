@@ -105,6 +105,7 @@ def test_a_gate_and_a_floor_hold_for_distances_of_words():
 
 # ---- Every line of the registers takes steps -----------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIVERSITIES)
 def test_every_diversity_pushes_both_phases(parts, name):
     """Its part of the gradient alone: not zero, and another one for another D."""

@@ -211,6 +211,7 @@ def test_ba_lora_s_three_terms():
     assert losses.ba_lora_regularizer(z[:, :4], base[:, :4], completion).shape == (16,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.SFT_LOSSES)
 def test_every_sft_loss_takes_two_steps_and_moves_the_adapter(parts, name):
     s = sft_session(parts, "--loss", name)
@@ -280,6 +281,7 @@ def test_hidden_states_and_logits_come_from_one_pass(parts, monkeypatch):
     assert passes == [False, True]
 
 
+@pytest.mark.slow
 def test_the_loss_s_hyper_parameter_reaches_it(parts):
     """gem at beta 1 is cross-entropy; ba-lora without its terms too; at the defaults they
     differ."""

@@ -58,6 +58,7 @@ def merged(base, adapter, out, *flags):
 
 # ---- Logits --------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_folder_is_base_and_adapter(base, tmp_path, capsys, kind):
     tokens = sequence(3, 40, 137)
@@ -252,6 +253,7 @@ def test_peak_memory_is_below_two_shards(base, tmp_path):
 
 # ---- transformers --------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "nf4"])
 def test_live_transformers_reads_the_merged_folder(base, tmp_path, kind):

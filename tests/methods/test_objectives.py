@@ -439,7 +439,7 @@ def test_every_field_an_objective_needs_exists():
 
 # ---- Every line of the registers takes steps -----------------------------------------------------
 
-@pytest.mark.slow_after(5)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_takes_two_steps_and_moves_the_adapter(parts, name):
     s = grpo_session(parts, "--advantage", name, "--beta", "0.1")

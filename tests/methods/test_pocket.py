@@ -68,6 +68,7 @@ def test_toy_posts_are_distinct_seeded_many_and_varied(monkeypatch):
         pocket.pocket_posts(2000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pocket-code", "pocket-stories"])
 def test_toy_code_and_stories_are_verified_exactly(name, tmp_path):
     """Each post has a right reply in every voice, right in no other voice and for no other

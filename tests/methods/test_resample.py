@@ -53,6 +53,7 @@ def test_resampling_keeps_the_same_posts_on_any_number_of_ranks(parts):
 
 # ---- Ranks and resumption ------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("useful", [4, 12])
 def test_two_ranks_resample_as_one(parts, useful):
     """Posts of equal rewards are replaced by others; every twelfth post is useful, so that a

@@ -251,6 +251,7 @@ def step_of(parts, *flags, ranks=None, members="2"):
     return grads, tally, s
 
 
+@pytest.mark.slow
 def test_the_step_is_the_gradient_of_the_mean_loss_minus_diversity(parts):
     """However pairs are packed, and on two ranks; the spread is counted once."""
     got, tally, s = step_of(parts, "--member-spread", "0.5")
@@ -422,6 +423,7 @@ def picked(monkeypatch, run, place, posts=("My tram sings", "Another one")):
     return rows
 
 
+@pytest.mark.slow
 def test_a_reward_model_uses_the_chat_format_of_the_run_that_was_picked_from(root, capsys,
                                                                              monkeypatch):
     """Picks from a run with styles were learnt in the format of `replies`, and asked by grpo.py

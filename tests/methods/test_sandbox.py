@@ -208,6 +208,7 @@ def code_posts(tmp_path, *lines):
     return posts, domain
 
 
+@pytest.mark.slow
 def test_tasks_in_both_formats_are_read_split_and_judged(tmp_path):
     posts, domain = code_posts(tmp_path, HUMAN_EVAL, MBPP)
     assert (domain.name == "code" and domain.styles == ("right",) and domain.popularity_of(posts[0])
@@ -405,7 +406,7 @@ PASSES = {
 }
 
 
-@pytest.mark.slow_after(6)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", PASSES)
 def test_what_a_right_program_and_its_tests_hand_each_other_arrives(name):
     """Each was judged wrong: only plain values went through the pipes."""
@@ -439,6 +440,7 @@ def test_an_object_that_says_yes_to_everything_does_not_pass(name):
     assert not verdict(ALIKE, FORGED[name]).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [
     "def f(g):\n    return g.__globals__", "def f(g):\n    return g.__code__",
     "def f(g):\n    return type(g)._caller.perform('get', g, '__globals__')",
@@ -572,6 +574,7 @@ def test_check_says_when_solutions_were_not_run(tmp_path, capsys, cache):
     assert "2 tasks of code, whose known solutions were not run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_known_solution_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, monkeypatch,
                                                                               cache):
     posts = data.load_posts(tasks(tmp_path, HUMAN_EVAL, BROKEN))

@@ -54,6 +54,7 @@ def test_straight_through_is_biased_but_nearly_parallel_to_the_gradient_of_d(mon
     assert turns == pytest.approx([0.956, 0.981, 0.992], abs=0.005)
 
 
+@pytest.mark.slow
 def test_the_scores_are_gumbel_s_given_the_largest():
     """Noise drawn for a token drawn by p: unconditionally the scores are log p + Gumbel, each by
     itself: so is their softmax on average, and their largest is the token's."""

@@ -94,6 +94,7 @@ def test_tokens_are_chosen_from_the_whole_step(parts, name):
 
 # ---- Ranks and resumption ------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("useful", [(0, 2, 3, 4), (0, 2)])
 def test_ranks_with_unequal_posts_choose_their_own_tokens(parts, useful):
     """After --resample rank 0 has three of four posts, or both of two: assigned anew in turn the

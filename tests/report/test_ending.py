@@ -28,6 +28,7 @@ def study(folder, seeds=(1, 2, 3), arms=tuple(ARMS)):
     return made
 
 
+@pytest.mark.slow
 def test_the_bare_study_ends_in_at_most_25_lines(tmp_path, capsys):
     """One table, a sentence of verdict, where the rest is, the next command: it ended in some
     eighty lines of tables."""
@@ -49,6 +50,7 @@ def test_the_bare_study_ends_in_at_most_25_lines(tmp_path, capsys):
     assert "dpp-grpo is superior to lora-passk" in page and "Standard deviation over seeds" in page
 
 
+@pytest.mark.slow
 def test_the_verdict_without_a_primary_endpoint(tmp_path, capsys):
     runs = study(tmp_path, arms=("base", "lora", "sft-gem", "dpp-grpo"))
     report.report(runs, tmp_path / "r", "lora")
@@ -70,6 +72,7 @@ def test_the_smallest_p_is_that_of_equal_signs(n):
     assert p == pytest.approx(least_p(n)) if n <= 16 else least_p(n) <= p < 20 * least_p(n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds, p", [(3, False), (11, True)])
 def test_p_values_are_shown_where_they_could_reject(tmp_path, capsys, seeds, p):
     """Six tests: after Holm 11 seeds can give p = 0.006, three seeds 1."""

@@ -19,7 +19,7 @@ def grid(styles, steps):
         yield np.array([b - a - 1 for a, b in zip(cut, cut[1:])]) / steps
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("users", [(0.6, 0.3, 0.1), (0.4, 0.4, 0.2), (0.547, 0.193, 0.26),
                                    (1.0, 0, 0)])
 @pytest.mark.parametrize("valid", [1.0, 0.6])

@@ -46,6 +46,7 @@ def follow(monkeypatch, *moments):
     return pages
 
 
+@pytest.mark.slow
 def test_the_page_follows_a_study_until_every_run_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lora, poly = tmp_path / "lora", tmp_path / "poly"
@@ -71,6 +72,7 @@ def test_the_page_follows_a_study_until_every_run_is_measured(tmp_path, monkeypa
     assert "Look at report/report.html: it is rebuilt every 7 s" in shown and "Verdict" in shown
 
 
+@pytest.mark.slow
 def test_a_study_s_folder_stands_for_its_runs_and_is_complete_with_its_report(tmp_path,
                                                                              monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -113,6 +115,7 @@ def test_runs_that_cannot_be_compared_are_a_sentence_on_the_page(tmp_path, monke
     assert "differ in temperature" in pages[0] and "0 of" not in pages[0]
 
 
+@pytest.mark.slow
 def test_a_short_interval(tmp_path, monkeypatch):
     """The clock is not replaced: the page is there while the run is, and it ends by itself."""
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ def polygons(page):
             for element in ElementTree.fromstring(page).iter() if element.tag.endswith("polygon")]
 
 
+@pytest.mark.slow
 def test_bands_and_bars_stay_where_a_metric_can_be(tmp_path):
     """Two posts and two seeds give intervals far below 0 and above 1: they are drawn to the
     edge, no further, and the numbers stay. Each arm has a band along its k; one with a single
@@ -84,6 +85,7 @@ def test_a_method_is_placed_by_its_temperature_and_its_name_may_hold_an_at(tmp_p
                                        "z@0.3": 2, "z@3": 2}
 
 
+@pytest.mark.slow
 def test_many_arms_are_named_by_their_methods(tmp_path):
     arms = ["base", *(f"x@{n}" for n in range(12)), "z", *(f"z@{n}" for n in range(12))]
     runs = [write_run(tmp_path / f"r{n}", 0, arm, lambda i: 1 + n % 6)
@@ -117,6 +119,7 @@ def test_the_area_between_a_curve_and_the_limit_by_hand(tmp_path):
     assert "alone" not in note and said[0] > 0.05
 
 
+@pytest.mark.slow
 def test_a_report_links_the_pictures_that_it_has(runs, tmp_path):
     for ks in ((1, 2, 3, 5, 10), (1, 5), (2, 3)):
         out = tmp_path / str(len(ks)) / str(ks[0])
@@ -164,6 +167,7 @@ def hostile_run(folder, seed, arm):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_run_loads_nothing_and_takes_no_markup(tmp_path):
     runs = [hostile_run(tmp_path / f"{arm}{seed}", seed, arm)
             for arm in ("poly@0.1", "poly@0.3", HOSTILE.replace("/", "|"))

@@ -77,6 +77,7 @@ def show(browser, client, item=0):
     return [draft["text"] for draft in state["item"]["drafts"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, height, dark", LOOKS)
 def test_the_page_fits_and_hostile_drafts_stay_text(browser, runs, tmp_path, width, height, dark):
     phone = width < 640
@@ -116,6 +117,7 @@ def test_the_page_fits_and_hostile_drafts_stay_text(browser, runs, tmp_path, wid
     assert browser.errors == []
 
 
+@pytest.mark.slow
 def test_keys_pick_and_the_page_goes_on_where_the_person_stopped(browser, runs, tmp_path):
     out = tmp_path / "p.jsonl"
     browser.look(1280, 800, False, False)
@@ -157,6 +159,7 @@ def test_keys_pick_and_the_page_goes_on_where_the_person_stopped(browser, runs, 
         assert len(lines_of(out)) == 6 and browser.errors == []
 
 
+@pytest.mark.slow
 def test_a_person_is_told_when_a_pick_was_not_saved(browser, runs, tmp_path):
     out = tmp_path / "p.jsonl"
     error = "document.querySelector('#error').hidden ? '' : document.querySelector('#error span')" \

@@ -166,6 +166,7 @@ def test_a_post_that_is_not_the_page_s_own_writes_nothing(pair, tmp_path):
     assert len(lines_of(tmp_path / "p.jsonl")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item, pick", [(-1, 0), (8, 0), ("0", 0), (True, 0), (0.0, 0), (None, 0),
                                         ([0], 0), (0, -1), (0, 6), (0, "1"), (0, True), (0, 1.0),
                                         (0, [1]), (0, {})])
@@ -309,6 +310,7 @@ def test_an_answer_that_does_not_fit_on_the_disk_leaves_no_half_line(pair, tmp_p
         picking.write_whole(Short(), b"line")
 
 
+@pytest.mark.slow
 def test_concurrent_picks_do_not_interleave(tmp_path):
     """Lines of some 4,500 bytes, several at a time, and each post once."""
     run = run_of(tmp_path / "a", "a", lambda i: [f"{n} {i} " + "word " * 300 for n in range(3)],
@@ -460,6 +462,7 @@ def test_answers_of_none_are_left_out_by_sft_and_reward_models(tmp_path, capsys)
         data.load_posts(place)
 
 
+@pytest.mark.slow
 def test_from_the_page_to_a_reward_model_and_to_sft(world, tmp_path):
     """The whole way: a run is measured, a person picks, reward model and SFT learn from the file.
     """

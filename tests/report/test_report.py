@@ -70,6 +70,7 @@ def test_a_joint_method_is_reported_with_the_others(runs, tmp_path):
         evaluate.main(["report", *runs, "--out", str(tmp_path / "few"), "--ks", "0,2"])
 
 
+@pytest.mark.slow
 def test_report_writes_what_was_measured(runs, tmp_path, capsys):
     out = tmp_path / "out" / "deep"
     assert evaluate.main(["report", *runs, "--out", str(out), "--against", "lora-grpo"]) == 0
@@ -188,6 +189,7 @@ def test_report_names_the_broken_file(runs, tmp_path, capsys, name, content, sai
     assert said in message and (str(path) in message or "fewer" in said)
 
 
+@pytest.mark.slow
 def test_report_keeps_an_earlier_report_when_it_fails(runs, tmp_path, capsys):
     out = tmp_path / "out"
     report.report(runs, out)
@@ -319,6 +321,7 @@ def test_equal_adapters_and_warnings_are_named(tmp_path):
             and "poly: gated_D was 0" in text)
 
 
+@pytest.mark.slow
 def test_a_setting_without_effect_is_named(tmp_path):
     """poly@0.1 and poly@3 with one adapter between them were taken for one run at two
     temperatures, and so was an arm trained as x@1 but measured at another temperature than
@@ -410,6 +413,7 @@ def test_names_in_a_record_cannot_inject_markup(tmp_path, capsys):
 
 # ---- Files with gaps -----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_report_shows_sets_of_a_size_that_nobody_asked_for(root, capsys):
     """Pass@4 of beams in sets of 4 was in no table, and alone it was an IndexError."""
     w = places(root)

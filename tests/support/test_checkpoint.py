@@ -40,6 +40,7 @@ from trainer import Session, learning_rate, train
 
 # ---- The run folder and the loop -----------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 3, 7, 9])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop_at):
     """Optimizer state, step, schedule and noise all come back; steps after the last checkpoint
@@ -412,6 +413,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train(s, [*params, torch.nn.Parameter(torch.zeros(1))], step_fn, [])
 
 
+@pytest.mark.slow
 def test_two_damaged_checkpoints_mean_the_start_and_a_torn_log_is_no_matter(tmp_path, undisturbed):
     whole = finish_toy_run(*toy_run(toy_args(tmp_path / "whole")))
     broken_off(tmp_path / "cut", 7)
@@ -477,6 +479,7 @@ def test_a_signal_waits_for_the_last_update_of_a_rollout(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
 
 
+@pytest.mark.slow
 def test_lambda_and_seed_change_the_adapter_and_resume_does_not(world):
     """D reaches the weights (lambda 0 and 0.5 differ), the same command gives the same bits,
     another seed does not."""
@@ -665,7 +668,7 @@ CHANGES = [(change_base, "another base"), (change_template, "another tokenizer o
            (change_embedder, "another embedder")]
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("change, said", CHANGES)
 def test_a_run_made_from_other_inputs_is_neither_kept_nor_resumed(chain, capsys, change, said):
     """The old result stayed as "done already"; an unfinished run went on from another start."""
@@ -733,6 +736,7 @@ def test_what_a_folder_of_an_older_version_cannot_tell_is_said(chain, capsys):
     assert "older version" in refusal(capsys, grpo.main, *chain["command"], "--resume")
 
 
+@pytest.mark.slow
 def test_measuring_under_another_template_says_so(chain, capsys):
     """The adapter is measured anew, in a chat format that it was not trained in."""
     command = ["measure", chain["lora"], "--data", chain["eval"], "--n", "10",
@@ -758,7 +762,7 @@ def write_rows(w, change):
     Path(w["eval"]).write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("change, again",
                          [(change_base, True), (change_template, True), (change_tokenizer, True),
                           (intents, True), (written_anew, False), (change_start, True),
@@ -790,7 +794,7 @@ def tensors(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "adalora", "lori", "multilora",
                                   "moa", "ensemble", "full"])
 def test_sft_goes_on_from_a_finished_adapter(root, capsys, kind):  # noqa: F811
@@ -833,6 +837,7 @@ def test_sft_s_first_step_from_an_adapter_has_the_loss_of_that_adapter(root):  #
     assert trained_on < lines(root / "long")[0]["ce"] == new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, said",
                          [(["--rank", "3"], "--rank 3"), (["--alpha", "5"], "--alpha 5"),
                           (["--adapter", "dora"], "--adapter dora"),
@@ -1007,6 +1012,7 @@ def test_a_sound_measurement_is_not_warned_of(root, capsys, monkeypatch):  # noq
     assert "warning" not in capsys.readouterr().out and lines(w["lora"])[-1]["warnings"] == []
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_warnings_of_the_latest_measurement_alone(root, capsys,
                                                                      monkeypatch):  # noqa: F811
     """A mistake that was corrected is no longer a note of the report."""

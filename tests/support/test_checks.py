@@ -145,6 +145,7 @@ def other_model(world):
     tokenizer.save(str(world["root"] / "other" / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_wrong_input_gives_one_sentence_and_exit_code_2(world, other_model, capsys):
     """Every wrong input: exit code 2, one line that names the place, no traceback, and not a
     byte changed on disk."""
@@ -186,6 +187,7 @@ def test_flags_that_would_do_nothing_together_are_refused(world, capsys, flags, 
 
 # ---- Files with gaps -----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_small_mistakes_give_one_sentence_errors(root, capsys, monkeypatch):
     w = places(root)
     assert polylora.main(sft_args(w, "lora")) == 0

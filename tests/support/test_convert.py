@@ -127,6 +127,7 @@ def sft(model, file, out, *more):
                           "--steps", "2", "--batch", "2", "--rank", "2", "--lambda", "0", *more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_small_file_of_each_format_converts_splits_and_trains(tmp_path, model, name):
     _, flags, wanted = FILES[name]
@@ -188,6 +189,7 @@ FIELDS = {
     "bench.jsonl": 'JSON lines of MT-bench questions (fields "question_id", "turns")'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_command_says_how_to_convert_such_a_file(tmp_path, capsys, monkeypatch, name):
     """The format, its fields, and a command that works as it is pasted."""

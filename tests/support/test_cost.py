@@ -29,6 +29,7 @@ def check(case, monkeypatch, parts, few=2, more=4):
             assert planned.cache == pytest.approx(found["cache"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_plan_is_within_a_fifth_of_what_a_step_holds(monkeypatch):
     """It said half of what GRPO needs on one GPU: the cache that sampling keeps was left out, and
     what blocks keep in fp32."""
@@ -51,6 +52,7 @@ def test_the_plan_follows_the_flags(monkeypatch, changes):
     check(replace(Case("Qwen3-0.6B"), **changes), monkeypatch, ["sft with D", "grpo"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-0.6B"])
 def test_embedding_takes_what_the_plan_says_however_long_the_texts(monkeypatch, name):
     """512 texts of 100 tokens, and of 1,000: passes are bounded in tokens."""

@@ -539,6 +539,7 @@ def test_a_training_template_that_keeps_every_think_block_is_written_as_it_is(tm
                                 "<think>\n\n</think>\n\ntwo", "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template, match", [
     ("{{ '[INST] ' + messages[0]['content'] }}", "other tokens than <.im_start.> and <.im_end.>"),
     (MARKED.replace("['content'] + '<|im_end|>\\n'", "['content'] + '!<|im_end|>\\n'"),

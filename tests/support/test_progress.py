@@ -39,6 +39,7 @@ def test_a_phase_ends_with_its_numbers_of_the_first_and_last_tenth(tmp_path):
     assert outlook(tmp_path / "none", "grpo") == f"{tmp_path / 'none'}: done"
 
 
+@pytest.mark.slow
 def test_each_command_ends_with_what_to_look_at(root, capsys, monkeypatch):
     w = places(root)
     bars = []
