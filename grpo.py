@@ -287,18 +287,12 @@ def collect(session, visits, step):
     features.rewards = torch.tensor(session.reward(posts, texts, seeds), dtype=torch.float32)
     features.logprobs = torch.tensor([[sum(p) for p in group] for group in samples.logprobs])
     features.lengths = torch.tensor([[len(ids) for ids in group] for group in samples.tokens])
-    if session.domain.styles:
-        features.valid = torch.tensor(session.domain.valid(posts, texts))
-    if session.gate is not None:
-        features.quality = session.gate(features, posts, samples)
-    if session.embedder is not None:
-        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
+    needs = (*objective.needs, *DIVERSITIES[args.diversity].needs)
+    add_features(features, needs, session, posts, samples, seeds)
     if args.overlong:
         features.rewards += overlong_penalty(features.lengths, args.max_new_tokens, args.overlong)
     if objective.observe is not None:
         objective.observe(session, visits, features, samples, step)
-    needs = (*objective.needs, *DIVERSITIES[args.diversity].needs)
-    add_features(features, needs, session, posts, texts, seeds)
     return Rollout(visits, prompts, samples, features)
 
 

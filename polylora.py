@@ -317,13 +317,7 @@ def add_diversity(session, visits, step, tally):
     posts = [session.posts[visit.index] for visit in mine]
     seeds = [session.seed_for("gate", step, visit) for visit in mine]
     features = Features(texts=texts, seeds=torch.tensor(seeds), floor=args.gate_floor)
-    if session.domain.styles:
-        features.valid = torch.tensor(session.domain.valid(posts, texts))
-    if session.gate is not None:
-        features.quality = session.gate(features, posts, samples)
-    if session.embedder is not None:
-        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
-    add_features(features, DIVERSITIES[args.diversity].needs, session, posts, texts, seeds)
+    add_features(features, DIVERSITIES[args.diversity].needs, session, posts, samples, seeds)
     measured = measure_diversity(args.diversity, features)
     pairs = list(zip(prompts, samples.tokens))
     other_gradient = D_GRADIENTS[args.d_gradient].function

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
+import torch
+
 
 class Registry(MutableMapping):
     """name -> row, in the order of registration: the core's rows first, then methods/ by file."""
@@ -113,8 +115,17 @@ def add_flags(registry, parser):
             row.flags(parser)
 
 
-def add_features(features, names, session, posts, texts, seeds):
-    """Compute those of the named fields of a polylora.Features that FEATURES knows, each once."""
+def add_features(features, names, session, posts, samples, seeds):
+    """Compute the fields of a polylora.Features that either phase looks at, each once: verdicts,
+    the gate's quality (which reads `valid` and `rewards`), embeddings, and those of the named
+    fields that FEATURES knows."""
+    texts = features.texts
+    if session.domain.styles:
+        features.valid = torch.tensor(session.domain.valid(posts, texts))
+    if session.gate is not None:
+        features.quality = session.gate(features, posts, samples)
+    if session.embedder is not None:
+        features.embeddings = session.embedder(texts).cpu()                    # (P, k, dim)
     for name in names:
         if name in FEATURES and getattr(features, name, None) is None:
             setattr(features, name, FEATURES[name].function(session, posts, texts, seeds))
