@@ -463,6 +463,29 @@ def rotated(x, positions, frequencies):
     return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
 
 
+def test_attention_in_bf16_on_a_cpu_is_the_rounded_fp32_attention(monkeypatch):
+    """Values and gradients, with and without a mask; the kernel gets fp32, in which its backward
+    pass is two to four times faster."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 5, heads, 8, generator=draw).bfloat16() for heads in (4, 2, 2))
+    lower = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    seen, kernel = [], F.scaled_dot_product_attention
+
+    def noted(q, *rest, **named):
+        seen.append(q.dtype)
+        return kernel(q, *rest, **named)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for mask in (None, lower):
+        half, full = ([x.to(dtype).requires_grad_() for x in (q, k, v)]
+                      for dtype in (torch.bfloat16, torch.float32))
+        got, want = (model.full_attention(mask)(0, *inputs) for inputs in (half, full))
+        assert got.dtype == torch.bfloat16 and seen[-2:] == [torch.float32] * 2
+        assert torch.equal(got, want.bfloat16())
+        for mine, theirs in zip(torch.autograd.grad(got.float().sum(), half),
+                                torch.autograd.grad(want.sum(), full)):
+            assert torch.equal(mine, theirs.bfloat16())
+
+
 def test_rotary_angles_stay_exact_in_a_bf16_model(tmp_path):
     """Position 4095 after model.to(bfloat16): what reaches attention against float64. Rounded
     inverse frequencies (a buffer that .to() has cast) would turn the query by radians."""
