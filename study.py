@@ -94,10 +94,21 @@ def measuring(study, seed, model, data, folders):
     for t in study.temperatures:
         at = ["--temperature", f"{t:g}", "--name", f"{t:g}"]
         listed.append(Stage("measure", words + at, runs))
-    for decoder in study.decoders.get("names", []):
-        of = folders[study.decoders["of"]]
-        listed.append(Stage("measure", [*words, "--decoder", decoder], (of,)))
+    decoded = tuple(folders[name] for name in study.decoders["of"])
+    for decoder in study.decoders["names"]:
+        listed.append(Stage("measure", words + words_of_decoder(decoder), decoded))
     return listed
+
+
+def words_of_decoder(text):
+    """NAME or NAME+FLAG=VALUE+.. as flags of evaluate.py measure, into RUN@NAME or
+    RUN@NAME+FLAG=VALUE+.."""
+    decoder, *changes = text.split("+")
+    words = ["--decoder", decoder]
+    for change in changes:
+        flag, _, value = change.partition("=")
+        words += [f"--{flag}", value]
+    return words + (["--name", text] if changes else [])
 
 
 def command_of(stage):
@@ -113,8 +124,8 @@ def report_of(study, args):
         runs += [folders["base"], *(folders[name] for name in study.arms)]
         for t in study.temperatures:
             runs += [f"{folders[name]}@{t:g}" for name in study.arms]
-        for decoder in study.decoders.get("names", []):
-            runs.append(f"{folders[study.decoders['of']]}@{decoder}")
+        for decoder in study.decoders["names"]:
+            runs += [f"{folders[name]}@{decoder}" for name in study.decoders["of"]]
     words = [*program("report"), *runs, "--out", f"{args.out}/report-{study.name}", "--against",
              study.against]
     return words + (["--primary", *study.endpoint] if study.endpoint else [])

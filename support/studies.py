@@ -43,7 +43,7 @@ class Study:
     seeds: list
     arms: dict                    # name -> Arm, each after those that it starts from
     temperatures: list            # at which every arm is measured, besides 1
-    decoders: dict                # {"of": arm, "names": other decoders of it} or empty
+    decoders: dict                # {"of": arms, "names": other decoders of each} or empty
     against: str                  # the arm from which differences are taken
     endpoint: list                # the arm and its rivals, or empty
 
@@ -191,7 +191,20 @@ def load(args):
     if not reported.issuperset(endpoint):
         endpoint = []             # other arms or temperatures were asked than the endpoint's
     return Study(args.study, setting, seeds_of(args.seeds or file["seeds"]), arms, temperatures,
-                 file.get("decoders", {}), against if against in arms else "base", endpoint)
+                 decoders_of(file, arms), against if against in arms else "base", endpoint)
+
+
+def decoders_of(file, arms):
+    """The file's decoders, of those of their arms that are asked for."""
+    decoders = file.get("decoders", {"of": [], "names": []})
+    unknown = set(decoders["of"]) - set(names_of(file))
+    if unknown:
+        raise InputError(f"decoders of {', '.join(sorted(unknown))}: write arms of the study")
+    for text in decoders["names"]:
+        if not re.fullmatch(r"[\w-]+(\+[\w-]+=[^+=]+)*", text):
+            raise InputError(f"decoder {text}: write NAME or NAME+FLAG=VALUE")
+    of = [name for name in decoders["of"] if name in arms]
+    return {"of": of, "names": decoders["names"] if of else []}
 
 
 # ---- Flags, checked by the programs' parsers, and the identity of a run --------------------------

@@ -200,6 +200,20 @@ def test_a_flag_of_one_arm_changes_no_other():
         assert different == ({"diversity-weight"} if "diversity-weight" in arm.flags else set())
 
 
+def test_decoders_with_flags_are_measured_under_each_of_their_arms():
+    arms = ["lora", "poly-dpp", "lora-grpo", "lora-cover", "dpp-cover"]
+    *commands, (_, report) = commands_of("quasi")
+    decoded = [args for program, args in commands if getattr(args, "decoder", "") == "quasi"]
+    assert [args.set_size for args in decoded] == [5, 10]
+    assert [args.name for args in decoded] == [None, "quasi+set-size=10"]
+    assert all([Path(run).name for run in args.runs] == arms for args in decoded)
+    for name in ("quasi", "quasi+set-size=10"):
+        measured = [Path(run).name for run in report.runs if run.endswith(f"@{name}")]
+        assert measured == [f"{arm}@{name}" for arm in arms] * 5    # seeds
+    assert load("quasi", "--arms", "lora").decoders["of"] == ["lora"]
+    assert load("quasi", "--arms", "poly").decoders["names"] == []
+
+
 def test_any_arm_may_be_asked_by_its_name():
     arms = arms_of("primary", "--arms", "lora", "lora-cover+set-size=5+lr=7e-4")
     arm = arms["lora-cover+set-size=5+lr=0.0007"]
@@ -246,7 +260,9 @@ HEAD = 'question = "?"\nsetting = "_toy"\nseeds = "1"\n'
     (HEAD + 'arms = ["lora"\n', "mine.toml"),
     (HEAD + 'arms = ["lora"]\n[arm]\nlora = {sft = {rank = 2}}\n', "has a meaning in _arms.toml"),
     (HEAD + 'arms = ["lora", "two"]\n[arm]\ntwo = {sft = {lambda = 0}}\n', "are the same"),
-    (HEAD + 'arms = ["two"]\n[arm]\ntwo = {sft = {k = "$kk"}}\n', "no kk")])
+    (HEAD + 'arms = ["two"]\n[arm]\ntwo = {sft = {k = "$kk"}}\n', "no kk"),
+    (HEAD + 'arms = ["lora"]\ndecoders = {of = ["loar"], names = ["beams"]}\n', "loar"),
+    (HEAD + 'arms = ["lora"]\ndecoders = {of = ["lora"], names = ["beams+n"]}\n', "FLAG=VALUE")])
 def test_a_study_file_that_is_wrong(tmp_path, monkeypatch, capsys, text, word):
     write_study(tmp_path, monkeypatch, mine=text)
     assert study.main(["show", "mine"]) == 2
@@ -366,14 +382,15 @@ def test_seeds_side_by_side(monkeypatch):
 def test_a_tiny_study_runs_to_its_report_and_is_found_done(tmp_path):
     """From nothing, two ranks, an interpolated adapter; then the same command again."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-             "study.py", "run", "free", "--out", str(tmp_path / "my o"), "--seeds", "7"]
+             "study.py", "run", "primary", "--out", str(tmp_path / "my o"), "--seeds", "7",
+             "--arms", "lora", "lora-grpo", "lora-wise"]
     for change in ("data.sizes=base=30,sft=10,grpo=10,eval=4", "base.steps=2",
                    "base.until=false", "sft.steps=1",
                    "grpo.steps=1", "grpo.batch=4", "measure.n=10"):
         words += ["--set", change]
     first = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert first.returncode == 0, first.stderr[-2000:]
-    assert (tmp_path / "my o" / "report-free" / "report.json").exists()
+    assert (tmp_path / "my o" / "report-primary" / "report.json").exists()
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count("done already") == 3
