@@ -73,17 +73,24 @@ def equal_shares(sizes):
 
 def unit_tests(post):
     """The tests of a task of code, each alone: a list of what Code runs. A task's test is cut at
-    its assertions, each with all statements before it that are none; a test without assertions of
-    its own at the top level stays whole."""
+    the assertions of its function `check`, or else at those of its top level, each with all
+    statements before it that are none. A test without such assertions stays whole."""
     task = json.loads(post.tests)
+    tree = ast.parse(task["test"])
+    checks = [node for node in tree.body if isinstance(node, ast.FunctionDef)
+              and node.name == "check"]
+    cut = checks[0] if checks else tree                    # HumanEval's tests are in a function
     shared = []
+    tests = []
+    for statement in cut.body:
+        if not isinstance(statement, ast.Assert):
+            shared.append(statement)
+        elif not isinstance(statement.test, ast.Constant):           # `assert True` tests nothing
+            tests.append([*shared, statement])
     asserted = []
-    for statement in ast.parse(task["test"]).body:
-        source = ast.unparse(statement)
-        if isinstance(statement, ast.Assert):
-            asserted.append("\n".join([*shared, source]))
-        else:
-            shared.append(source)
+    for body in tests:
+        cut.body = body
+        asserted.append(ast.unparse(tree))
     return [task | {"test": test} for test in asserted or [task["test"]]]
 
 

@@ -165,8 +165,27 @@ def test_a_task_is_cut_at_its_assertions():
     cut = unit_tests(task("assert f(1) == 1\ny = 2\nassert f(y) == 2"))
     assert [one["test"] for one in cut] == ["assert f(1) == 1", "y = 2\nassert f(y) == 2"]
     assert all(one["names"] == ["f"] for one in cut)
-    whole = "def check(g):\n    assert g(1) == 1\ncheck(f)"
+    whole = "for n in 1, 2:\n    assert f(n) == n"
     assert [one["test"] for one in unit_tests(task(whole))] == [whole]
+
+
+def test_a_task_of_human_eval_is_cut_inside_its_function():
+    """f = abs passes the first test and the third. `assert True` is no test."""
+    whole = ("WORD = 'w'\n\ndef check(g):\n    assert True, 'said'\n    assert g(1) == 1\n"
+             "    two = -2\n    assert g(two) == two\n    for n in (two,):\n        two = n\n"
+             "    assert g(3) == 3\ncheck(f)\n")
+    cut = unit_tests(task(whole))
+    passed = []
+    for one in cut:
+        names = {"f": abs}
+        try:
+            exec(one["test"], names)
+        except AssertionError:
+            passed.append(False)
+        else:
+            passed.append(names["WORD"] == "w")
+    assert passed == [True, False, True]
+    assert "for n" not in cut[1]["test"] and "for n" in cut[2]["test"]
 
 
 def test_of_code_the_people_are_the_unit_tests(monkeypatch):
