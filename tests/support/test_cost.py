@@ -15,7 +15,7 @@ from support import cost
 from support.cost import GIB
 
 
-def check(case, monkeypatch, parts, few=2, more=4):
+def check(case, monkeypatch, parts, few=1, more=2):
     """The plan's figures are within 20% of the measured ones, the whole and each part."""
     found = meta_memory.extrapolated(case, monkeypatch, few, more, parts=parts)
     for part in parts:
