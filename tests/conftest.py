@@ -18,6 +18,8 @@ from methods import pocket
 from methods.small_base import train_tokenizer
 from support import posts as support_posts
 
+pytest_plugins = ["side_by_side"]   # --jobs
+
 torch.set_num_threads(1)  # the models are tiny: a second thread only spins
 
 

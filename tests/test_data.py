@@ -428,6 +428,7 @@ def test_the_chat_format_is_the_checkpoint_s_own(tmp_path, tokenizer, template, 
     assert text.startswith("<|im_start|>system\nBe brief.") == bool(want.system)
 
 
+@pytest.mark.slow
 def test_without_a_template_the_format_is_qwen3s_and_other_marks_are_refused(tmp_path):
     assert chat_format(tmp_path) == data.ChatFormat()
     for template in ("[INST] {{ messages[0]['content'] }} [/INST]", "{{ nonsense", "{{ 1 / 0 }}",

@@ -565,6 +565,7 @@ def test_a_batch_is_freed_with_its_last_completion(monkeypatch):
 
 # ---- The plain loop against the fast engine ------------------------------------------------------
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("rule", [dict(), dict(temperature=0.7), dict(top_k=5), dict(top_p=0.8),
                                   dict(min_p=0.1), dict(temperature=0)], ids=str)
 def test_the_engine_equals_the_plain_loop(rule):

@@ -439,6 +439,7 @@ def test_best_of_n_needs_a_reward_that_separates_completions(root, capsys):
 
 # ---- Files that stand in the way -----------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_bare_base_is_measured_into_no_run_and_no_model(root, capsys):
     """--base-out wrote its config.json over a checkpoint's, and over a run's."""
     w = places(root)

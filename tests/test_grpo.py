@@ -310,6 +310,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(parts, budget):
     assert means["kl"] > 1e-3 and means["zero_variance"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_gradients_of_two_ranks_add_up_to_the_whole(parts):
     """Divided by its own tokens, a rank with short drafts would weigh more; drafts must not
     depend on the rank."""

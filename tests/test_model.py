@@ -251,6 +251,7 @@ ODD = [None, True, False, -1, 0, 1.5, 1e30, 10 ** 9, 10 ** 30, float("nan"), "x"
        "1e+30", "float8", [[[[]]]]]
 
 
+@pytest.mark.slow
 def test_mutated_configurations_give_one_sentence_errors(tmp_path):
     """Wrong types, negative and gigantic sizes: 10^9 layers were built until time ran out."""
     config, rng, refused = written(tmp_path), random.Random(0), 0

@@ -55,6 +55,7 @@ def test_every_study_of_the_old_launcher_is_there():
     assert set(OF_THE_TOY_TASK) <= set(NAMES) and len(OF_THE_TOY_TASK) == 24
 
 
+@pytest.mark.slow_after(12)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_of_a_study_is_one_that_the_programs_take(name):
     """And each arm starts from one that came before it."""

@@ -67,6 +67,7 @@ def test_quick_run_prints_a_table_and_writes_every_time(tmp_path):
     assert last[0].startswith("case") and len({len(line) for line in last}) == 1
 
 
+@pytest.mark.slow
 def test_the_lists_of_what_is_changed_name_functions_that_are_there():
     import mutate
     for table in (mutate.REGISTRIES, mutate.CORE):

@@ -86,6 +86,7 @@ def test_rows_of_an_ensemble_hold_one_member_each():
 
 # ---- Drafts chosen by a reward -------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_an_ensemble_is_for_plain_sampling(root, capsys):
     """Other decoders' drafts were of one member and scored by another (by .9 in a
     log-probability)."""

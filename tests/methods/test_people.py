@@ -98,6 +98,7 @@ def test_the_bar_is_the_one_of_an_evaluation():
 
 # ---- Ordinary replies ----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_two_steps_on_ordinary_replies(world, monkeypatch):
     """A random model's completions agree with nobody: a low bar lets some agree."""
     monkeypatch.setattr(people, "pair_quantile", lambda *values: (0.05, None))

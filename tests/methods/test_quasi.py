@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import pytest
 import torch
 
 import evaluate
@@ -59,6 +60,7 @@ def test_a_set_covers_more_than_independent_completions():
     assert different > independent + 0.2
 
 
+@pytest.mark.slow
 def test_a_set_of_one_is_independent_sampling():
     assert chi_square(two_tokens(20_000, 1)[:, 0]) < 42.5
 
@@ -97,6 +99,7 @@ def test_log_probabilities_are_the_models_own_and_stop_ends_a_completion(parts):
     assert again[0] == tokens
 
 
+@pytest.mark.slow
 def test_it_is_measured_as_whole_sets(world, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(world["lora"], run)

@@ -85,6 +85,7 @@ def test_p_values_are_shown_where_they_could_reject(tmp_path, capsys, seeds, p):
                                                                                          not p)
 
 
+@pytest.mark.slow
 def test_a_warning_of_a_run_is_in_the_ending(tmp_path, capsys):
     runs = study(tmp_path, arms=("lora", "dpp-grpo"))
     with open(Path(runs[0]) / "metrics.jsonl", "a") as file:

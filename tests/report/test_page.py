@@ -50,6 +50,7 @@ def test_bands_and_bars_stay_where_a_metric_can_be(tmp_path):
     assert len(polygons((tmp_path / "out" / "pass_at_k.svg").read_text())) == 2
 
 
+@pytest.mark.slow
 def test_methods_of_one_setting_are_connected_in_its_order(tmp_path):
     """poly@0.1, @1 and @10 and poly itself, first: in both pictures, however they lie and
     however they are given."""
@@ -67,6 +68,7 @@ def test_methods_of_one_setting_are_connected_in_its_order(tmp_path):
                 == [1, 2, 0, 3]), (name, heights)
 
 
+@pytest.mark.slow
 def test_a_method_is_placed_by_its_temperature_and_its_name_may_hold_an_at(tmp_path):
     """x@1 at T = 1 lay before x@1@0.5 and x@1@1.6, all three at 1; so did its curve's colours
     and names."""

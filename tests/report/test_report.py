@@ -46,6 +46,7 @@ def test_joint_completions_are_measured_as_whole_sets():
 
 
 # The report
+@pytest.mark.slow
 def test_a_joint_method_is_reported_with_the_others(runs, tmp_path):
     """Its Pass@3 alone; everything else of Pass@k is a dash, and a note says why."""
     decoding = {"name": "list", "independent": False, "set_size": 3}
@@ -241,6 +242,7 @@ def test_seeds_may_have_posts_of_their_own(tmp_path):
             if note.startswith("pass@5")] == ["lora", "poly"]
 
 
+@pytest.mark.slow
 def test_the_limit_stands_beside_the_arms(runs, tmp_path):
     summary = report.report(runs, tmp_path / "out", "lora-grpo")
     limit = summary["limits"]["5"]
@@ -429,6 +431,7 @@ def test_a_report_shows_sets_of_a_size_that_nobody_asked_for(root, capsys):
 
 # ---- The report ----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_notes_of_unequal_seeds_say_whose_interval_is_over_what(tmp_path, capsys):
     """An arm of one seed was said to have an interval over seeds, and took away the warning of
     the others."""

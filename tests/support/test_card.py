@@ -28,6 +28,7 @@ def card(tmp_path, config=None, adapter=None, **more):
     return (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_both_phases_write_a_card(world, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["polylora.py", *sft_args(world, "x")])
     out = ["--out", str(tmp_path / "sft"), "--lambda", "0.5"]

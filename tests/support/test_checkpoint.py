@@ -683,6 +683,7 @@ def test_a_run_made_from_other_inputs_is_neither_kept_nor_resumed(chain, capsys,
     assert said in refusal(capsys, grpo.main, *chain["command"], "--resume")
 
 
+@pytest.mark.slow
 def test_sft_trained_again_otherwise_ends_the_chain(chain, capsys):
     """The reported case: another learning rate in phase one, then the same command of phase two."""
     assert grpo.main(chain["command"]) == 0
@@ -822,6 +823,7 @@ def test_sft_goes_on_from_a_finished_adapter(root, capsys, kind):  # noqa: F811
     assert all(torch.allclose(same[n], before[n], atol=1e-6) for n in same)
 
 
+@pytest.mark.slow
 def test_sft_s_first_step_from_an_adapter_has_the_loss_of_that_adapter(root):  # noqa: F811
     """Not the base's, and not that of an adapter set up anew."""
     w = places(root)
@@ -872,6 +874,7 @@ def test_sft_from_a_start_that_was_trained_otherwise_is_not_kept(root, capsys): 
     assert "another starting adapter" in refusal(capsys, polylora.main, *go)
 
 
+@pytest.mark.slow
 def test_an_sft_run_from_a_start_resumes_bit_for_bit(root):  # noqa: F811
     w = places(root)
     assert polylora.main(sft_args(w, "lora", "--lr", "0.01")) == 0

@@ -72,6 +72,7 @@ def test_embedding_takes_what_the_plan_says_however_long_the_texts(monkeypatch, 
         assert bytes_needed == pytest.approx(found["embedder"] - before, rel=0.2)
 
 
+@pytest.mark.slow
 def test_numbers_of_weights_are_those_of_the_models():
     for name in cost.QWEN3:
         config = Config(**dict(zip(cost.FIELDS, cost.QWEN3[name])))

@@ -512,6 +512,7 @@ def chat_of(folder, template, **config):
     return data.chat_format(folder)
 
 
+@pytest.mark.slow
 def test_templates_that_mark_what_the_assistant_says_are_read(tmp_path):
     """{% generation %} marks text and writes none; {% break %} and special tokens by name are
     transformers', too."""

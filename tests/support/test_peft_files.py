@@ -407,6 +407,7 @@ def test_adalora_whose_budget_has_ended_has_peft_s_logits(tmp_path):
     assert kept == sum(int((layer.lora_E != 0).sum()) for layer in lora_layers(again).values())
 
 
+@pytest.mark.slow
 def test_adalora_saved_with_its_cut_triplets_and_with_the_adapter_s_name_is_read(tmp_path):
     """As older PEFTs left it."""
     pattern = {f"base_model.model.{key}.default": kept
