@@ -93,12 +93,16 @@ class Values:
         for i, visit in enumerate(visits):
             old = self.known[self.key(visit)]
             rho = kept_share(drift[i])
-            right = rho * old["right"] + float(rewards[i].sum())
-            wrong = rho * old["wrong"] + float((1 - rewards[i]).sum())
-            mine.append((self.key(visit), {"right": right, "wrong": wrong,
-                                           "tokens": samples.tokens[i],
-                                           "logprobs": samples.logprobs[i]}))
-        updated = dict(self.session.ranks.gather(mine))
+            kept = {"right": rho * old["right"], "wrong": rho * old["wrong"], "tokens": [],
+                    "logprobs": []}
+            seen = {"right": float(rewards[i].sum()), "wrong": float((1 - rewards[i]).sum()),
+                    "tokens": samples.tokens[i], "logprobs": samples.logprobs[i]}
+            mine.append((self.key(visit), kept, seen))
+        updated = {}
+        for key, kept, seen in self.session.ranks.gather(mine):
+            counts = updated.setdefault(key, kept)         # a post may be in a step twice
+            for name in counts:
+                counts[name] = counts[name] + seen[name]
         self.known.update(updated)
         if self.path and self.session.ranks.main:
             self.write({"step": step, "posts": updated})

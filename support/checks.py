@@ -248,6 +248,9 @@ def check_weights(args):
     if args.diversity_schedule != "constant" and not weighs_D:
         raise InputError(f"--diversity-schedule {args.diversity_schedule} has no effect without "
                          "--diversity-weight or --diversity-share: give one of them")
+    if args.gate_floor and not weighs_D and "floor" not in OBJECTIVES[args.advantage].needs:
+        raise InputError("--gate-floor has no effect without D: give --diversity-weight or "
+                         "--diversity-share, or leave it out")
     check_diversity(args)
 
 
@@ -257,6 +260,9 @@ def check_objective(args):
     if "beta" in row.needs and not args.beta:
         raise InputError(f"--advantage {args.advantage} weighs the likelihood under the starting "
                          "adapter by --beta: give one above 0")
+    if args.overlong and "rewards" not in row.needs:
+        raise InputError(f"--overlong lowers rewards, which --advantage {args.advantage} does not "
+                         "use: leave --overlong out")
     if args.shard and not row.shards:
         raise InputError(f"--advantage {args.advantage} does not run with --shard: leave --shard "
                          "out")

@@ -95,6 +95,21 @@ def test_values_by_hand(parts, tmp_path):
     assert spo.Values(s, 1).known[s.posts[5].key] == old and spo.Values(s, 0).known == {}
 
 
+def test_a_post_that_is_in_a_step_twice_is_counted_twice(parts):
+    """At the end of an epoch and at the start of the next: the second rewards replaced the first.
+    """
+    s = spo_session(parts)
+    values, twice = spo.Values(s, 0), [Visit(2, 0), Visit(2, 1)]
+    values(twice, 0)
+    old = dict(values.known[s.posts[2].key])
+    _, samples, _ = s.sample_completions(twice, 0, 2)
+    values.learn(twice, torch.tensor([[1.0, 0.25], [0.0, 1.0]]), samples, 0)
+    new = values.known[s.posts[2].key]
+    assert new["right"] == pytest.approx(0.96 * old["right"] + 2.25)
+    assert new["wrong"] == pytest.approx(0.96 * old["wrong"] + 1.75)
+    assert new["tokens"] == [*samples.tokens[0], *samples.tokens[1]]
+
+
 def test_a_prompt_s_value_excludes_its_own_rewards(parts):
     """A baseline that has seen the rewards is not independent of the drafts that it is a
     baseline of."""

@@ -178,7 +178,9 @@ def test_unknown_flags_and_help_exit_as_programs_do():
 
 @pytest.mark.parametrize("flags, word", [("--diversity-schedule rising", "--diversity-weight"),
                                          ("--advantage single-stream-spo --k 1 --resample 2",
-                                          "--k 1")])
+                                          "--k 1"),
+                                         ("--gate-floor 1", "without D"),
+                                         ("--advantage evol --overlong 4", "does not use")])
 def test_flags_that_would_do_nothing_together_are_refused(world, capsys, flags, word):  # noqa: F811
     """A schedule of no weight; and with one draft a post all rewards of a post are equal, so
     that every step had none."""
