@@ -94,8 +94,8 @@ def tiny_weights(config, seed, prefix="model.", head="lm_head"):
     """name -> fp32 tensor, in Hugging Face's names.
 
     prefix "" gives the names of Qwen3-Embedding's files. head: "lm_head" (left out when
-    tied), "score" for a reward model, None for none. Heads are drawn last: the backbone of a
-    seed is the same under each."""
+    tied), "score" for a reward model, None for none. Heads and biases are drawn last: the rest
+    of a seed is the same with and without them."""
     rng, weights = np.random.default_rng(seed), {}
 
     def norm(name, dim):
@@ -121,6 +121,11 @@ def tiny_weights(config, seed, prefix="model.", head="lm_head"):
         linear("score", (1, matrix[1]), 0.4)
     elif head == "lm_head" and not config["tie_word_embeddings"]:
         linear("lm_head", matrix, 0.4)
+    if config["attention_bias"]:
+        for i in range(config["num_hidden_layers"]):
+            for name, (out, _) in linear_shapes(config).items():
+                if "self_attn" in name:
+                    weights[f"{prefix}layers.{i}.{name}.bias"] = draw(rng, out, -1, 1)
     return weights
 
 
@@ -464,7 +469,7 @@ def loads_or_says_why(folder):
 GOLDEN_FOLDER = ROOT / "tests" / "golden"
 
 QWEN3_GOLDEN = {n: json.loads((GOLDEN_FOLDER / f"qwen3_{n}.json").read_text())
-                for n in ("tied", "untied", "heads")}
+                for n in ("tied", "untied", "heads", "bias")}
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 

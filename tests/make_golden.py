@@ -107,6 +107,18 @@ def causal(folder, tied):
     return golden
 
 
+def bias(folder):
+    """Logits with attention_bias, tied and untied: q, k, v and o have a bias that is not zero."""
+    tokens = sequence(20 + LENGTHS[0], LENGTHS[0])
+    golden = {"versions": VERSIONS, "seed": SEED, "logits": {}}
+    for tied in (True, False):
+        config = tiny_config(tied, attention_bias=True)
+        place = write_checkpoint(folder / f"bias {tied}", config, tiny_weights(config, SEED))
+        model = load(Qwen3ForCausalLM, place)
+        golden["logits"]["tied" if tied else "untied"] = logits_of(model, tokens)
+    return golden
+
+
 def heads(folder):
     """The last token's final hidden state (as Qwen3-Embedding is read) and a reward model's score.
 
@@ -223,6 +235,7 @@ def main():
         for tied, name in ((True, "tied"), (False, "untied")):
             dump(f"qwen3_{name}.json", causal(Path(folder) / name, tied))
         dump("qwen3_heads.json", heads(Path(folder)))
+        dump("qwen3_bias.json", bias(Path(folder)))
         dump("bert.json", bert(Path(folder)))
         dump("adapters.json", adapters(Path(folder)))
         dump("peft_files.json", peft_files(Path(folder)))
