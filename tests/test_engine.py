@@ -19,7 +19,7 @@ from generate import generate_plain, sample
 from helpers import (
     PROMPTS, STOPS, build, build_model, next_logits, shake_all, surprise, with_adapter,
 )
-from lora import Parts, adapter_state, add_lora, lora_layers
+from lora import Parts, adapter_state, add_lora, base, lora_layers
 from support.layouts import ROWS_PER_TOKEN, Layout, evenly, first_layout, smaller
 from methods.nf4 import quantise
 from model import Qwen3, full_attention, pack, token_logprobs
@@ -338,6 +338,8 @@ def test_biases_beside_an_adapter_behind_the_weights(kind):
     for kept, fresh in zip(old.tensors, new.tensors):
         kept.copy_(fresh)
     assert torch.equal(old(x), new(x))
+    with base(model):
+        both()
 
 
 def test_fused_weights_are_stored_once_and_shared_with_the_model(tmp_path):
