@@ -129,6 +129,24 @@ def tiny_weights(config, seed, prefix="model.", head="lm_head"):
     return weights
 
 
+def other_checkpoint(folder, kind, tied, dtype=torch.float32, **changes):
+    """A tiny Qwen2 ("qwen2": q, k and v have a bias) or Llama ("llama": none has) with weights of
+    the tiny Qwen3, in `dtype`. Returns the folder."""
+    config = tiny_config(tied, attention_bias=kind == "qwen2") | changes
+    weights = {}
+    for name, tensor in tiny_weights(config, SEED).items():
+        is_other = "q_norm" in name or "k_norm" in name
+        if not is_other and not (kind == "qwen2" and name.endswith("o_proj.bias")):
+            weights[name] = tensor.to(dtype)
+    architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
+    config |= {"model_type": kind, "architectures": [architecture], "rms_norm_eps": 1e-5,
+               "rope_theta": 10000.0, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config.pop("max_window_layers")
+    if kind == "qwen2":
+        config.pop("attention_bias")         # its files do not say so
+    return write_checkpoint(folder, config, weights, shards=2)
+
+
 def write_checkpoint(folder, config, weights, shards=1):
     """config.json, generation_config.json, and model.safetensors or numbered shards and their
     index.
