@@ -178,6 +178,10 @@ def train_in_full(model):
     if adapter_state(model) or any(getattr(m, "quantised", False) for m in model.modules()):
         raise InputError("--adapter full trains the weights themselves: they cannot be in 4 bits, "
                          "or under an adapter")
+    if "residual_scale" in model.config.extra:
+        raise InputError("--adapter full takes steps of one size, and this checkpoint, written by "
+                         "support.to_qwen3, has weights of very unlike sizes (residual_scale in "
+                         "config.json): train an adapter")
     model.original = {name: p.detach().clone() for name, p in model.named_parameters()}
     return model.requires_grad_(True)
 

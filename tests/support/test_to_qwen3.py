@@ -10,7 +10,7 @@ from engine import generate
 from helpers import (
     GOLDEN_FOLDER, TIED, gap, logits_of, fingerprint, other_checkpoint, peer, sequence, shake,
 )
-from lora import add_lora, lora_layers
+from lora import add_adapter, add_lora, lora_layers
 from model import Qwen3, rms_norm
 from support.files import InputError, command, read_json
 from support.to_qwen3 import SMALLEST_EPSILON, convert, parser, scales_of
@@ -115,6 +115,15 @@ def test_lora_on_what_writes_to_the_stream_wants_alpha_times_the_scale(tmp_path)
         if name.endswith(("o_proj", "down_proj")):
             layer.set_alpha(8 * s)
     assert gap(logits_of(model, tokens), want) < 1e-4
+
+
+def test_all_weights_are_not_trained_together(tmp_path):
+    """A step of 1e-5 would be thousands of times the last norm's weight."""
+    convert(other_checkpoint(tmp_path / "a", "llama", True), tmp_path / "b")
+    model = Qwen3.from_pretrained(tmp_path / "b")
+    assert float(model.model.norm.weight.abs().max()) < 1e-8
+    with pytest.raises(InputError, match="residual_scale"):
+        add_adapter(model, "full", 4, 8)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
