@@ -129,6 +129,11 @@ def tiny_weights(config, seed, prefix="model.", head="lm_head"):
     return weights
 
 
+# Tiny checkpoints that are written as Qwen3: architecture, tied head, changes to config.json.
+OTHERS = {"qwen2": ("qwen2", True, {}), "llama": ("llama", False, {}),
+          "llama with biases": ("llama", True, {"attention_bias": True})}
+
+
 def other_checkpoint(folder, kind, tied, dtype=torch.float32, **changes):
     """A tiny Qwen2 ("qwen2": q, k and v have a bias) or Llama ("llama": none has) with weights of
     the tiny Qwen3, in `dtype`. Returns the folder."""

@@ -28,9 +28,9 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import (
-    PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, other_checkpoint, rank_pattern,
-    sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark, write_adapter,
-    write_checkpoint,
+    OTHERS, PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, other_checkpoint,
+    rank_pattern, sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark,
+    write_adapter, write_checkpoint,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,9 +127,10 @@ def to_qwen3(folder):
     writes as Qwen3."""
     tokens = sequence(20 + LENGTHS[0], LENGTHS[0])
     golden = {"versions": VERSIONS, "seed": SEED, "cases": {}}
-    for kind, cls, tied in (("qwen2", Qwen2ForCausalLM, True), ("llama", LlamaForCausalLM, False)):
-        model = load(cls, other_checkpoint(folder / kind, kind, tied))
-        golden["cases"][kind] = {"logits": logits_of(model, tokens), "greedy": greedy_of(model)}
+    for name, (kind, tied, changes) in OTHERS.items():
+        cls = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}[kind]
+        model = load(cls, other_checkpoint(folder / name, kind, tied, **changes))
+        golden["cases"][name] = {"logits": logits_of(model, tokens), "greedy": greedy_of(model)}
     return golden
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import generate
 from helpers import (
-    GOLDEN_FOLDER, TIED, gap, logits_of, fingerprint, other_checkpoint, peer, sequence, shake,
+    GOLDEN_FOLDER, OTHERS, TIED, fingerprint, gap, logits_of, other_checkpoint, peer, sequence, shake,
 )
 from lora import add_adapter, add_lora, lora_layers
 from model import Qwen3, rms_norm
@@ -21,19 +21,20 @@ CLASS = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 # ---- Equal logits --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, tied", [("qwen2", True), ("llama", False)])
-def test_logits_and_greedy_text_are_the_other_architecture_s(tmp_path, kind, tied):
-    want = GOLDEN[kind]
-    convert(other_checkpoint(tmp_path / "a", kind, tied), tmp_path / "b")
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_and_greedy_text_are_the_other_architecture_s(tmp_path, name):
+    kind, tied, changes = OTHERS[name]
+    want = GOLDEN[name]
+    convert(other_checkpoint(tmp_path / "a", kind, tied, **changes), tmp_path / "b")
     model = Qwen3.from_pretrained(tmp_path / "b")
     got = logits_of(model, want["logits"]["tokens"])
     assert gap(got[-2:], want["logits"]["last_two"]) < 1e-4
     assert gap(fingerprint(got), want["logits"]["fingerprints"]) < 1e-3
     samples = generate(model, want["greedy"]["prompts"], k=1, max_new_tokens=12, temperature=0)
     assert [drafts[0] for drafts in samples.tokens] == want["greedy"]["continuations"]
-    again = load_file(tmp_path / "b" / "model.safetensors")
-    assert not any(bool(t.any()) for n, t in again.items() if n.endswith("o_proj.bias"))
-    assert any(n.endswith("o_proj.bias") for n in again) == (kind == "qwen2")
+    weights = load_file(tmp_path / "b" / "model.safetensors")
+    biases = {bool(t.any()) for n, t in weights.items() if n.endswith("o_proj.bias")}
+    assert biases == {"qwen2": {False}, "llama": set(), "llama with biases": {True}}[name]
 
 
 @pytest.mark.peers
@@ -161,6 +162,8 @@ def test_dtypes(tmp_path, stored, flag, want):
     model = Qwen3.from_pretrained(tmp_path / "b")
     assert str(model.dtype) == f"torch.{want}" == f"torch.{model.config.dtype}"
     assert logits_of(model, [7, 8, 9]).isfinite().all()
+    root = model.model.layers[0].self_attn.k_norm.weight.double()
+    assert bool((root ** 2 == model.config.rms_norm_eps).all())    # exactly, as it is stored
 
 
 def test_fields_that_are_left_out_mean_what_transformers_takes(tmp_path):
