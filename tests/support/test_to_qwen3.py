@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from engine import generate
 from helpers import (
-    GOLDEN_FOLDER, OTHERS, TIED, fingerprint, gap, logits_of, other_checkpoint, peer, sequence, shake,
+    GOLDEN_FOLDER, OTHERS, TIED, fingerprint, gap, logits_of, other_checkpoint, peer, sequence,
+    shake,
 )
 from lora import add_adapter, add_lora, lora_layers
 from model import Qwen3, rms_norm
