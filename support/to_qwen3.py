@@ -14,7 +14,7 @@ head is the embedding: the last norm's weight is divided by s. Another head stay
 
 s is a power of 2, which rounds no weight, and the smallest that makes E at least 2^38: mean(q^2) /
 2E is then below fp32's rounding, 2^-24, for queries and keys of up to 180 in root mean square, and
-squares of the stream stay far from the largest number. float16 has no room for s."""
+squares of the stream stay far from the largest number. float16 cannot hold numbers of that size."""
 
 import argparse
 import math
