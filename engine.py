@@ -28,14 +28,14 @@ from support.products import logits_of, scores_of
 
 # ---- The fast engine: blocks with fewer and larger products --------------------------------------
 
-def linear(x, weight):
-    """x W^T without gradient. On a CPU large fp32 products go to oneDNN, 1.4 to 2.9 times faster
-    than the BLAS behind F.linear (AMD EPYC, 2 threads, 1 to 256 rows)."""
+def linear(x, weight, bias=None):
+    """x W^T + b without gradient. On a CPU large fp32 products go to oneDNN, 1.4 to 2.9 times
+    faster than the BLAS behind F.linear (AMD EPYC, 2 threads, 1 to 256 rows)."""
     large = x.numel() * len(weight) >= 2 ** 21         # below, oneDNN's set-up costs what it gains
     cpu = x.dtype == torch.float32 and x.device.type == "cpu"
     if large and cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a private name
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def joined(weights, spare=0):
@@ -70,11 +70,11 @@ def adjacent(weights):
 
 
 def decoding_parts_of(layer, dtype):
-    """The Parts of a linear layer: as it says itself; a plain one is its weight. None if the layer
-    cannot be fused; it is then called directly."""
+    """The Parts of a linear layer: as it says itself; a plain one is its weight and bias. None if
+    the layer cannot be fused; it is then called directly."""
     if hasattr(layer, "decoding_parts"):
         return layer.decoding_parts(dtype)
-    return Parts(layer.weight)
+    return Parts(layer.weight, bias=layer.bias)
 
 
 class FusedLinear:
@@ -89,7 +89,9 @@ class FusedLinear:
         self.A = None                                  # (sum of r, in)
         self.B = None                                  # (sum of r, sum of outs)
         self.gain = None                               # (sum of outs,)
-        self.tensors = []                              # made of adapters, which train
+        self.bias = None                               # (rows of W and of A behind it,)
+        self.shift = None                              # (sum of outs,): bias (1 - gain)
+        self.tensors = []                              # those of `made` that are there
         parts = [decoding_parts_of(layer, dtype) for layer in layers]
         self.whole = any(p is None for p in parts)     # call the layers one by one
         if self.whole:
@@ -100,7 +102,13 @@ class FusedLinear:
         self.fuse_updates(parts)
         self.fuse_gains(parts, dtype)
         self.fuse_weights(parts)
-        self.tensors = [t for t in (self.A, self.B, self.gain) if t is not None]
+        self.fuse_biases(parts)
+        self.tensors = [t for t in self.made() if t is not None]
+
+    def made(self):
+        """What is computed from the layers' tensors, and not a view of them; None where it is not
+        there."""
+        return self.A, self.B, self.gain, self.bias, self.shift
 
     def fuse_updates(self, parts):
         low_rank = [p for p in parts if p.A is not None]
@@ -134,12 +142,28 @@ class FusedLinear:
             behind = self.weight[self.rows:self.rows + len(self.A)]
             self.A = behind.copy_(self.A)
 
+    def fuse_biases(self, parts):
+        """Biases are added in the product with W, before the gain, which is not for them: `shift`
+        makes up for it."""
+        known = [p.bias for p in parts if p.bias is not None]
+        if not known:
+            return
+        biases = []
+        for part in parts:
+            zeros = known[0].new_zeros(part.weight.shape[0])
+            biases.append(zeros if part.bias is None else part.bias)
+        whole = torch.cat(biases).detach()
+        if self.gain is not None:
+            self.shift = whole * (1 - self.gain)
+        if not self.nf4:
+            self.bias = F.pad(whole, (0, len(self.weight) - self.rows))
+
     def key(self):
         """What a captured graph takes for granted of it."""
         if self.whole:
             return [id(layer) for layer in self.layers]
         weights = [w.codes.data_ptr() for w in self.nf4] or [self.weight.data_ptr()]
-        shapes = [None if t is None else t.shape for t in (self.A, self.B, self.gain)]
+        shapes = [None if t is None else t.shape for t in self.made()]
         return weights, self.scale, shapes
 
     def __call__(self, x):
@@ -148,12 +172,14 @@ class FusedLinear:
         if self.nf4:
             y = torch.cat([w(x) for w in self.nf4], -1)
         else:
-            y = linear(x, self.weight)
+            y = linear(x, self.weight, self.bias)
         if self.A is not None:
             low = y[..., self.rows:self.rows + len(self.A)] if self.extended else linear(x, self.A)
             y = y[..., :self.rows]
             y.flatten(0, -2).addmm_(low.flatten(0, -2), self.B, alpha=self.scale)
-        return y if self.gain is None else y * self.gain
+        if self.gain is not None:
+            y = y * self.gain
+        return y if self.shift is None else y + self.shift
 
 
 # ---- The fast engine: element-wise parts ---------------------------------------------------------

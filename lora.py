@@ -33,13 +33,14 @@ from support.registry import ADAPTERS, add_commands
 @dataclass
 class Parts:
     """What a linear layer is made of, for generation to fuse with others': y = gain * (x W^T +
-    scale (x A^T) B^T). weight W (out, in) or an NF4; A (r, in) and B (out, r), or None; gain (out,)
-    or None."""
+    scale (x A^T) B^T) + bias. weight W (out, in) or an NF4, which adds the bias itself; A (r, in)
+    and B (out, r), or None; gain and bias (out,) or None."""
     weight: object
     A: torch.Tensor | None = None
     B: torch.Tensor | None = None
     scale: float = 1.0
     gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def kaiming(weight, generator):
@@ -49,9 +50,9 @@ def kaiming(weight, generator):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x (arXiv 2106.09685). W, a tensor or an NF4, keeps its name and
-    dtype; A and B are fp32 (Adam's steps on a bf16 A round to nothing at small learning rates) and
-    are cast to the input's dtype for the product.
+    """y = W x + b + (alpha / r) B A x (arXiv 2106.09685). W, a tensor or an NF4, and the bias b,
+    where there is one, keep their names and dtype; A and B are fp32 (Adam's steps on a bf16 A
+    round to nothing at small learning rates) and are cast to the input's dtype for the product.
 
     The other kinds say by `factors` what stands for A and B. All of theirs is named lora_*:
     parameters in `trains` train, other parameters and buffers are kept, and what state_dict holds
@@ -62,6 +63,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha, dropout=0.0, width=None):
         super().__init__()
         self.weight = linear.weight
+        self.bias = linear.bias              # frozen, or None
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.rank = rank
@@ -98,7 +100,10 @@ class LoRALinear(nn.Module):
         return getattr(self.weight, "quantised", False)
 
     def forward(self, x):
-        y = self.weight(x) if self.is_nf4() else F.linear(x, self.weight)             # (.., out)
+        if self.is_nf4():
+            y = self.weight(x)                                                         # (.., out)
+        else:
+            y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
         A, B = self.factors()
@@ -112,9 +117,10 @@ class LoRALinear(nn.Module):
     def decoding_parts(self, dtype):
         """What generation fuses into one product with other layers'."""
         if not self.enabled:
-            return Parts(self.weight)
+            return Parts(self.weight, bias=self.bias)
         A, B = self.factors()
-        return Parts(self.weight, A.detach().to(dtype), B.detach().to(dtype), self.scale)
+        return Parts(self.weight, A.detach().to(dtype), B.detach().to(dtype), self.scale,
+                     bias=self.bias)
 
     def frozen_weight(self):
         """W (out, in) in fp32."""
@@ -344,11 +350,13 @@ def merge_lora(model, dtype=torch.float32):
 
 
 def plain_linear(layer, weight):
-    """The linear layer with a LoRA layer's sizes and a frozen `weight`; an NF4 is one itself."""
+    """The linear layer with a LoRA layer's sizes and bias and a frozen `weight`; an NF4 is one
+    itself."""
     if getattr(weight, "quantised", False):
         return weight
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear.bias = layer.bias
     return linear
 
 

@@ -41,6 +41,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
+    attention_bias: bool = False     # of q, k, v and o
     dtype: str = "float32"   # of the stored weights
     extra: dict = field(default_factory=dict)  # all else in config.json, written back when saved
 
@@ -53,8 +54,7 @@ class Config:
         """config.json in the hub's layout."""
         shape = {k: v for k, v in vars(self).items() if k not in ("dtype", "extra")}
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-                "max_position_embeddings": 40960, "attention_bias": False, **self.extra, **shape,
-                "torch_dtype": self.dtype}
+                "max_position_embeddings": 40960, **self.extra, **shape, "torch_dtype": self.dtype}
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -102,10 +102,12 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        q = c.num_attention_heads * c.head_dim
+        kv = c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.attention_bias)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 

@@ -22,9 +22,9 @@ class RsLoRALinear(LoRALinear):
 
 
 class DoRALinear(LoRALinear):
-    """y = (m / |V|) V x with V = W + (alpha / r) B A, |V| (out,) the norms of its rows, which pass
-    no gradient, and m = |W| at first: direction and magnitude train apart (arXiv 2402.09353; the
-    detached norm: its section 4.3). Dropout is A's alone, where PEFT's also reaches W x."""
+    """y = (m / |V|) V x + b with V = W + (alpha / r) B A, |V| (out,) the norms of its rows, which
+    pass no gradient, and m = |W| at first: direction and magnitude train apart (arXiv 2402.09353;
+    the detached norm: its section 4.3). Dropout is A's alone, where PEFT's also reaches W x."""
     kind = "dora"
     trains = (*LoRALinear.trains, "lora_magnitude_vector")
 
@@ -46,7 +46,12 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x):
         y = super().forward(x)
-        return y * self.gain().to(x.dtype) if self.enabled else y
+        if not self.enabled:
+            return y
+        gain = self.gain().to(x.dtype)
+        y = y * gain
+        # b is in y already. Where m has not moved the gain is 1, and y stays the base's own.
+        return y if self.bias is None else y + self.bias * (1 - gain)
 
     def decoding_parts(self, dtype):
         parts = super().decoding_parts(dtype)
@@ -162,7 +167,7 @@ class MoALinear(ParallelLinear):
         return low * self.spread(logits.float().softmax(-1).to(x.dtype))
 
     def decoding_parts(self, dtype):
-        return None if self.enabled else Parts(self.weight)
+        return None if self.enabled else Parts(self.weight, bias=self.bias)
 
     def merged_weight(self):
         raise InputError("a mixture of adapters has a weight for each token: it cannot be merged")
@@ -173,6 +178,10 @@ def train_in_full(model):
     if adapter_state(model) or any(getattr(m, "quantised", False) for m in model.modules()):
         raise InputError("--adapter full trains the weights themselves: they cannot be in 4 bits, "
                          "or under an adapter")
+    if "residual_scale" in model.config.extra:
+        raise InputError("--adapter full takes steps of one size, and this checkpoint, written by "
+                         "support.to_qwen3, has weights of very unlike sizes (residual_scale in "
+                         "config.json): train an adapter")
     model.original = {name: p.detach().clone() for name, p in model.named_parameters()}
     return model.requires_grad_(True)
 

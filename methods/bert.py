@@ -9,7 +9,7 @@ from torch import nn
 from generate import Embedder
 from support.embedders import SentenceFormat, sentence_format
 from support.files import InputError, fetch, read_json, short
-from support.hub import read_tensors, same_layout, tensor_shapes
+from support.hub import model_shapes, read_tensors, same_layout, tensor_shapes
 from support.model_config import LARGEST
 from support.registry import EMBEDDERS
 
@@ -106,7 +106,7 @@ class Bert(nn.Module):
                              f"num_hidden_layers = {config['num_hidden_layers']}")
         with torch.device("meta"):
             model = cls(config)
-        same_layout(folder, model, shapes)
+        same_layout(folder, model_shapes(model), shapes)
         device = device or "cpu"
         tensors = read_tensors(folder, device, torch.float32, rename=own_name)
         model.load_state_dict(tensors, strict=True, assign=True)

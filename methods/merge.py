@@ -64,7 +64,7 @@ def read_block(config, index, weight, nf4):
     if nf4:
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
-                replace_module(block, name, NF4(layer.weight))
+                replace_module(block, name, NF4(layer.weight, layer.bias))
     return block
 
 

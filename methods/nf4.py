@@ -60,13 +60,15 @@ def dequantised(codes, scales, outer, tables, dtype):
 
 
 class NF4(nn.Module):
-    """A frozen linear layer with 4.127 bits a weight: NF4 with double quantisation (QLoRA), equal
-    to bitsandbytes'. Each 64 values in a row share a scale, their largest magnitude; the scales
-    less their mean are coded in 8 bits that share a scale in their turn for each 256."""
+    """A frozen linear layer with 4.127 bits a weight and its bias in full: NF4 with double
+    quantisation (QLoRA), equal to bitsandbytes'. Each 64 values in a row share a scale, their
+    largest magnitude; the scales less their mean are coded in 8 bits that share a scale in their
+    turn for each 256."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, bias=None):
         super().__init__()
         self.shape = weight.shape
+        self.bias = bias
         self.out_features, self.in_features = weight.shape
         pairs = byte_values().to(weight.device)
         dynamic = scale_values().to(weight.device)
@@ -102,10 +104,11 @@ class NF4(nn.Module):
         return blocks.flatten()[:math.prod(self.shape)].view(self.shape)
 
     def product(self, x):
-        return F.linear(x, self.dense(x.dtype))
+        return F.linear(x, self.dense(x.dtype), self.bias)
 
     def forward(self, x):
-        """x W^T, W made dense again in the backward pass: kept, it would undo what NF4 saves."""
+        """x W^T + b; W is made dense again in the backward pass: kept, it would undo what NF4
+        saves."""
         if not torch.is_grad_enabled():
             return self.product(x)
         return checkpoint(self.product, x, use_reentrant=False, preserve_rng_state=False)
@@ -118,7 +121,7 @@ def quantise(model, device=None):
         for part in (block.self_attn, block.mlp):
             for name, layer in list(part.named_children()):
                 if isinstance(layer, nn.Linear):
-                    setattr(part, name, NF4(layer.weight.to(device)))
+                    setattr(part, name, NF4(layer.weight.to(device), layer.bias))
     return model.to(device)
 
 

@@ -33,7 +33,7 @@ NF4_BYTES = 4.127 / 8            # a weight (methods/nf4.py)
 
 def shape_of(name):
     """The configuration of one of QWEN3."""
-    return SimpleNamespace(**dict(zip(FIELDS, QWEN3[name])))
+    return SimpleNamespace(**dict(zip(FIELDS, QWEN3[name])), attention_bias=False)
 
 
 def widths(c):
@@ -46,6 +46,12 @@ def block_numbers(c):
     """Weights of one block's linear layers."""
     h, i, q, kv = widths(c)
     return 2 * h * q + 2 * h * kv + 3 * h * i
+
+
+def bias_numbers(c):
+    """Biases of one block, which stay as they are under --nf4."""
+    h, _, q, kv = widths(c)
+    return (q + 2 * kv + h) * c.attention_bias
 
 
 def embedding_numbers(c):
@@ -64,6 +70,7 @@ def frozen_bytes(c, itemsize=2, nf4=False, shards=1):
     """Bytes of the frozen weights on one rank; shards: the ranks that share the blocks."""
     blocks = c.num_hidden_layers * block_numbers(c)
     blocks *= NF4_BYTES if nf4 else itemsize
+    blocks += c.num_hidden_layers * bias_numbers(c) * itemsize
     whole = embedding_numbers(c) * itemsize
     if shards > 1:                           # a block is put together while the last one is in use
         return whole + blocks / shards + 2 * block_numbers(c) * itemsize

@@ -275,23 +275,28 @@ def empty_model(model_class, config, folder, shapes, embedder):
                          f"says num_hidden_layers = {config.num_hidden_layers}: it lacks tensors")
     with torch.device("meta"):
         model = model_class(config, lm_head=not (embedder or score), score_head=score)
-    same_layout(folder, model, shapes)
+    same_layout(folder, model_shapes(model), shapes)
     return model
 
 
-def same_layout(folder, model, shapes):
-    """InputError with the first difference between a model and the {name: shape} of its files."""
-    wanted = model.state_dict()
+def model_shapes(model):
+    """{name: shape} of a model's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def same_layout(folder, wanted, shapes):
+    """InputError with the first difference between the {name: shape} that config.json asks for and
+    those of the files."""
     for problem, names in (("lacks", wanted.keys() - shapes.keys()),
                            ("has an unknown", shapes.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"the checkpoint in {folder} {problem} tensor {short(min(names))}"
                              f"{more}: its config.json describes another network")
-    for name, tensor in wanted.items():
-        if shapes[name] != tuple(tensor.shape):
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
             raise InputError(f"tensor {name!r} in {folder} has shape {shapes[name]}, config.json "
-                             f"asks for {tuple(tensor.shape)}")
+                             f"asks for {shape}")
 
 
 def save_model(model, folder, shard_bytes):

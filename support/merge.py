@@ -166,6 +166,11 @@ def write_merged(base, stored, update, out, dtype, tied):
     config = read_json(base / "config.json")
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
     write_json(out / "config.json", config | dict.fromkeys(keys, str(dtype)[6:]))
+    copy_beside(base, out)
+
+
+def copy_beside(base, out):
+    """Copy what stands beside the weights in `base` into the folder `out`."""
     for name in COPIED:
         if (base / name).exists():
             shutil.copyfile(base / name, out / name)

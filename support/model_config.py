@@ -14,13 +14,13 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Settings with the only value that is implemented; a file may also leave them out.
-IMPLEMENTED = {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+IMPLEMENTED = {"use_sliding_window": False, "hidden_act": "silu"}
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_type")
 
 # Everything that is read; the rest of a file is kept as `extra`, and written back when saved.
-READ_KEYS = {*SIZES, *ROPE_KEYS, "rms_norm_eps", "tie_word_embeddings", "torch_dtype", "dtype",
-             "extra"}
+READ_KEYS = {*SIZES, *ROPE_KEYS, "rms_norm_eps", "tie_word_embeddings", "attention_bias",
+             "torch_dtype", "dtype", "extra"}
 
 
 def config_fields(d):
@@ -40,6 +40,7 @@ def config_fields(d):
     fields["rms_norm_eps"] = d.get("rms_norm_eps", 1e-6)
     fields["rope_theta"] = theta
     fields["tie_word_embeddings"] = d.get("tie_word_embeddings", False)
+    fields["attention_bias"] = d.get("attention_bias") or False
     fields["dtype"] = str(dtype).removeprefix("torch.")
     for name, value in fields.items():
         if not is_valid(name, value):
@@ -74,7 +75,7 @@ def is_valid(name, value):
     """Whether a field has the right type and a possible size."""
     if name in SIZES:
         return type(value) is int and 1 <= value <= LARGEST
-    if name == "tie_word_embeddings":
+    if name in ("tie_word_embeddings", "attention_bias"):
         return isinstance(value, bool)
     if name == "dtype":
         return value in DTYPES

@@ -94,8 +94,8 @@ def tiny_weights(config, seed, prefix="model.", head="lm_head"):
     """name -> fp32 tensor, in Hugging Face's names.
 
     prefix "" gives the names of Qwen3-Embedding's files. head: "lm_head" (left out when
-    tied), "score" for a reward model, None for none. Heads are drawn last: the backbone of a
-    seed is the same under each."""
+    tied), "score" for a reward model, None for none. Heads and biases are drawn last: the rest
+    of a seed is the same with and without them."""
     rng, weights = np.random.default_rng(seed), {}
 
     def norm(name, dim):
@@ -121,7 +121,35 @@ def tiny_weights(config, seed, prefix="model.", head="lm_head"):
         linear("score", (1, matrix[1]), 0.4)
     elif head == "lm_head" and not config["tie_word_embeddings"]:
         linear("lm_head", matrix, 0.4)
+    if config["attention_bias"]:
+        for i in range(config["num_hidden_layers"]):
+            for name, (out, _) in linear_shapes(config).items():
+                if "self_attn" in name:
+                    weights[f"{prefix}layers.{i}.{name}.bias"] = draw(rng, out, -1, 1)
     return weights
+
+
+# Tiny checkpoints that are written as Qwen3: architecture, tied head, changes to config.json.
+OTHERS = {"qwen2": ("qwen2", True, {}), "llama": ("llama", False, {}),
+          "llama with biases": ("llama", True, {"attention_bias": True})}
+
+
+def other_checkpoint(folder, kind, tied, dtype=torch.float32, **changes):
+    """A tiny Qwen2 ("qwen2": q, k and v have a bias) or Llama ("llama": none has) with weights of
+    the tiny Qwen3, in `dtype`. Returns the folder."""
+    config = tiny_config(tied, attention_bias=kind == "qwen2") | changes
+    weights = {}
+    for name, tensor in tiny_weights(config, SEED).items():
+        is_other = "q_norm" in name or "k_norm" in name
+        if not is_other and not (kind == "qwen2" and name.endswith("o_proj.bias")):
+            weights[name] = tensor.to(dtype)
+    architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
+    config |= {"model_type": kind, "architectures": [architecture], "rms_norm_eps": 1e-5,
+               "rope_theta": 10000.0, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config.pop("max_window_layers")
+    if kind == "qwen2":
+        config.pop("attention_bias")         # its files do not say so
+    return write_checkpoint(folder, config, weights, shards=2)
 
 
 def write_checkpoint(folder, config, weights, shards=1):
@@ -464,7 +492,7 @@ def loads_or_says_why(folder):
 GOLDEN_FOLDER = ROOT / "tests" / "golden"
 
 QWEN3_GOLDEN = {n: json.loads((GOLDEN_FOLDER / f"qwen3_{n}.json").read_text())
-                for n in ("tied", "untied", "heads")}
+                for n in ("tied", "untied", "heads", "bias")}
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 

@@ -21,13 +21,16 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import BertModel, Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
+from transformers import (
+    BertModel, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3ForSequenceClassification,
+    Qwen3Model,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import (
-    PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, rank_pattern, sequence,
-    tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark, write_adapter,
-    write_checkpoint,
+    OTHERS, PEFT_FILES, PEFT_KINDS, cut_triplets, fingerprint, nf4_weight, other_checkpoint,
+    rank_pattern, sequence, tiny_adapter, tiny_bert, tiny_config, tiny_weights, weights_mark,
+    write_adapter, write_checkpoint,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -104,6 +107,30 @@ def causal(folder, tied):
     adapted = PeftModel.from_pretrained(model, place).eval()
     golden["adapter"] = {"rank": RANK, "alpha": ALPHA, "seed": SEED + 1,
                          "weights": weights_mark(adapter), **logits_of(adapted, sequences[0])}
+    return golden
+
+
+def bias(folder):
+    """Logits with attention_bias, tied and untied: q, k, v and o have a bias that is not zero."""
+    tokens = sequence(20 + LENGTHS[0], LENGTHS[0])
+    golden = {"versions": VERSIONS, "seed": SEED, "logits": {}}
+    for tied in (True, False):
+        config = tiny_config(tied, attention_bias=True)
+        place = write_checkpoint(folder / f"bias {tied}", config, tiny_weights(config, SEED))
+        model = load(Qwen3ForCausalLM, place)
+        golden["logits"]["tied" if tied else "untied"] = logits_of(model, tokens)
+    return golden
+
+
+def to_qwen3(folder):
+    """Logits and greedy continuations of a tiny Qwen2 and a tiny Llama, which support/to_qwen3.py
+    writes as Qwen3."""
+    tokens = sequence(20 + LENGTHS[0], LENGTHS[0])
+    golden = {"versions": VERSIONS, "seed": SEED, "cases": {}}
+    for name, (kind, tied, changes) in OTHERS.items():
+        cls = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}[kind]
+        model = load(cls, other_checkpoint(folder / name, kind, tied, **changes))
+        golden["cases"][name] = {"logits": logits_of(model, tokens), "greedy": greedy_of(model)}
     return golden
 
 
@@ -223,6 +250,8 @@ def main():
         for tied, name in ((True, "tied"), (False, "untied")):
             dump(f"qwen3_{name}.json", causal(Path(folder) / name, tied))
         dump("qwen3_heads.json", heads(Path(folder)))
+        dump("qwen3_bias.json", bias(Path(folder)))
+        dump("to_qwen3.json", to_qwen3(Path(folder)))
         dump("bert.json", bert(Path(folder)))
         dump("adapters.json", adapters(Path(folder)))
         dump("peft_files.json", peft_files(Path(folder)))

@@ -16,12 +16,15 @@ import generate as generate_module
 import support.products
 from engine import DecodeBatch, FusedBlocks, FusedLinear, Scheduler, generate, joined
 from generate import generate_plain, sample
-from helpers import PROMPTS, STOPS, build, build_model, next_logits, surprise
-from lora import Parts, adapter_state, add_lora, lora_layers
+from helpers import (
+    PROMPTS, STOPS, build, build_model, next_logits, shake_all, surprise, with_adapter,
+)
+from lora import Parts, adapter_state, add_lora, base, lora_layers
 from support.layouts import ROWS_PER_TOKEN, Layout, evenly, first_layout, smaller
 from methods.nf4 import quantise
 from model import Qwen3, full_attention, pack, token_logprobs
 from support.files import InputError, read_json
+from support.registry import ADAPTERS
 
 
 def flat(nested):
@@ -292,12 +295,13 @@ def with_lora(dtype=torch.float32, targets=("q_proj", "v_proj", "o_proj", "up_pr
     return model
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("extend", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
-def test_fused_products_equal_the_separate_layers(dtype, tolerance, extend):
+def test_fused_products_equal_the_separate_layers(dtype, tolerance, extend, bias):
     """q, k, v in one product, gate and up in one, LoRA beside or A behind the weights: what is
     decoded is what is trained. A block-diagonal B laid wrong gives q's update to v."""
-    model, tokens = with_lora(dtype), torch.randint(0, 41, (3, 9))
+    model, tokens = with_lora(dtype, attention_bias=bias), torch.randint(0, 41, (3, 9))
     for on in (True, False):
         for layer in lora_layers(model).values():
             layer.enabled = on
@@ -307,10 +311,35 @@ def test_fused_products_equal_the_separate_layers(dtype, tolerance, extend):
             x = fused(model.model.embed_tokens(tokens), torch.arange(9)[None], full_attention())
             got = model.model.norm(x)
         assert (got - want).abs().max() < tolerance
-        assert any(p.tensors for block in fused.blocks for p in block.products()) == on
+        assert any(p.tensors for block in fused.blocks for p in block.products()) == (on or bias)
         if on:
             adapted = want
     assert (want - adapted).abs().max() > 10 * tolerance  # the adapter does matter
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_biases_beside_an_adapter_behind_the_weights(kind):
+    """The rows of A get no bias, and a gain is for W and B A alone. After training the kept tensors
+    are replaced by new ones: a bias of --adapter full is among them."""
+    model = shake_all(with_adapter(kind, build(attention_bias=True)))
+    attention, x = model.model.layers[0].self_attn, torch.randn(3, 2, 24)
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def both():
+        product = FusedLinear(layers, torch.float32, extend=True)
+        with torch.no_grad():
+            want = torch.cat([layer(x) for layer in layers], -1)
+            assert (product(x) - want).abs().max() < 1e-5
+        return product, want
+    old, before = both()
+    shake_all(model, seed=2)
+    new, after = both()
+    assert (after - before).abs().max() > 0.1 and old.key() == new.key()
+    for kept, fresh in zip(old.tensors, new.tensors):
+        kept.copy_(fresh)
+    assert torch.equal(old(x), new(x))
+    with base(model):
+        both()
 
 
 def test_fused_weights_are_stored_once_and_shared_with_the_model(tmp_path):
@@ -502,8 +531,8 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nf4", [False, True])
-def test_a_captured_graph_equals_the_eager_step(monkeypatch, nf4):
+@pytest.mark.parametrize("nf4, bias", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_captured_graph_equals_the_eager_step(monkeypatch, nf4, bias):
     """A CUDA graph repeats kernels at fixed addresses: a step that reads a number or a list of
     the host, or an adapter that was copied before it trained, would go on with old values.
     Over refills, smaller batches and a second rollout after training."""
@@ -511,7 +540,7 @@ def test_a_captured_graph_equals_the_eager_step(monkeypatch, nf4):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     whole, replays = Tape.replay, []
     monkeypatch.setattr(Tape, "replay", lambda self: (replays.append(1), whole(self)))
-    eager, graphs = with_lora(nf4=nf4), with_lora(nf4=nf4)
+    eager, graphs = (with_lora(nf4=nf4, attention_bias=bias) for _ in range(2))
     graphs.load_state_dict(eager.state_dict())
     graphs.graphs = True
     generate(graphs, PROMPTS, k=3, max_new_tokens=6, stop_ids=STOPS, max_rows=9)

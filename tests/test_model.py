@@ -1,5 +1,6 @@
 """Tests of model.py."""
 
+import itertools
 import json
 import math
 import random
@@ -13,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import lora
 import model
 from helpers import (
-    GROUPS, PROMPTS, STOP, TIED, Largest, build, close, fingerprint, gap, golden, load_tiny,
-    loads_or_says_why, logits_of, next_logits, nll, peer, right_padded, sequence, shake,
+    GROUPS, PROMPTS, QWEN3_GOLDEN, STOP, TIED, Largest, build, close, fingerprint, gap, golden,
+    load_tiny, loads_or_says_why, logits_of, next_logits, nll, peer, right_padded, sequence, shake,
     tiny_adapter, tiny_config, tiny_weights, trainable, weights_mark, written,
 )
 from lora import lora_layers
@@ -291,6 +292,27 @@ def test_logits(tmp_path, tied, shards):
         assert gap(fingerprint(got), want["fingerprints"]) < 1e-3
 
 
+@TIED
+def test_logits_with_attention_bias(tmp_path, tied):
+    """q, k, v and o have a bias, as in transformers, and a missing one is an error."""
+    model = load_tiny(tmp_path / "a", tied, attention_bias=True)
+    want = QWEN3_GOLDEN["bias"]["logits"]["tied" if tied else "untied"]
+    got = logits_of(model, want["tokens"])
+    assert gap(got[-2:], want["last_two"]) < 1e-4
+    assert gap(fingerprint(got), want["fingerprints"]) < 1e-3
+    without = logits_of(load_tiny(tmp_path / "b", tied), want["tokens"])
+    assert gap(got, without) > 0.1
+    model.save_pretrained(tmp_path / "c")
+    again = Qwen3.from_pretrained(tmp_path / "c")
+    assert again.config == model.config and again.config.attention_bias
+    assert torch.equal(logits_of(again, want["tokens"]), got)
+    for names in itertools.product((0, 2), "qkvo"):
+        key = "model.layers.{}.self_attn.{}_proj.bias".format(*names)
+        with pytest.raises(InputError, match=f"lacks tensor '{re.escape(key)}'"):
+            load_tiny(tmp_path / "d", tied, attention_bias=True,
+                      change=lambda config, weights: weights.pop(key))
+
+
 def test_logits_of_a_right_padded_batch(tmp_path):
     model, wants = load_tiny(tmp_path, False), golden(False)["logits"]
     tokens, lengths = right_padded([w["tokens"] for w in wants], pad=STOP)
@@ -386,7 +408,7 @@ def test_config_of_both_layouts(tied):
 
 @pytest.mark.parametrize("change, word", [
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
-    ({"model_type": "llama"}, "llama"), ({"attention_bias": True}, "attention_bias"),
+    ({"model_type": "llama"}, "llama"), ({"attention_bias": 1}, "attention_bias"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "yarn")],
     ids=["scaling", "type", "bias", "window", "parameters"])
@@ -515,7 +537,7 @@ def test_rotary_angles_stay_exact_in_a_bf16_model(tmp_path):
     {}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1}, {"head_dim": 32}, {"head_dim": 8},
     {"rms_norm_eps": 1e-2}, {"rope_theta": 10000.0}, {"num_hidden_layers": 1},
     {"num_attention_heads": 4},
-    {"hidden_size": 40}], ids=str)
+    {"hidden_size": 40}, {"attention_bias": True}], ids=str)
 @TIED
 def test_live_logits_of_other_shapes(tmp_path, tied, change):
     model, tokens = load_tiny(tmp_path, tied, **change), sequence(3, 130)
@@ -528,7 +550,8 @@ def test_live_logits_of_other_shapes(tmp_path, tied, change):
 @pytest.mark.parametrize("options", [{}, {"shard_bytes": 60_000}], ids=["one file", "shards"])
 @TIED
 def test_live_saved_by_us_read_by_transformers(tmp_path, tied, options):
-    model, tokens = load_tiny(tmp_path / "a", tied, **ODD_CONFIG), sequence(3, 30)
+    model = load_tiny(tmp_path / "a", tied, **ODD_CONFIG, attention_bias=bool(options))
+    tokens = sequence(3, 30)
     model.save_pretrained(tmp_path / "b", **options)
     assert (tmp_path / "b/model.safetensors.index.json").exists() == bool(options)
     theirs = peer("Qwen3ForCausalLM", tmp_path / "b")
@@ -541,7 +564,8 @@ def test_live_saved_by_us_read_by_transformers(tmp_path, tied, options):
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "60KB"}], ids=["one file", "shards"])
 @TIED
 def test_live_saved_by_transformers_read_by_us(tmp_path, tied, options):
-    model, tokens = load_tiny(tmp_path / "a", tied, **ODD_CONFIG), sequence(3, 30)
+    model = load_tiny(tmp_path / "a", tied, **ODD_CONFIG, attention_bias=bool(options))
+    tokens = sequence(3, 30)
     peer("Qwen3ForCausalLM", tmp_path / "a").save_pretrained(tmp_path / "b", **options)
     again = Qwen3.from_pretrained(tmp_path / "b")
     assert (again.config.rope_theta, again.config.dtype) == (500000, "float32")

@@ -1,6 +1,7 @@
 """Tests of methods/adapters.py."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -40,9 +41,10 @@ ALIKE = [kind for kind in LOW_RANK if kind not in ("moa", "ensemble")]
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_first_every_adapter_is_the_base_bit_for_bit(kind):
     """PiSSA's and DoRA's too: both are written so that nothing is left but zeros and ones."""
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(logits(with_adapter(kind, build_model(dtype))),
-                           logits(build_model(dtype)))
+    for dtype, bias in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        plain = build_model(dtype, attention_bias=bias)
+        want = logits(plain)
+        assert torch.equal(logits(with_adapter(kind, plain)), want)
     assert gap(logits(shake_all(with_adapter(kind))), logits(build_model())) > 0.02
 
 
@@ -74,6 +76,34 @@ def test_the_first_step_moves_what_it_should_and_nothing_else(kind):
             assert moved == {n for n in own if any(part in n for part in FIRST[kind])}
     # after three steps all, and no frozen tensor
     assert moved == set(own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_adapter_trains_over_biases_and_leaves_them_as_they_are(kind):
+    """Two steps over attention_bias: the base, the merged weights and the model without the adapter
+    have the biases that were there."""
+    fresh = build_model(attention_bias=True)
+    biases = {n: p.clone() for n, p in fresh.named_parameters() if n.endswith("bias")}
+    assert len(biases) == 8 and min(float(b.abs().max()) for b in biases.values()) > 0.1
+    plain = logits(fresh)
+    model = with_adapter(kind, fresh)
+    own = adapter_state(model)
+    optimizer = torch.optim.AdamW(own.values(), lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        model(TOKENS).log_softmax(-1)[0, :, 5].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+    moved = [not torch.equal(p, biases[n]) for n, p in after.items()]
+    assert after.keys() == biases.keys() and all(p == (kind == "full") for p in moved)
+    trained = logits(model)
+    assert gap(trained, plain) > 1e-3
+    with base(model):
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(drop_lora(copy.deepcopy(model))), plain)
+    if kind in ALIKE or kind == "full":
+        assert gap(logits(merge_lora(model)), trained) < 2e-5
+        assert model.state_dict().keys() == build_model(attention_bias=True).state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,12 +203,13 @@ def test_pissa_starts_at_the_largest_singular_directions():
 # ---- Drafts --------------------------------------------------------------------------------------
 
 @pytest.mark.slow_after(3)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind, nf4",
                          [*((kind, False) for kind in KINDS), *((kind, True) for kind in LOW_RANK)])
-def test_sampling_and_training_use_the_same_function(kind, nf4):
+def test_sampling_and_training_use_the_same_function(kind, nf4, bias):
     """The fast engine, the plain loop and the scoring pass: the same drafts, the same
     log-probabilities."""
-    model = build_model()
+    model = build_model(attention_bias=bias)
     model = shake_all(with_adapter(kind, quantise(model) if nf4 else model))
     settings = dict(k=4, max_new_tokens=5, seed=5)
     fast, plain = (write(model, THREE_PROMPTS, **settings) for write in (generate, generate_plain))

@@ -46,6 +46,16 @@ def trained(base, kind, folder, nf4=False):
     return model
 
 
+def largest_gap(base, one, other):
+    """Of two models' logits on the prompts that the command compares them on."""
+    tokenizer = data.load_tokenizer(base)
+    found = []
+    for post in merge.POSTS:
+        tokens = data.encode_prompt(tokenizer, [{"role": "user", "content": post}])
+        found.append(gap(logits_of(one, tokens), logits_of(other, tokens)))
+    return max(found)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return small(tmp_path_factory.mktemp("base") / "model", shards=2)
@@ -70,6 +80,29 @@ def test_the_merged_folder_is_base_and_adapter(base, tmp_path, capsys, kind):
     assert f"({kind}) in its weights, float32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "full", "nf4"])
+def test_biases_are_merged_as_they_are(tmp_path, capsys, kind):
+    """Over attention_bias, whose biases no adapter but `full` changes; and what is printed of a run
+    in NF4 is measured with them."""
+    base = small(tmp_path / "base", attention_bias=True)
+    tokens = sequence(3, 40, 137)
+    run = tmp_path / "run"
+    model = trained(base, "lora" if kind == "nf4" else kind, run / "adapter", nf4=kind == "nf4")
+    (run / "config.json").write_text(json.dumps({"model": str(base), "nf4": kind == "nf4"}))
+    folder = merged(base, run, tmp_path / "m")
+    got = Qwen3.from_pretrained(folder)
+    if kind == "nf4":
+        printed = float(capsys.readouterr().out.split("by up to ")[1].split(";")[0])
+        want = largest_gap(base, got, model)
+        assert 0.01 < want and abs(printed - want) <= 0.05 * want
+    else:
+        assert gap(logits_of(got, tokens), logits_of(model, tokens)) < 1e-4
+    before = Qwen3.from_pretrained(base).state_dict()
+    biases = [n for n in before if n.endswith("bias")]
+    same = [torch.equal(before[n], got.state_dict()[n]) for n in biases]
+    assert len(biases) == 12 and (not any(same) if kind == "full" else all(same))
+
+
 def test_a_run_in_nf4_is_merged_onto_the_full_base(base, tmp_path, capsys):
     """What is merged is full base + adapter; how far that is from what was trained is printed."""
     tokens = sequence(3, 40, 137)
@@ -90,13 +123,9 @@ def test_the_printed_difference_is_the_logits_own(base, tmp_path, capsys):
     model = trained(base, "dora", tmp_path / "a")
     folder = merged(base, tmp_path / "a", tmp_path / "m", "--dtype", "bfloat16")
     said = capsys.readouterr().out
-    tokenizer = data.load_tokenizer(base)
     rounded = Qwen3.from_pretrained(folder)
     assert rounded.dtype == torch.bfloat16
-    want = 0
-    for post in merge.POSTS:
-        tokens = data.encode_prompt(tokenizer, [{"role": "user", "content": post}])
-        want = max(want, gap(logits_of(rounded.float(), tokens), logits_of(model, tokens)))
+    want = largest_gap(base, rounded.float(), model)
     printed = float(said.split("adapter: ")[1].split(",")[0])
     assert 0.001 < want and abs(printed - want) <= 0.05 * want
 

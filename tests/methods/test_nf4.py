@@ -13,7 +13,7 @@ import polylora
 from engine import generate
 from helpers import (
     GOLDEN_FOLDER, TOKENS, adapter_of, build_model, gap, grpo_args, logits, nf4_weight,
-    sft_args, shake,
+    sft_args, shake, shake_all, with_adapter,
 )
 from lora import adapter_state, add_lora, drop_lora, merge_lora
 from methods.nf4 import NF4, NF4_VALUES, quantise
@@ -115,6 +115,26 @@ def test_an_nf4_model_is_loaded_layer_by_layer_moved_and_not_saved(tmp_path):
     assert drop_lora(model).model.layers[0].mlp.up_proj is layer
     assert merge_lora(shake(add_lora(model, 2, 4))).model.layers[0].mlp.up_proj.weight.shape == (32,
                                                                                                  24)
+
+
+def test_biases_stay_in_full_precision():
+    """Alone, under LoRA and under DoRA, whose gain is not for them: q, k, v and o of NF4 are their
+    dense weights and the bias that was there."""
+    full = build_model(attention_bias=True)
+    want = {n: p.clone() for n, p in full.named_parameters() if n.endswith("bias")}
+    model = quantise(build_model(attention_bias=True))
+    for name, layer in model.named_modules():
+        if isinstance(layer, NF4):
+            full.get_submodule(name).weight.data = layer.dense()
+    got = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+    assert got.keys() == want.keys() and all(torch.equal(p, want[n]) for n, p in got.items())
+    assert gap(logits(model), logits(full)) < 1e-5
+    for kind in ("lora", "dora"):
+        pair = [shake_all(with_adapter(kind, m)) for m in (model, full)]
+        assert gap(*map(logits, pair)) < 1e-4
+        drop_lora(pair[0]), drop_lora(pair[1])
+    assert gap(logits(merge_lora(shake(add_lora(model, 2, 4)))),
+               logits(merge_lora(shake(add_lora(full, 2, 4))))) < 1e-5
 
 
 def test_zeros_and_odd_sizes_are_quantised_too():

@@ -74,13 +74,16 @@ def test_embedding_takes_what_the_plan_says_however_long_the_texts(monkeypatch, 
 
 @pytest.mark.slow
 def test_numbers_of_weights_are_those_of_the_models():
-    for name in cost.QWEN3:
-        config = Config(**dict(zip(cost.FIELDS, cost.QWEN3[name])))
+    for name, bias in itertools.product(cost.QWEN3, (False, True)):
+        config = Config(**dict(zip(cost.FIELDS, cost.QWEN3[name])), attention_bias=bias)
         with torch.device("meta"):
             model = Qwen3(config).to(torch.bfloat16)
         norms = sum(p.nbytes for n, p in model.named_parameters() if "norm" in n)
         size = sum(p.nbytes for p in model.parameters())
         assert cost.frozen_bytes(config) == size - norms
+        less = cost.frozen_bytes(config) - cost.frozen_bytes(config, nf4=True)
+        assert less == pytest.approx(cost.block_numbers(config) * config.num_hidden_layers
+                                     * (2 - cost.NF4_BYTES))
     model = build()
     assert cost.adapter_numbers(model.config, 4) == sum(
         p.numel() for p in trained(add_lora(model, 4, 4)))
