@@ -58,8 +58,11 @@ def prepare_ebft(session):
 def add_ebft(session, visits, step, tally, diversity=1.0):
     """Add the gradient of EBFT's policy term to the cross-entropy's: minus the mean over posts and
     their k completions of A_j log pi(y_j), log pi summed over tokens, so that its weights are in
-    the units of --lambda: nats per token for one unit."""
+    the units of --lambda: nats per token for one unit. As D's, at every --draft-every-th step and
+    times that number."""
     args = session.args
+    if step % args.draft_every:
+        return
     prompts, samples, texts = session.sample_completions(visits, step, args.k)
     ended = [[ids[-1] in session.stops for ids in group] for group in samples.tokens]
     tally_completions(tally, ended, texts)
@@ -67,7 +70,7 @@ def add_ebft(session, visits, step, tally, diversity=1.0):
     people = session.embedder(replies)[:, 0]
     vectors = session.embedder(texts)
     rewards = feature_rewards(vectors, people, diversity)
-    flat = rloo(rewards).flatten().to(session.ranks.device)
+    flat = args.draft_every * rloo(rewards).flatten().to(session.ranks.device)
     posts, = session.ranks.sum([len(visits)])
     for rows in session.micro_batches(list(zip(prompts, samples.tokens))):
         logp, _ = token_logprobs(session.model, rows, args.temperature)

@@ -72,8 +72,8 @@ def jobs_of(session, runs):
     method."""
     args = session.args
     name = args.name or ("" if args.decoder == "sampling" else args.decoder)
-    if not re.fullmatch(r"[\w.+-]*", name):
-        raise InputError(f"--name {name}: letters, digits, and . + - _ alone")
+    if not re.fullmatch(r"[\w.+=-]*", name):
+        raise InputError(f"--name {name}: letters, digits, and . + = - _ alone")
     settings = measure_settings(session)
     folders = [Path(args.bare)] if args.bare else []
     jobs = []

@@ -339,7 +339,7 @@ def test_every_decoder_is_measured_and_reported_as_a_method(world, tmp_path, cap
               "--pool", "5"]
     assert evaluate.main([*common, "--judge", world["model"], "--judge-drafts", "2"]) == 0
     before = (run / "evaluation.json").read_bytes()
-    assert evaluate.main([*common, "--top-k", "5", "--name", "top5"]) == 0
+    assert evaluate.main([*common, "--top-k", "5", "--name", "top+k=5"]) == 0
     names = [name for name in registry.DECODERS if name != "sampling"]
     for name in names:
         assert evaluate.main([*common, "--decoder", name]) == 0, capsys.readouterr().err
@@ -352,10 +352,10 @@ def test_every_decoder_is_measured_and_reported_as_a_method(world, tmp_path, cap
             assert len(r["agrees"]) == len(r["tokens"]) == len(r["base_logprobs"]) == len(
                 r["drafts"])
     assert (run / "evaluation.json").read_bytes() == before
-    runs = [str(run), *(f"{run}@{name}" for name in ["top5", *names])]
+    runs = [str(run), *(f"{run}@{name}" for name in ["top+k=5", *names])]
     assert evaluate.main(["report", *runs, "--out", str(tmp_path / "report"), "--ks", "1,5"]) == 0
     arms = json.loads((tmp_path / "report" / "report.json").read_text())["arms"]
-    assert list(arms) == ["run", "run@top5", *(f"run@{name}" for name in names)]
+    assert list(arms) == ["run", "run@top+k=5", *(f"run@{name}" for name in names)]
     for name, arm in arms.items():
         assert (arm["metrics"]["recall@5"]["mean"] is not None
                 and arm["metrics"]["perplexity"]["mean"] > 1)

@@ -76,6 +76,25 @@ def test_the_loss_adds_the_gradient_of_its_advantages(parts):
     assert "reward" in tally.sums
 
 
+def test_it_may_sample_at_every_third_step_at_three_times_the_weight(parts):
+    """As D does: 0, 0, then three times the gradient of a step of its own."""
+    each, third = (sft_session(parts, "--loss", "ebft", "--k", "4", "--draft-every", every)
+                   for every in ("1", "3"))
+    for s in (each, third):
+        s.embedder = lambda texts: torch.stack([
+            F.normalize(torch.tensor([[1.0, len(text) % 5] for text in group]), dim=-1)
+            for group in texts])
+    some = visits([0, 1])
+    for step in (4, 5):
+        nothing, tally = gradient(third, lambda tally: add_ebft(third, some, step, tally))
+        assert not tally.sums and all(not g.abs().max() for g in nothing.values())
+    want, _ = gradient(each, lambda tally: add_ebft(each, some, 6, tally))
+    got, _ = gradient(third, lambda tally: add_ebft(third, some, 6, tally))
+    assert max(float(g.abs().max()) for g in want.values()) > 1e-4
+    for name in want:
+        assert gap(got[name], 3 * want[name]) < 1e-5
+
+
 def test_phase_one_trains_with_ebft(world):
     assert polylora.main(sft_args(world, "ebft", "--loss", "ebft", "--embedder",
                                   "char-ngrams")) == 0
