@@ -26,8 +26,8 @@ def pytest_cmdline_main(config):
     if jobs < 2 or config.option.collectonly:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--jobs", "1",
-                 "--taken", folder]
+        words = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--jobs=1",
+                 f"--taken={folder}"]    # with =, so that pytest takes no value for a test's path
         first = subprocess.Popen(words)
         others = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
                   for _ in range(jobs - 1)]

@@ -24,7 +24,7 @@ def run(folder, *names):
     for name in names:
         (folder / f"test_{name}.py").write_text(FILE)
     words = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "-o",
-             f"pythonpath={ROOT / 'tests'}", "--jobs", "2", "."]
+             f"pythonpath={ROOT / 'tests'}", "--jobs", "2"]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
