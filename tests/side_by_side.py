@@ -1,11 +1,11 @@
 """pytest --jobs N: N processes share out the test files; each takes the next that is left."""
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,6 @@ def pytest_cmdline_main(config):
     return max(ran, key=abs, default=NO_TESTS)
 
 
-@cache
 def take(folder, path):
     """Is the test file this process's?"""
     try:
@@ -51,15 +50,22 @@ def take(folder, path):
     return True
 
 
-def pytest_collection_modifyitems(config, items):
-    """The small files of the folders last: they fill up what the large ones leave."""
-    if config.getoption("taken"):
-        items.sort(key=lambda item: len(item.path.parts))
-
-
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item):
-    folder = item.config.getoption("taken")
-    if folder and not take(folder, item.path):
-        return True                          # nothing to do: another process runs it
-    return None
+def pytest_runtestloop(session):
+    """Run the files that this process takes. The small ones of the folders come last: they fill up
+    what the large ones leave."""
+    folder = session.config.getoption("taken")
+    if not folder or session.testsfailed:    # collecting failed: pytest's own loop says so
+        return None
+    items = sorted(session.items, key=lambda item: len(item.path.parts))
+    for path, of_file in itertools.groupby(items, key=lambda item: item.path):
+        if not take(folder, path):
+            continue
+        of_file = list(of_file)
+        for item, following in zip(of_file, [*of_file[1:], None]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+    return True

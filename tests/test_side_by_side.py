@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,17 +23,22 @@ def test_of_this_file(number):
 def run(folder, *names):
     (folder / "conftest.py").write_text('pytest_plugins = ["side_by_side"]\n')
     for name in names:
-        (folder / f"test_{name}.py").write_text(FILE)
-    words = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "-o",
-             f"pythonpath={ROOT / 'tests'}", "--jobs", "2"]
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).with_name(f"test_{Path(name).name}.py").write_text(FILE)
+    words = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-c", "/dev/null",
+             "--rootdir", ".", "-o", f"pythonpath={ROOT / 'tests'}", "--jobs", "2"]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_every_test_runs_once_whoever_takes_its_file(tmp_path):
-    ran = run(tmp_path, "a", "b", "c")
+    """A process skips files of one folder and goes on in the next: nothing of a folder is left set
+    up."""
+    names = [f"{folder}/{name}" for folder in "xyz" for name in "abc"]
+    ran = run(tmp_path, *names)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert [(tmp_path / f"test_{name}.ran").read_text() for name in "abc"] == ["0 1 2 "] * 3
+    written = [path.read_text() for path in tmp_path.rglob("*.ran")]
+    assert written == ["0 1 2 "] * len(names)
     assert ran.stdout.count("passed") + ran.stdout.count("no tests ran") == 2
 
 
