@@ -23,7 +23,7 @@ import torch
 from lora import add_adapter, base, load_adapter, trained
 from model import token_logprobs
 from support import registry
-from support.checks import check_loaded_start, check_replies, check_sft
+from support.checks import check_loaded_start, check_replies, check_sft, check_targets
 from support.draws import with_label_noise
 from support.files import InputError, command, seed_of, short
 from support.flags import (adapter_flags, common_flags, diversity_flags, flag_groups, lambda_flags,
@@ -360,6 +360,7 @@ def run_sft(args):
         check_loaded_start(session)
         load_adapter(session.model, start, dropout=args.dropout)
     else:
+        check_targets(session)
         add_adapter(session.model, args.adapter, args.rank, args.alpha, dropout=args.dropout,
                     targets=args.targets.split(","), seed=seed_of(args.seed, "lora"),
                     members=args.members)

@@ -205,6 +205,15 @@ def check_sft_losses(args):
                          "verifier")
 
 
+def check_targets(session):
+    """Warn of layers that an adapter would hardly move: those that write to the residual stream of
+    a checkpoint that support.to_qwen3 has written."""
+    still = [name for name in session.args.targets.split(",") if name in ("o_proj", "down_proj")]
+    if still and "residual_scale" in session.model.config.extra:
+        session.say(f"warning: {' and '.join(still)} of this checkpoint, written by "
+                    "support.to_qwen3, hardly move under an adapter: leave them out of --targets")
+
+
 def check_replies(posts):
     """Raise InputError for posts that have no reply to learn from."""
     for (*_, empty), place in kinds_of(posts).items():

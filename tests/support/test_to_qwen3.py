@@ -1,6 +1,7 @@
 """Tests of support/to_qwen3.py."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers import (
 )
 from lora import add_adapter, add_lora, lora_layers
 from model import Qwen3, rms_norm
+from support.checks import check_targets
 from support.files import InputError, command, read_json
 from support.to_qwen3 import SMALLEST_EPSILON, convert, parser, scales_of
 
@@ -117,6 +119,16 @@ def test_lora_on_what_writes_to_the_stream_wants_alpha_times_the_scale(tmp_path)
         if name.endswith(("o_proj", "down_proj")):
             layer.set_alpha(8 * s)
     assert gap(logits_of(model, tokens), want) < 1e-4
+
+
+def test_an_adapter_on_what_hardly_moves_is_warned_of():
+    said = []
+    for targets, extra in (("q_proj,o_proj,down_proj", {"residual_scale": 2.0 ** 28}),
+                           ("q_proj,v_proj", {"residual_scale": 2.0 ** 28}), ("o_proj", {})):
+        check_targets(SimpleNamespace(
+            args=SimpleNamespace(targets=targets), say=said.append,
+            model=SimpleNamespace(config=SimpleNamespace(extra=extra))))
+    assert len(said) == 1 and said[0].startswith("warning: o_proj and down_proj of this checkpoint")
 
 
 def test_all_weights_are_not_trained_together(tmp_path):
