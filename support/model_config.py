@@ -65,10 +65,14 @@ def check_implemented(d):
     if d.get("quantization_config"):
         raise InputError("config.json has a quantization_config: quantised checkpoints are not "
                          "read: give the one in bfloat16 (--nf4 quantises it when it is loaded)")
-    for key, value in IMPLEMENTED.items():
+    check_values(d, IMPLEMENTED, "is implemented")
+
+
+def check_values(d, allowed, says):
+    """Raises where d sets a key of `allowed` to something else than its one value there."""
+    for key, value in allowed.items():
         if (d.get(key) or value) != value:
-            raise InputError(f"config.json sets {key} to {short(d[key])}: only {value!r} is "
-                             "implemented")
+            raise InputError(f"config.json sets {key} to {short(d[key])}: only {value!r} {says}")
 
 
 def is_valid(name, value):

@@ -25,7 +25,7 @@ import torch
 from support.files import InputError, command, fetch, read_json, short, write_json
 from support.hub import same_layout, write_tensors
 from support.merge import Stored, atomic_folder, copy_beside
-from support.model_config import config_fields
+from support.model_config import check_values, config_fields
 
 
 SMALLEST_EPSILON = 2 ** 38
@@ -48,10 +48,7 @@ def source_fields(config):
     if kind not in ("qwen2", "llama"):
         raise InputError(f"config.json describes a {short(kind)} model: qwen2 and llama can be "
                          "written as a Qwen3")
-    for key, value in IMPLEMENTED.items():
-        if (config.get(key) or value) != value:
-            raise InputError(f"config.json sets {key} to {short(config[key])}: only {value!r} has "
-                             "a counterpart in Qwen3")
+    check_values(config, IMPLEMENTED, "has a counterpart in Qwen3")
     layers = config.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise InputError("config.json has layer_types other than full_attention: not implemented")
